@@ -1,0 +1,20 @@
+"""Decoupled Dynamic Filters (CVPR 2021, arXiv 2104.14107) for the OpenMMLab ecosystem.
+
+Importing the package imports no toolbox (mmpretrain, mmdet, mmseg) and registers nothing but its
+name; classes are registered on first use of ``type='ddf_mm.…'`` or by importing
+``ddf_mm.models``.
+"""
+
+from ddf_mm.version import __version__
+
+try:
+    from mmengine.config.utils import MODULE2PACKAGE
+except ImportError:  # the functional API (ddf_mm.ops) needs torch only
+    pass
+else:
+    # Lets mmengine resolve `_base_ = 'ddf_mm::…'` and `mmengine.hub` names; mmengine knows
+    # only OpenMMLab's own packages otherwise. It takes the import name here, because the
+    # configs are looked up beside the imported package.
+    MODULE2PACKAGE.setdefault("ddf_mm", "ddf_mm")
+
+__all__ = ["__version__"]

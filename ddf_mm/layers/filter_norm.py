@@ -1,0 +1,79 @@
+"""FilterNorm as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.init import calculate_gain
+
+from ddf_mm.ops.checks import check_int, check_kernel_size
+from ddf_mm.ops.filter_norm import FILTER_TYPES, filter_norm
+
+torch.fx.wrap("filter_norm")
+
+
+class FilterNorm(nn.Module):
+    """Filter normalization with the scale that keeps the variance of the features.
+
+    See :func:`ddf_mm.ops.filter_norm` for the formula and the shapes. Arguments and parameter
+    names are those of the official layer (theFoxofSky/ddfnet, ddf/ddf.py).
+
+    Args:
+        in_channels: number of filters in the input's channels.
+        kernel_size: k; a filter has k*k taps.
+        filter_type: ``'spatial'`` or ``'channel'``.
+        nonlinearity: what follows the filtered features; the scale is its gain
+            (``torch.nn.init.calculate_gain``) over k.
+        running_std: learn the scale, one value a tap (parameter ``std``, started at random with
+            the fixed scale as its deviation); otherwise it stays fixed.
+        running_mean: learn a shift, one value a tap (parameter ``mean``).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int,
+        filter_type: str,
+        nonlinearity: str = "linear",
+        running_std: bool = False,
+        running_mean: bool = False,
+    ) -> None:
+        super().__init__()
+        check_int("in_channels", in_channels, 1)
+        check_kernel_size(kernel_size, minimum=3)
+        if filter_type not in FILTER_TYPES:
+            raise ValueError(f"filter_type must be 'spatial' or 'channel', got {filter_type!r}")
+        self.in_channels = in_channels
+        self.kernel_size = kernel_size
+        self.filter_type = filter_type
+        self.running_std = running_std
+        self.running_mean = running_mean
+        self.scale = calculate_gain(nonlinearity) / kernel_size
+        taps = in_channels * kernel_size**2
+        if running_std:
+            self.std = nn.Parameter(torch.empty(taps))
+        else:
+            self.std = self.scale
+        if running_mean:
+            self.mean = nn.Parameter(torch.empty(taps))
+        else:
+            self.mean = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts the learned scale and shift as the official layer does."""
+        if self.running_std:
+            nn.init.normal_(self.std, std=self.scale)
+        if self.running_mean:
+            nn.init.normal_(self.mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes raw filters ``Tensor[B, in_channels*k*k, …]``."""
+        return filter_norm(x, self.in_channels, self.filter_type, self.std, self.mean)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, kernel_size={self.kernel_size}, "
+            f"filter_type={self.filter_type!r}, running_std={self.running_std}, "
+            f"running_mean={self.running_mean}"
+        )

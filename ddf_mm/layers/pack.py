@@ -1,0 +1,284 @@
+"""DDFPack and DDFUpPack: the operation with the branches that generate its filters."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ddf_mm.layers.filter_norm import FilterNorm
+from ddf_mm.ops import ddf, ddf_up
+from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
+
+# torch.fx records the operation as one call instead of tracing through its argument checks
+# (mmengine's `efficient_conv_bn_eval` traces models).
+torch.fx.wrap("ddf")
+
+def _reset_branches(pack: nn.Module) -> None:
+    """Starts the filter branches anew, whatever an enclosing module's ``init_cfg`` did to them."""
+    for module in pack.modules():
+        if isinstance(module, (nn.Conv2d, FilterNorm)):
+            module.reset_parameters()
+
+
+def _check_pack_arguments(
+    in_channels: int, kernel_size: int, dilation: int, head: int, se_ratio: float, combine: str
+) -> None:
+    check_int("in_channels", in_channels, 1)
+    check_kernel_size(kernel_size, minimum=3)
+    check_int("dilation", dilation, 1)
+    check_int("head", head, 1)
+    if in_channels % head:
+        raise ValueError(f"head must divide in_channels, got head {head}, in_channels {in_channels}")
+    if not se_ratio > 0:
+        raise ValueError(f"se_ratio must be positive, got {se_ratio}")
+    check_combine(combine)
+
+
+def _spatial_branch(
+    in_channels: int, kernel_size: int, head: int, nonlinearity: str, stride: int = 1
+) -> nn.Sequential:
+    """Filters of every pixel: features -> ``Tensor[B, head*k*k, ceil(H/stride), …]``."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, head * kernel_size**2, 1, stride=stride),
+        FilterNorm(head, kernel_size, "spatial", nonlinearity),
+    )
+
+
+def _channel_branch(
+    in_channels: int, kernel_size: int, nonlinearity: str, se_ratio: float
+) -> nn.Sequential:
+    """Filters of every channel: features -> ``Tensor[B, C*k*k]``."""
+    mid_channels = max(int(in_channels * se_ratio), 1)
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Conv2d(in_channels, mid_channels, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(mid_channels, in_channels * kernel_size**2, 1),
+        FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True),
+    )
+
+
+class DDFPack(BaseModule):
+    """A decoupled dynamic filter with the branches that generate it from the features.
+
+    Takes the place of a k x k convolution that keeps the number of channels. The spatial branch
+    is a 1x1 convolution and :class:`FilterNorm`; the channel branch is global average pooling,
+    a bottleneck of two fully connected layers and :class:`FilterNorm`. Arguments and parameter
+    names are those of the official layer (theFoxofSky/ddfnet, ddf/ddf.py).
+
+    Args:
+        in_channels: channels C of the input and output.
+        kernel_size: k, odd, at least 3.
+        stride: stride of the windows.
+        dilation: distance between neighbouring taps.
+        head: filter groups; channels of a group share their spatial filters. Divides C.
+        se_ratio: width of the channel branch's bottleneck over C.
+        nonlinearity: what follows the layer; sets FilterNorm's scale.
+        kernel_combine: how the two filters combine, ``'mul'`` or ``'add'``.
+        init_cfg: mmengine's initialization config.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    Example:
+        >>> DDFPack(64, stride=2)(torch.randn(2, 64, 57, 57)).shape
+        torch.Size([2, 64, 29, 29])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        head: int = 1,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "relu",
+        kernel_combine: str = "mul",
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        _check_pack_arguments(in_channels, kernel_size, dilation, head, se_ratio, kernel_combine)
+        check_int("stride", stride, 1)
+        self.in_channels = in_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.dilation = dilation
+        self.head = head
+        self.kernel_combine = kernel_combine
+        self._filter_arguments = (kernel_size, dilation, stride, kernel_combine)
+        self.spatial_branch = _spatial_branch(in_channels, kernel_size, head, nonlinearity, stride)
+        self.channel_branch = _channel_branch(in_channels, kernel_size, nonlinearity, se_ratio)
+        # `efficient_conv_bn_eval` asks which module feeds each BN; a function has no answer.
+        self.output = nn.Identity()
+
+    def init_weights(self) -> None:
+        """Starts the branches as the official networks do, which is timm's way.
+
+        Convolution weights are kaiming normal (fan_out, relu), their biases PyTorch's own, where
+        the ``Kaiming`` initialization of an enclosing mmengine module would make them zero. An
+        ``init_cfg`` of this layer itself has the last word.
+        """
+        _reset_branches(self)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        super().init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
+        k = self._filter_arguments[0]
+        channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
+        out = ddf(x, channel_filter, self.spatial_branch(x), *self._filter_arguments)
+        return self.output(out)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"dilation={self.dilation}, head={self.head}, kernel_combine={self.kernel_combine!r}"
+        )
+
+
+@MODELS.register_module("DDFUp")
+class DDFUpPack(BaseModule):
+    """DDF upsampling: one pair of filter branches for each of the scale_factor**2 subpixels.
+
+    Registered as the upsample layer ``DDFUp`` (``build_upsample_layer(dict(type='DDFUp', …))``).
+    Arguments and parameter names are those of the official layer (theFoxofSky/ddfnet,
+    ddf/ddf.py), which could not run: its combination argument was misplaced, ``joint_channels``
+    had no effect, and any ``dw_kernel_size`` other than ``kernel_size`` changed the size.
+
+    Args:
+        in_channels: channels C of the input and output.
+        kernel_size: k, odd, at least 3.
+        scale_factor: factor of upsampling.
+        dilation: distance between neighbouring taps.
+        head: filter groups. Divides C.
+        se_ratio: width of the channel branches' bottleneck over C.
+        nonlinearity: what follows the layer; sets FilterNorm's scale.
+        dw_kernel_size: odd size of the depthwise convolution before each spatial branch's 1x1
+            convolution; there is none with ``joint_channels``.
+        joint_channels: channels of the guidance that the spatial branches read; less than 1
+            means that they read the features, or a guidance of C channels.
+        kernel_combine: ``'mul'`` or ``'add'``.
+        init_cfg: mmengine's initialization config.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    Example:
+        >>> up = DDFUpPack(64, joint_channels=3)
+        >>> up(torch.randn(2, 64, 25, 19), torch.randn(2, 3, 50, 38)).shape
+        torch.Size([2, 64, 50, 38])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        scale_factor: int = 2,
+        dilation: int = 1,
+        head: int = 1,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "linear",
+        dw_kernel_size: int = 3,
+        joint_channels: int = -1,
+        kernel_combine: str = "mul",
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        _check_pack_arguments(in_channels, kernel_size, dilation, head, se_ratio, kernel_combine)
+        check_int("scale_factor", scale_factor, 1)
+        check_kernel_size(dw_kernel_size, "dw_kernel_size")
+        self.in_channels = in_channels
+        self.kernel_size = kernel_size
+        self.scale_factor = scale_factor
+        self.dilation = dilation
+        self.head = head
+        self.joint_channels = joint_channels if joint_channels >= 1 else in_channels
+        self.kernel_combine = kernel_combine
+
+        self.spatial_branch = nn.ModuleList()
+        self.channel_branch = nn.ModuleList()
+        for _ in range(scale_factor**2):
+            spatial = _spatial_branch(self.joint_channels, kernel_size, head, nonlinearity)
+            if joint_channels < 1:
+                depthwise = nn.Conv2d(
+                    in_channels,
+                    in_channels,
+                    dw_kernel_size,
+                    padding=dw_kernel_size // 2,
+                    groups=in_channels,
+                )
+                spatial = nn.Sequential(depthwise, spatial)
+            self.spatial_branch.append(spatial)
+            self.channel_branch.append(
+                _channel_branch(in_channels, kernel_size, nonlinearity, se_ratio)
+            )
+
+    def init_weights(self) -> None:
+        """Starts the branches as the official layer does, which is PyTorch's own way.
+
+        An ``init_cfg`` of this layer itself has the last word.
+        """
+        _reset_branches(self)
+        super().init_weights()
+
+    def forward(self, x: Tensor, joint_x: Tensor | None = None) -> Tensor:
+        """Upsamples the features.
+
+        Args:
+            x: ``Tensor[B, C, H, W]``.
+            joint_x: guidance, ``Tensor[B, joint_channels, H, W]``, read alike by every branch;
+                or ``Tensor[B, joint_channels, s*H, s*W]``, of which the branch of subpixel
+                (p, q) reads the pixels (s*i + p, s*j + q), those it writes. ``None`` means x.
+
+        Returns:
+            ``Tensor[B, C, s*H, s*W]``.
+
+        Raises:
+            ValueError: a guidance of another shape.
+        """
+        k = self.kernel_size
+        guides = self._guides(x, joint_x)
+        channel_filter = torch.stack(
+            [branch(x).unflatten(1, (self.in_channels, k, k)) for branch in self.channel_branch], dim=1
+        )
+        spatial_filter = torch.stack(
+            [branch(guide) for branch, guide in zip(self.spatial_branch, guides, strict=True)],
+            dim=1,
+        )
+        return ddf_up(
+            x,
+            channel_filter,
+            spatial_filter,
+            k,
+            self.scale_factor,
+            self.dilation,
+            self.kernel_combine,
+        )
+
+    def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:
+        """What each spatial branch reads, in the order of the branches."""
+        s = self.scale_factor
+        joint_x = x if joint_x is None else joint_x
+        batch, _, height, width = x.shape
+        own = (batch, self.joint_channels, height, width)
+        upsampled = (batch, self.joint_channels, s * height, s * width)
+        if tuple(joint_x.shape) == own:
+            return [joint_x] * s**2
+        if tuple(joint_x.shape) == upsampled:
+            return [joint_x[:, :, p::s, q::s] for p in range(s) for q in range(s)]
+        raise ValueError(
+            f"joint_x must be a Tensor[B, joint_channels, H, W] = {list(own)} or, of the "
+            f"upsampled size, {list(upsampled)}, got shape {list(joint_x.shape)}"
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, kernel_size={self.kernel_size}, "
+            f"scale_factor={self.scale_factor}, dilation={self.dilation}, head={self.head}, "
+            f"joint_channels={self.joint_channels}, kernel_combine={self.kernel_combine!r}"
+        )

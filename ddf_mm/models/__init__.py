@@ -1,0 +1,6 @@
+"""Backbones with DDF, registered with mmengine; needs mmengine and mmcv only."""
+
+import ddf_mm.layers  # noqa: F401  (registers the layers that configs of these models may name)
+from ddf_mm.models.ddf_resnet import DDFBottleneck, DDFResNet
+
+__all__ = ["DDFBottleneck", "DDFResNet"]

@@ -1,0 +1,7 @@
+"""Functional API of the Decoupled Dynamic Filter; needs torch only."""
+
+from ddf_mm.ops.ddf import backend_info, ddf, ddf_up
+from ddf_mm.ops.filter_norm import filter_norm
+from ddf_mm.ops.reference import ddf_reference
+
+__all__ = ["backend_info", "ddf", "ddf_reference", "ddf_up", "filter_norm"]

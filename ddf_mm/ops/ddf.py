@@ -1,0 +1,156 @@
+"""The DDF operation and its upsampling form."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddf_mm.ops.checks import check_features, check_int, check_kernel_size, check_tensor
+from ddf_mm.ops.reference import ddf_reference, layout_of
+
+
+def ddf(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    stride: int = 1,
+    kernel_combine: str = "mul",
+) -> Tensor:
+    r"""Applies a decoupled dynamic filter: one k x k filter a channel times (or plus) one a pixel.
+
+    .. math::
+        y_{b,c,i,j} = \sum_{t} x_{b,c,\, i s + d (t_y - \lfloor k/2 \rfloor),\,
+        j s + d (t_x - \lfloor k/2 \rfloor)} \left( F^{ch}_{b,c,t} \circ
+        F^{sp}_{b,\, \gamma(c),\, t,\, i,\, j} \right)
+
+    with the taps :math:`t = (t_y, t_x)` of a k x k window, stride s, dilation d, zero padding of
+    d*(k-1)/2, :math:`\circ` multiplication or addition, and :math:`\gamma(c)` the filter group
+    of channel c. Arguments have the order and meaning of the official op (theFoxofSky/ddfnet,
+    ddf/ddf.py); the paper is arXiv 2104.14107.
+
+    Sums are kept in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors are
+    cast to the autocast dtype first, as a convolution's are.
+
+    Args:
+        features: ``Tensor[B, C, H, W]`` of float16, bfloat16, float32 or float64, contiguous or
+            channels_last; B may be 0.
+        channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for a filter that changes nothing:
+            ones for ``'mul'``, zeros for ``'add'`` (a filter as in CARAFE and involution).
+        spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads") that share
+            the channels evenly and in order, or ``None`` likewise (a filter as in WeightNet).
+            Ho = ceil(H / stride); floor, as the official op wants it, is taken too.
+        kernel_size: k, odd.
+        dilation: distance in pixels between neighbouring taps.
+        stride: distance in pixels between neighbouring windows.
+        kernel_combine: ``'mul'`` or ``'add'``.
+
+    Returns:
+        ``Tensor[B, C, Ho, Wo]`` of the dtype and memory format of ``features``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong value, shape or device.
+
+    Example:
+        >>> x = torch.randn(2, 16, 15, 20)
+        >>> per_channel, per_pixel = torch.randn(2, 16, 3, 3), torch.randn(2, 9, 8, 10)
+        >>> ddf(x, per_channel, per_pixel, kernel_size=3, stride=2).shape
+        torch.Size([2, 16, 8, 10])
+    """
+    features, channel_filter, spatial_filter = _autocast(features, channel_filter, spatial_filter)
+    return ddf_reference(
+        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
+    )
+
+
+def ddf_up(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int = 3,
+    scale_factor: int = 2,
+    dilation: int = 1,
+    kernel_combine: str = "mul",
+) -> Tensor:
+    r"""Upsamples with decoupled dynamic filters: s*s of them, one for each subpixel.
+
+    Output pixel (s*i + p, s*j + q) is the DDF of :func:`ddf` at pixel (i, j) with the filters of
+    subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py).
+
+    Args:
+        features: ``Tensor[B, C, H, W]``, as for :func:`ddf`.
+        channel_filter: ``Tensor[B, s*s, C, k, k]``, or ``None``.
+        spatial_filter: ``Tensor[B, s*s, g*k*k, H, W]``, or ``None``.
+        kernel_size: k, odd.
+        scale_factor: s, the factor of upsampling.
+        dilation: distance in pixels between neighbouring taps.
+        kernel_combine: ``'mul'`` or ``'add'``.
+
+    Returns:
+        ``Tensor[B, C, s*H, s*W]`` of the dtype and memory format of ``features``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong value, shape or device.
+
+    Example:
+        >>> x = torch.randn(2, 16, 7, 5)
+        >>> ddf_up(x, torch.randn(2, 4, 16, 3, 3), torch.randn(2, 4, 9, 7, 5)).shape
+        torch.Size([2, 16, 14, 10])
+    """
+    check_kernel_size(kernel_size)
+    check_int("scale_factor", scale_factor, 1)
+    check_features(features)
+    subpixels = scale_factor * scale_factor
+    filters = {"channel_filter": channel_filter, "spatial_filter": spatial_filter}
+    for name, given in filters.items():
+        if given is None:
+            continue
+        check_tensor(name, given)
+        if given.dim() != 5 or given.shape[1] != subpixels:
+            shape = "B, s*s, C, k, k" if name == "channel_filter" else "B, s*s, g*k*k, H, W"
+            raise ValueError(
+                f"{name} must be a Tensor[{shape}] with s*s = {subpixels} for scale_factor "
+                f"{scale_factor}, got shape {list(given.shape)}"
+            )
+    branches = [
+        ddf(
+            features,
+            None if channel_filter is None else channel_filter[:, r],
+            None if spatial_filter is None else spatial_filter[:, r],
+            kernel_size,
+            dilation,
+            1,
+            kernel_combine,
+        )
+        for r in range(subpixels)
+    ]
+    out = F.pixel_shuffle(torch.stack(branches, dim=2).flatten(1, 2), scale_factor)
+    return out.contiguous(memory_format=layout_of(features))
+
+
+def backend_info() -> dict[str, str]:
+    """Says which implementation serves :func:`ddf` on each type of device.
+
+    Returns:
+        Device type to ``'reference'``, the formula in plain PyTorch; ``'default'`` stands for
+        every device type that is not named.
+    """
+    return {"default": "reference"}
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on."""
+    features = tensors[0]
+    if not isinstance(features, Tensor) or not torch.is_autocast_enabled(features.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(features.device.type)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )

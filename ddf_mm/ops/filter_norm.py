@@ -1,0 +1,106 @@
+"""Filter normalization of DDF (arXiv 2104.14107; `FilterNorm` in the official ddf/ddf.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddf_mm.ops.checks import check_int, check_tensor
+from ddf_mm.ops.reference import accumulate_dtype
+
+FILTER_TYPES = ("spatial", "channel")
+
+
+def filter_norm(
+    x: Tensor,
+    in_channels: int,
+    filter_type: str,
+    std: float | Tensor = 1.0,
+    mean: float | Tensor | None = None,
+    eps: float = 1e-10,
+) -> Tensor:
+    r"""Standardizes every generated filter over its taps, then scales and shifts it.
+
+    .. math:: \hat h = \alpha \, \frac{h - \mu(h)}{\delta(h) + \epsilon} + \beta
+
+    where :math:`\mu` and :math:`\delta` are the mean and the unbiased standard deviation of the
+    k*k taps of one filter: of one pixel's filter for ``'spatial'``, of one channel's for
+    ``'channel'``. They are computed in float32 for 16-bit inputs, whatever autocast says. A
+    filter whose taps are all equal becomes ``mean``, with a zero gradient through the
+    standardization.
+
+    Args:
+        x: raw filters, ``Tensor[B, in_channels*k*k, H, W]`` for ``'spatial'``;
+            ``Tensor[B, in_channels*k*k]``, optionally with trailing dimensions of size 1,
+            for ``'channel'``.
+        in_channels: number of filters in x's channels: the filter groups for ``'spatial'``, the
+            feature channels for ``'channel'``.
+        filter_type: ``'spatial'`` or ``'channel'``.
+        std: alpha, a number or a ``Tensor[in_channels*k*k]``.
+        mean: beta, likewise; ``None`` means none.
+        eps: added to the standard deviation.
+
+    Returns:
+        The normalized filters, of x's dtype: x's shape for ``'spatial'``,
+        ``Tensor[B, in_channels*k*k]`` for ``'channel'``.
+
+    Raises:
+        TypeError: x is no floating-point tensor, or in_channels no int.
+        ValueError: another filter_type, or a shape that does not fit.
+
+    Example:
+        >>> logits = torch.randn(2, 9, 14, 14)
+        >>> filter_norm(logits, 1, "spatial").mean(dim=1).abs().max() < 1e-6
+        tensor(True)
+    """
+    check_tensor("x", x)
+    check_int("in_channels", in_channels, 1)
+    if filter_type not in FILTER_TYPES:
+        raise ValueError(f"filter_type must be 'spatial' or 'channel', got {filter_type!r}")
+    if filter_type == "spatial" and x.dim() != 4:
+        raise ValueError(
+            "x must be a Tensor[B, in_channels*k*k, H, W] for filter_type 'spatial', got shape "
+            f"{list(x.shape)}"
+        )
+    if filter_type == "channel" and (x.dim() < 2 or any(s != 1 for s in x.shape[2:])):
+        raise ValueError(
+            "x must be a Tensor[B, in_channels*k*k], with nothing but dimensions of size 1 "
+            f"behind, for filter_type 'channel', got shape {list(x.shape)}"
+        )
+    batch, total = x.shape[:2]
+    if total % in_channels or total // in_channels < 2:
+        raise ValueError(
+            "x must have in_channels * kernel_size**2 channels, at least 2 taps for each of the "
+            f"{in_channels} filters, got {total}"
+        )
+
+    dtype = accumulate_dtype(x.dtype)
+    out = x.to(dtype)
+    if batch:  # var_mean warns about an empty batch
+        taps = out.reshape(batch, in_channels, total // in_channels, *x.shape[2:])
+        variance, average = torch.var_mean(taps, dim=2, keepdim=True)
+        # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
+        varies = variance > 0
+        deviation = torch.where(varies, variance, 1).sqrt()
+        out = torch.where(varies, (taps - average) / (deviation + eps), 0)
+
+    shape = x.shape if filter_type == "spatial" else (batch, total)
+    out = out.reshape(shape)
+    per_tap = (1, total) + (1,) * (out.dim() - 2)
+    out = out * _as_factor("std", std, per_tap, dtype)
+    if mean is not None:
+        out = out + _as_factor("mean", mean, per_tap, dtype)
+    return out.to(x.dtype)
+
+
+def _as_factor(
+    name: str, value: float | Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> float | Tensor:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if tuple(value.shape) != (shape[1],):
+        raise ValueError(
+            f"{name} must be a number or a Tensor[{shape[1]}], one value a tap of x's channels, "
+            f"got shape {list(value.shape)}"
+        )
+    return value.to(dtype).reshape(shape)

@@ -1,0 +1,52 @@
+"""Registries of scope ``ddf_mm``, children of mmengine's root registries.
+
+They make ``type='ddf_mm.DDFResNet'`` resolvable from every scope without ``custom_imports``:
+mmengine imports ``<scope>.registry`` when it meets a scope, and the modules named in ``locations``
+when it looks a name up there. The classes themselves are registered once, in the root registries,
+where a lookup that fails in a child registry ends; so plain ``type='DDFResNet'`` works from the
+mmpretrain, mmdet and mmseg scopes as soon as ``ddf_mm.models`` is imported.
+"""
+
+from mmengine import registry as root
+from mmengine.registry import Registry
+
+_SCOPE = "ddf_mm"
+# A registry without a location of its own names this module: mmengine would otherwise fall back
+# to `ddf_mm.utils.register_all_modules`.
+_NO_LOCATION = ["ddf_mm.registry"]
+
+
+def _child(parent: Registry, locations: list[str] = _NO_LOCATION) -> Registry:
+    """The child of ``parent`` in scope ``ddf_mm``; the existing one if this module is reloaded."""
+    existing = parent.children.get(_SCOPE)
+    if existing is not None:
+        return existing
+    return Registry(parent.name, parent=parent, scope=_SCOPE, locations=locations)
+
+
+MODELS = _child(root.MODELS, ["ddf_mm.layers", "ddf_mm.models"])
+DATASETS = _child(root.DATASETS, ["ddf_mm.datasets"])
+OPTIM_WRAPPERS = _child(root.OPTIM_WRAPPERS, ["ddf_mm.engine"])
+HOOKS = _child(root.HOOKS, ["ddf_mm.engine"])
+
+# A config read through `ddf_mm::` carries `_scope_='ddf_mm'` in every dict; with a child for each
+# root registry those dicts build from the root without mmengine's "Failed to search registry".
+RUNNERS = _child(root.RUNNERS)
+RUNNER_CONSTRUCTORS = _child(root.RUNNER_CONSTRUCTORS)
+LOOPS = _child(root.LOOPS)
+STRATEGIES = _child(root.STRATEGIES)
+DATA_SAMPLERS = _child(root.DATA_SAMPLERS)
+TRANSFORMS = _child(root.TRANSFORMS)
+MODEL_WRAPPERS = _child(root.MODEL_WRAPPERS)
+WEIGHT_INITIALIZERS = _child(root.WEIGHT_INITIALIZERS)
+OPTIMIZERS = _child(root.OPTIMIZERS)
+OPTIM_WRAPPER_CONSTRUCTORS = _child(root.OPTIM_WRAPPER_CONSTRUCTORS)
+PARAM_SCHEDULERS = _child(root.PARAM_SCHEDULERS)
+METRICS = _child(root.METRICS)
+EVALUATOR = _child(root.EVALUATOR)
+TASK_UTILS = _child(root.TASK_UTILS)
+VISUALIZERS = _child(root.VISUALIZERS)
+VISBACKENDS = _child(root.VISBACKENDS)
+LOG_PROCESSORS = _child(root.LOG_PROCESSORS)
+INFERENCERS = _child(root.INFERENCERS)
+FUNCTIONS = _child(root.FUNCTIONS)

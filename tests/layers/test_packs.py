@@ -1,0 +1,256 @@
+"""DDFPack, DDFUpPack and FilterNorm: names, shapes, semantics, initialization, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm
+from ddf_mm.ops import ddf, filter_norm
+
+
+def shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in module.state_dict().items()}
+
+
+def test_pack_has_the_official_names():
+    assert shapes(DDFPack(64)) == {
+        "spatial_branch.0.weight": [9, 64, 1, 1],
+        "spatial_branch.0.bias": [9],
+        "channel_branch.1.weight": [12, 64, 1, 1],
+        "channel_branch.1.bias": [12],
+        "channel_branch.3.weight": [576, 12, 1, 1],
+        "channel_branch.3.bias": [576],
+        "channel_branch.4.std": [576],
+    }
+
+
+def test_pack_takes_the_official_arguments_in_order():
+    pack = DDFPack(8, 5, 2, 3, 4, 0.5, "linear", "add")
+    assert shapes(pack)["spatial_branch.0.weight"] == [4 * 25, 8, 1, 1]
+    assert shapes(pack)["channel_branch.1.weight"] == [4, 8, 1, 1]
+    assert (pack.kernel_size, pack.stride, pack.dilation, pack.head) == (5, 2, 3, 4)
+    assert pack.kernel_combine == "add"
+    assert pack.channel_branch[-1].scale == 1 / 5
+
+
+def test_up_pack_has_the_official_names():
+    names = shapes(DDFUpPack(16, scale_factor=2))
+    assert names["spatial_branch.3.0.weight"] == [16, 1, 3, 3]
+    assert names["spatial_branch.3.1.0.weight"] == [9, 16, 1, 1]
+    assert names["channel_branch.3.3.weight"] == [144, 3, 1, 1]
+    assert names["channel_branch.3.4.std"] == [144]
+    joint = shapes(DDFUpPack(16, scale_factor=2, joint_channels=5))
+    assert joint["spatial_branch.0.0.weight"] == [9, 5, 1, 1]
+
+
+def test_up_pack_takes_the_official_arguments_in_order():
+    up = DDFUpPack(8, 5, 3, 2, 4, 0.5, "relu", 7, -1, "add")
+    assert (up.kernel_size, up.scale_factor, up.dilation, up.head) == (5, 3, 2, 4)
+    assert up.kernel_combine == "add"
+    assert up.spatial_branch[0][0].kernel_size == (7, 7)
+    assert up(torch.randn(1, 8, 3, 5)).shape == (1, 8, 9, 15)
+
+
+@pytest.mark.parametrize("head", [1, 2])
+@pytest.mark.parametrize("stride, dilation, k, combine", [(1, 1, 3, "mul"), (2, 2, 5, "add")])
+def test_pack_is_its_parts(head, stride, dilation, k, combine):
+    pack = DDFPack(6, k, stride, dilation, head, kernel_combine=combine).double()
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    raw_spatial = F.conv2d(x, pack.spatial_branch[0].weight, pack.spatial_branch[0].bias, stride)
+    spatial = filter_norm(raw_spatial, head, "spatial", math.sqrt(2) / k)
+    hidden = pack.channel_branch[1](x.mean((2, 3), keepdim=True)).relu()
+    raw_channel = pack.channel_branch[3](hidden)
+    channel = filter_norm(raw_channel, 6, "channel", pack.channel_branch[4].std)
+    want = ddf(x, channel.view(2, 6, k, k), spatial, k, dilation, stride, combine)
+    torch.testing.assert_close(pack(x), want)
+    assert want.shape == (2, 6, -(-9 // stride), -(-8 // stride))
+
+
+def test_heads_filter_their_own_channels():
+    """A pack of two heads is two packs of one head side by side, as the official reshape has it."""
+    pack = DDFPack(4, head=2).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    channel = pack.channel_branch(x).view(2, 4, 3, 3)
+    spatial = pack.spatial_branch(x)
+    parts = [
+        ddf(x[:, 2 * h : 2 * h + 2], channel[:, 2 * h : 2 * h + 2], spatial[:, 9 * h : 9 * h + 9])
+        for h in range(2)
+    ]
+    torch.testing.assert_close(pack(x), torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("layer", [DDFPack(8), DDFPack(8, stride=2, head=2), DDFUpPack(8)])
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (8, 6)])
+def test_layout_empty_batch_and_odd_sizes(layer, size):
+    x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
+    out = layer(x)
+    torch.testing.assert_close(out, layer(x.contiguous()), rtol=1e-4, atol=1e-5)
+    # One pixel is stored alike in both formats, so nothing tells which one is meant.
+    assert out.is_contiguous(memory_format=torch.channels_last) or size == (1, 1)
+    assert layer(x[:0]).shape == (0, *out.shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", [DDFPack(16, head=2), DDFUpPack(16)])
+def test_half_precision_keeps_its_dtype_and_stays_close(layer, dtype):
+    x = torch.randn(2, 16, 9, 9)
+    want = layer(x)
+    half = type(layer)(16, head=layer.head).to(dtype)
+    half.load_state_dict(layer.state_dict())
+    got = half(x.to(dtype))
+    assert got.dtype == dtype
+    relative = (got - want).norm() / want.norm()
+    # Seen: 0.9 % for bfloat16, 0.1 % for float16.
+    assert relative < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("layer", [DDFPack(16), DDFUpPack(16)])
+def test_trains_under_autocast(layer):
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        assert out.dtype == torch.bfloat16
+        loss = out.float().square().mean()
+    loss.backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.dtype == torch.float32
+
+
+def test_gradcheck_of_the_packs():
+    x = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    guide = torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True)
+    up = DDFUpPack(4, joint_channels=2).double()
+    assert torch.autograd.gradcheck(DDFPack(4, stride=2).double(), (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(up, (x, guide), fast_mode=True)
+
+
+@pytest.mark.parametrize("dw_kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("scale_factor", [2, 3, 4])
+@pytest.mark.parametrize("kernel_size, head", [(3, 1), (5, 2)])
+def test_up_pack_upsamples_any_size(dw_kernel_size, scale_factor, kernel_size, head):
+    up = DDFUpPack(
+        4, kernel_size, scale_factor, head=head, dw_kernel_size=dw_kernel_size
+    )
+    assert up(torch.randn(2, 4, 5, 3)).shape == (2, 4, 5 * scale_factor, 3 * scale_factor)
+
+
+def test_up_pack_writes_branch_ij_to_subpixel_ij():
+    up = DDFUpPack(4, scale_factor=3, kernel_combine="add").double()
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    out = up(x)
+    for p in range(3):
+        for q in range(3):
+            r = 3 * p + q
+            channel = up.channel_branch[r](x).view(2, 4, 3, 3)
+            want = ddf(x, channel, up.spatial_branch[r](x), kernel_combine="add")
+            torch.testing.assert_close(out[:, :, p::3, q::3], want)
+
+
+@pytest.mark.parametrize("joint_channels", [5, -1])
+def test_guidance_of_the_upsampled_size_is_read_by_phase(joint_channels):
+    up = DDFUpPack(4, joint_channels=joint_channels).double()
+    channels = joint_channels if joint_channels > 0 else 4
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    guide = torch.randn(2, channels, 6, 10, dtype=torch.float64)
+    out = up(x, guide)
+    # Each phase alone, as a guidance of the features' own size, gives the same subpixels.
+    for p in range(2):
+        for q in range(2):
+            alone = up(x, guide[:, :, p::2, q::2])
+            torch.testing.assert_close(out[:, :, p::2, q::2], alone[:, :, p::2, q::2])
+
+
+def test_guidance_of_another_shape_is_refused():
+    up = DDFUpPack(4, joint_channels=5)
+    x = torch.randn(2, 4, 3, 5)
+    for bad in [(2, 4, 3, 5), (2, 5, 6, 9), (1, 5, 3, 5), (2, 5, 12, 20)]:
+        with pytest.raises(ValueError, match=r"joint_x must be .*\[2, 5, 3, 5\].*\[2, 5, 6, 10\]"):
+            up(x, torch.randn(bad))
+    with pytest.raises(ValueError, match="joint_x must be"):
+        up(x)
+
+
+@pytest.mark.parametrize("layer", [DDFPack(64, head=2), DDFUpPack(64, dw_kernel_size=5)])
+def test_branches_start_as_the_official_code_starts_them(layer):
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    # What an enclosing backbone's or neck's init_cfg does first.
+    for module in layer.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    layer.init_weights()
+    assert all((p != before[name]).any() for name, p in layer.named_parameters())
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            fan_out = module.weight[:, 0].numel()
+            # timm's for the pack in a network; PyTorch's, U(-b, b), b = 1/sqrt(fan_in), else.
+            kaiming = math.sqrt(2 / fan_out)
+            expected = kaiming if isinstance(layer, DDFPack) else 1 / math.sqrt(3 * fan_in)
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.25), name
+            assert 0 < module.bias.abs().max() <= 1 / math.sqrt(fan_in), name
+        if isinstance(module, FilterNorm) and module.running_std:
+            assert module.std.std().item() == pytest.approx(module.scale, rel=0.2), name
+
+
+def test_own_init_cfg_has_the_last_word():
+    pack = DDFPack(8, init_cfg=dict(type="Constant", layer="Conv2d", val=0.5, bias=0.25))
+    pack.init_weights()
+    assert (pack.spatial_branch[0].weight == 0.5).all()
+    assert (pack.channel_branch[1].bias == 0.25).all()
+
+
+@pytest.mark.parametrize("make", [DDFPack, DDFUpPack])
+@pytest.mark.parametrize(
+    "arguments, exception, message",
+    [
+        (dict(in_channels=0), ValueError, "in_channels must be at least 1, got 0"),
+        (dict(in_channels=8.0), TypeError, "in_channels must be an int"),
+        (dict(kernel_size=1), ValueError, "kernel_size must be at least 3, got 1"),
+        (dict(kernel_size=4), ValueError, "kernel_size must be odd"),
+        (dict(dilation=0), ValueError, "dilation must be at least 1"),
+        (dict(head=3), ValueError, "head must divide in_channels, got head 3, in_channels 8"),
+        (dict(se_ratio=0), ValueError, "se_ratio must be positive, got 0"),
+        (dict(kernel_combine="div"), ValueError, "kernel_combine must be 'mul' or 'add'"),
+        (dict(nonlinearity="none"), ValueError, "nonlinearity none"),
+    ],
+)
+def test_bad_arguments_are_named(make, arguments, exception, message):
+    with pytest.raises(exception, match=message):
+        make(**{"in_channels": 8, **arguments})
+
+
+def test_bad_arguments_of_one_layer_are_named():
+    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+        DDFPack(8, stride=0)
+    with pytest.raises(ValueError, match="scale_factor must be at least 1, got 0"):
+        DDFUpPack(8, scale_factor=0)
+    with pytest.raises(ValueError, match="dw_kernel_size must be odd.*got 2"):
+        DDFUpPack(8, dw_kernel_size=2)
+    with pytest.raises(ValueError, match="filter_type must be .*got 'both'"):
+        FilterNorm(1, 3, "both")
+
+
+def test_narrow_layers_keep_one_hidden_channel():
+    # int(2 * 0.2) is no channel at all.
+    pack = DDFPack(2)
+    assert shapes(pack)["channel_branch.1.weight"] == [1, 2, 1, 1]
+    assert pack(torch.randn(1, 2, 4, 4)).isfinite().all()
+
+
+def test_filter_norm_layer():
+    norm = FilterNorm(2, 3, "spatial", "relu", running_mean=True)
+    assert set(norm.state_dict()) == {"mean"}
+    assert norm.std == math.sqrt(2) / 3
+    x = torch.randn(2, 18, 4, 4)
+    want = filter_norm(x, 2, "spatial", norm.std) + norm.mean.view(1, 18, 1, 1)
+    torch.testing.assert_close(norm(x), want)
+    learned = FilterNorm(2, 3, "channel", running_std=True)
+    assert set(learned.state_dict()) == {"std"}
+    assert learned.std.shape == (18,)
