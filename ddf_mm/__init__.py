@@ -5,6 +5,9 @@ name; classes are registered on first use of ``type='ddf_mm.…'`` or by importi
 ``ddf_mm.models``.
 """
 
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+
 from ddf_mm.version import __version__
 
 try:
@@ -16,5 +19,12 @@ else:
     # only OpenMMLab's own packages otherwise. It takes the import name here, because the
     # configs are looked up beside the imported package.
     MODULE2PACKAGE.setdefault("ddf_mm", "ddf_mm")
+    # mmengine looks `mmseg::` up under the distribution name mmsegmentation, which the OneDL
+    # packages do not use; the import name works for them.
+    if find_spec("mmseg") is not None:
+        try:
+            distribution("mmsegmentation")
+        except PackageNotFoundError:
+            MODULE2PACKAGE["mmseg"] = "mmseg"
 
 __all__ = ["__version__"]

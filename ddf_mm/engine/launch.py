@@ -1,0 +1,458 @@
+"""From a config file and command line options to a ready :class:`mmengine.runner.Runner`.
+
+The functions change the config in place, so that the config which the runner dumps into the work
+folder is the one that ran.
+"""
+
+import contextlib
+import datetime
+import os
+import os.path as osp
+import pickle
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
+from torch import distributed as dist
+
+from ddf_mm.engine.cli import UserError
+
+DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+
+# What each launcher must have put into the environment, and what starts a job with it.
+_LAUNCHERS = {
+    "pytorch": (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        "tools/dist_train.sh, tools/dist_test.sh or torchrun",
+    ),
+    "slurm": (
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
+        "tools/slurm_train.sh, tools/slurm_test.sh or srun",
+    ),
+    "mpi": (
+        (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "MASTER_ADDR",
+        ),
+        "mpirun of Open MPI, with MASTER_ADDR set",
+    ),
+}
+
+
+def load_config(
+    filename: str,
+    cfg_options: dict | None = None,
+    work_dir: str | None = None,
+    launcher: str = "none",
+) -> Config:
+    """Read a config file and merge what every tool lets the command line override.
+
+    Args:
+        filename (str): Path of the config, relative to the current folder.
+        cfg_options (dict | None): Settings that override the config's, by dotted key.
+        work_dir (str | None): Overrides the config's; ``work_dirs/<name of the config>`` if
+            neither names one.
+        launcher (str): ``"none"``, ``"pytorch"``, ``"slurm"`` or ``"mpi"``.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        UserError: If the file is missing or no config, if an option does not fit the config, or
+            if the toolbox that its ``default_scope`` names cannot be imported.
+    """
+    if not osp.isfile(filename):
+        raise UserError(
+            f"config {filename!r} is not a file (current folder: {os.getcwd()!r})", exit_code=2
+        )
+    if not filename.endswith((".py", ".json", ".yaml", ".yml")):
+        raise UserError(
+            f"config {filename!r} must be a .py, .json, .yaml or .yml file", exit_code=2
+        )
+    cfg = Config.fromfile(filename)
+    if cfg_options:
+        try:
+            cfg.merge_from_dict(cfg_options)
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
+            message = error.args[0] if error.args else type(error).__name__
+            raise UserError(
+                f"--cfg-options {' '.join(cfg_options)} does not fit {filename}: {message}",
+                exit_code=2,
+            ) from error
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(filename))[0])
+    _import_toolbox(cfg)
+    return cfg
+
+
+def _import_toolbox(cfg: Config) -> None:
+    """Import the package that the config's default_scope names. mmengine would only log that it
+    is missing, and then not find the types that it registers."""
+    scope = cfg.get("default_scope")
+    if scope in (None, "mmengine"):
+        return
+    try:
+        import_module(scope)
+    except ModuleNotFoundError as error:
+        if error.name != scope:
+            raise UserError(f"default_scope {scope!r} cannot be imported: {error}") from error
+        package = MODULE2PACKAGE.get(scope, scope)
+        raise UserError(
+            f"the config's default_scope is {scope!r}, which is not installed: install the "
+            f"package {package} or its OneDL build"
+        ) from error
+    # The toolboxes assert that the version of mmcv suits them when they are imported.
+    except (AssertionError, ImportError) as error:
+        raise UserError(f"default_scope {scope!r} cannot be imported: {error}") from error
+
+
+def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
+    """Check that a config has what a tool is about to use.
+
+    Args:
+        cfg (Config): The config.
+        fields (Sequence[str]): Names that must be there and not None.
+        purpose (str): What they are needed for, for the error message.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    missing = [field for field in fields if cfg.get(field) is None]
+    if missing:
+        raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
+
+
+def require_checkpoint(path: str, option: str) -> None:
+    """Check the path of a checkpoint before anything slow happens.
+
+    Args:
+        path (str): A local path, or an address with a prefix that mmengine resolves.
+        option (str): How the command line calls it, for the error message.
+
+    Raises:
+        UserError: If it is a local path and no such file exists.
+    """
+    if "://" not in path and not osp.isfile(osp.expanduser(path)):
+        raise UserError(
+            f"{option} {path!r} is not a file (current folder: {os.getcwd()!r})", exit_code=2
+        )
+
+
+def dataset_configs(dataloader: ConfigDict) -> Iterator[ConfigDict]:
+    """The dataset of a data loader's config and, one after another, those that it wraps."""
+    dataset = dataloader.get("dataset")
+    while isinstance(dataset, dict):
+        yield dataset
+        dataset = dataset.get("dataset")
+
+
+def set_dataloader_defaults(
+    cfg: Config, pin_memory: bool = True, persistent_workers: bool = True
+) -> None:
+    """Give the data loaders what the toolbox's own tools give them, as far as the machine can.
+
+    mmpretrain's configs rely on its tools for ``collate_fn`` and for pinned memory; mmdet's and
+    mmseg's name what they need. ``num_workers=0`` switches off what only workers have, and a
+    machine without an accelerator pins nothing.
+
+    Args:
+        cfg (Config): The config.
+        pin_memory (bool): False switches pinned memory off.
+        persistent_workers (bool): False switches persistent workers off.
+    """
+    for name in DATALOADERS:
+        dataloader = cfg.get(name)
+        if not isinstance(dataloader, dict):
+            continue
+        if cfg.get("default_scope") == "mmpretrain":
+            dataloader.setdefault("pin_memory", True)
+            dataloader.setdefault("persistent_workers", True)
+            dataloader.setdefault("collate_fn", dict(type="default_collate"))
+        if not pin_memory or get_device() == "cpu":
+            dataloader.pin_memory = False
+        has_workers = dataloader.get("num_workers", 0) > 0
+        if not persistent_workers or not has_workers:
+            dataloader.persistent_workers = False
+        if not has_workers:
+            dataloader.pop("prefetch_factor", None)
+
+
+def _type_name(cfg: dict, default: str = "") -> str:
+    """The class name that a config's ``type`` stands for, without scope or module."""
+    kind = cfg.get("type", default)
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def _optim_wrappers(cfg: Config) -> Iterator[ConfigDict]:
+    """The optimizer wrapper's config, or those of a model with several optimizers."""
+    optim_wrapper = cfg.get("optim_wrapper")
+    if not isinstance(optim_wrapper, dict):
+        return
+    several = [v for v in optim_wrapper.values() if isinstance(v, dict) and "optimizer" in v]
+    yield from several if "optimizer" not in optim_wrapper and several else [optim_wrapper]
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision: ``AmpOptimWrapper`` with dynamic loss scaling, unless the config
+    says otherwise about the scale. :func:`adapt_to_device` replaces it where it does not work.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        UserError: If the config has another kind of optimizer wrapper.
+    """
+    for optim_wrapper in _optim_wrappers(cfg):
+        name = _type_name(optim_wrapper, "OptimWrapper")
+        if name not in ("OptimWrapper", "AmpOptimWrapper", "CPUAmpOptimWrapper"):
+            raise UserError(
+                f"--amp needs optim_wrapper.type 'OptimWrapper' or 'AmpOptimWrapper', but "
+                f"{cfg.filename} has {name!r}",
+                exit_code=2,
+            )
+        optim_wrapper.type = "AmpOptimWrapper"
+        optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate with the batch size.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        UserError: If the config does not say which batch size its learning rate is for.
+    """
+    if (cfg.get("auto_scale_lr") or {}).get("base_batch_size") is None:
+        raise UserError(
+            f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} lacks",
+            exit_code=2,
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def adapt_to_device(cfg: Config) -> list[str]:
+    """Replace what works on another device than this machine's only.
+
+    On a CPU: mixed precision runs in bfloat16, the distributed wrapper gets no device numbers,
+    and synchronized batch norm, which torch has for accelerators only, becomes batch norm. With
+    an accelerator, the bfloat16 wrapper for the CPU becomes ``AmpOptimWrapper`` again.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        list[str]: A line for each replacement, for the log.
+    """
+    notes = []
+    on_cpu = get_device() == "cpu"
+    old, new = "AmpOptimWrapper", "CPUAmpOptimWrapper"
+    if not on_cpu:
+        old, new = new, old
+    for optim_wrapper in _optim_wrappers(cfg):
+        if _type_name(optim_wrapper) == old:
+            optim_wrapper.type = new
+            notes.append(f"optim_wrapper: {new} instead of {old}, to suit a {get_device()} device")
+    if not on_cpu or cfg.get("launcher", "none") == "none":
+        return notes
+
+    if cfg.get("strategy") is None:
+        wrapper = cfg.get("model_wrapper_cfg") or dict(
+            find_unused_parameters=cfg.get("find_unused_parameters", False)
+        )
+        cfg.model_wrapper_cfg = dict(
+            dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False),
+            **wrapper,
+        )
+    replaced = sum(_replace_type(cfg.get(part), "SyncBN", "BN") for part in ("model", "norm_cfg"))
+    if cfg.pop("sync_bn", None) is not None or replaced:
+        notes.append("model: BN instead of SyncBN, which needs an accelerator")
+    return notes
+
+
+def _replace_type(node: object, old: str, new: str) -> int:
+    """Replace ``type=old`` everywhere below a config node; return how often."""
+    if isinstance(node, dict):
+        found = isinstance(node.get("type"), str) and _type_name(node) == old
+        if found:
+            node["type"] = new
+        return int(found) + sum(_replace_type(child, old, new) for child in node.values())
+    if isinstance(node, (list, tuple)):
+        return sum(_replace_type(child, old, new) for child in node)
+    return 0
+
+
+def init_distributed(cfg: Config) -> None:
+    """Check what the launcher set up and, on a CPU, start the process group.
+
+    mmengine starts it itself, but asks for a CUDA device even with the gloo backend; it leaves a
+    group that exists alone.
+
+    Args:
+        cfg (Config): The config, with ``launcher``.
+
+    Raises:
+        UserError: If the launcher's variables are not in the environment, or if it started more
+            processes than there are GPUs.
+    """
+    launcher = cfg.get("launcher", "none")
+    if launcher == "none":
+        return
+    variables, starters = _LAUNCHERS[launcher]
+    missing = [name for name in variables if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"--launcher {launcher} needs {', '.join(missing)} in the environment: start the job "
+            f"with {starters}",
+            exit_code=2,
+        )
+    if get_device() == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if launcher == "pytorch" and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--launcher pytorch started a process for GPU {local_rank}, but this machine "
+                f"has {torch.cuda.device_count()}",
+                exit_code=2,
+            )
+    if get_device() != "cpu" or dist.is_initialized():
+        return
+    _set_rendezvous_variables(launcher)
+    timeout = cfg.get("env_cfg", {}).get("dist_cfg", {}).get("timeout")
+    kwargs = {} if timeout is None else dict(timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group("gloo", **kwargs)
+
+
+def _set_rendezvous_variables(launcher: str) -> None:
+    """Name rank, world size and master as torch does, from what Slurm or Open MPI call them."""
+    if launcher == "slurm":
+        ours = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID")
+        if "MASTER_ADDR" not in os.environ:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.split()
+            os.environ["MASTER_ADDR"] = hosts[0]
+    elif launcher == "mpi":
+        ours = dict(
+            RANK="OMPI_COMM_WORLD_RANK",
+            WORLD_SIZE="OMPI_COMM_WORLD_SIZE",
+            LOCAL_RANK="OMPI_COMM_WORLD_LOCAL_RANK",
+        )
+    else:
+        return
+    for name, theirs in ours.items():
+        os.environ[name] = os.environ.get(theirs, "0")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def load_from_local_file(filename: str, map_location=None) -> dict:
+    """mmengine's loader of local checkpoints, with an error that names the file if it is none.
+
+    torch >= 2.6 loads tensors only, unless told which other types are harmless; the official
+    mmengine does not tell it about those that its own checkpoints hold.
+
+    Args:
+        filename (str): Path of the checkpoint.
+        map_location: As :func:`torch.load` takes it.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it is not a checkpoint.
+    """
+    allowed = contextlib.nullcontext()
+    if digit_version(TORCH_VERSION) >= digit_version("2.6.0"):
+        allowed = torch.serialization.safe_globals(_checkpoint_types())
+    try:
+        with allowed:
+            checkpoint = load_from_local(filename, map_location)
+    except FileNotFoundError:
+        raise
+    # What torch raises depends on how the file is broken: an unknown format, a truncated
+    # archive, an empty file or a pickle of something else.
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{filename!r} is not a checkpoint that torch can read: {reason[0]}"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(
+            f"{filename!r} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of "
+            "weights, or one with a 'state_dict'"
+        )
+    return checkpoint
+
+
+def _history_statistic(owner: type, name: str):
+    """The ``getattr`` of checkpoints, which finds the statistics of the log's history only."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) in a checkpoint")
+    return getattr(owner, name)
+
+
+def _checkpoint_types() -> list:
+    """What a checkpoint of mmengine holds besides tensors: the history of the log, in numpy."""
+    reconstruct = np.empty(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.int64, np.uint32)]
+    methods = (_history_statistic, "builtins.getattr")
+    return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, methods]
+
+
+class TrainingStateCheck(Hook):
+    """Refuses to resume from a checkpoint that holds weights only.
+
+    Raises:
+        UserError: Once such a checkpoint has been read, before anything is taken from it.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check what :meth:`mmengine.runner.Runner.resume` is about to read."""
+        meta = checkpoint.get("meta") or {}
+        missing = [f"meta.{key}" for key in ("epoch", "iter") if key not in meta]
+        if "message_hub" not in checkpoint:
+            missing.append("message_hub")
+        if missing:
+            raise UserError(
+                f"--resume needs a checkpoint of a training run, but this one lacks "
+                f"{', '.join(missing)}: start from its weights with --cfg-options load_from=…"
+            )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Adapt a config to the machine and build its runner.
+
+    Args:
+        cfg (Config): The config of :func:`load_config`, complete with what the command line asks.
+
+    Returns:
+        Runner: A :class:`mmengine.runner.Runner`, or what the config's ``runner_type`` names.
+    """
+    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+    notes = adapt_to_device(cfg)
+    init_distributed(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    return runner

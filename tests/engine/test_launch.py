@@ -1,0 +1,282 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from ddf_mm.engine import launch
+from ddf_mm.engine.cli import UserError
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch):
+    monkeypatch.setattr(launch, "get_device", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(launch, "get_device", lambda: "cpu")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text: str, name: str = "my_model.py") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_load_config_merges_the_command_line(config_file):
+    path = config_file("model = dict(blocks=[dict(depth=1), dict(depth=2)])\nlr = 1")
+    cfg = launch.load_config(path, {"model.blocks.1.depth": 3, "lr": 2}, launcher="slurm")
+    assert [block.depth for block in cfg.model.blocks] == [1, 3]
+    assert (cfg.lr, cfg.launcher) == (2, "slurm")
+    assert cfg.work_dir == "work_dirs/my_model"
+
+
+def test_work_dir_command_line_before_config_before_name(config_file):
+    path = config_file("work_dir = 'from_config'")
+    assert launch.load_config(path).work_dir == "from_config"
+    assert launch.load_config(path, work_dir="given").work_dir == "given"
+
+
+def test_toolbox_that_cannot_be_imported(config_file, tmp_path, monkeypatch):
+    (tmp_path / "picky_toolbox.py").write_text("assert False, 'mmcv 9 is too new'")
+    (tmp_path / "poor_toolbox.py").write_text("import not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    for scope, match in (
+        ("picky_toolbox", "'picky_toolbox' cannot be imported: mmcv 9 is too new"),
+        ("poor_toolbox", "'poor_toolbox' cannot be imported: No module named 'not_installed'"),
+        ("mmocr", "'mmocr', which is not installed: install the package mmocr"),
+    ):
+        with pytest.raises(UserError, match=match):
+            launch.load_config(config_file(f"default_scope = '{scope}'"))
+
+
+def test_require_checkpoint(tmp_path):
+    for address in ("https://host/a.pth", "torchvision://resnet50", "s3://bucket/a.pth"):
+        launch.require_checkpoint(address, "checkpoint")
+    checkpoint = tmp_path / "a.pth"
+    checkpoint.touch()
+    launch.require_checkpoint(str(checkpoint), "checkpoint")
+    for path in (tmp_path, tmp_path / "b.pth"):
+        with pytest.raises(UserError, match="--resume .* is not a file"):
+            launch.require_checkpoint(str(path), "--resume")
+
+
+def test_require_fields():
+    cfg = Config(dict(model=dict(), train_cfg=None), filename="a.py", cfg_text="#")
+    launch.require_fields(cfg, ["model"], "this")
+    with pytest.raises(UserError, match="a.py lacks train_cfg, optim_wrapper, needed for this"):
+        launch.require_fields(cfg, ["model", "train_cfg", "optim_wrapper"], "this")
+
+
+def test_dataloaders_of_mmpretrain(device):
+    cfg = Config(
+        dict(
+            default_scope="mmpretrain",
+            train_dataloader=dict(num_workers=2),
+            val_dataloader=dict(num_workers=0, prefetch_factor=2, collate_fn=dict(type="mine")),
+            test_dataloader=None,
+        )
+    )
+    launch.set_dataloader_defaults(cfg)
+    has_gpu = device == "cuda"
+    assert cfg.train_dataloader == dict(
+        num_workers=2,
+        pin_memory=has_gpu,
+        persistent_workers=True,
+        collate_fn=dict(type="default_collate"),
+    )
+    assert cfg.val_dataloader == dict(
+        num_workers=0, pin_memory=has_gpu, persistent_workers=False, collate_fn=dict(type="mine")
+    )
+
+
+def test_dataloaders_of_other_toolboxes_keep_their_collate_fn(device):
+    loader = dict(num_workers=2, persistent_workers=True)
+    cfg = Config(dict(default_scope="mmdet", train_dataloader=loader))
+    launch.set_dataloader_defaults(cfg)
+    assert "collate_fn" not in cfg.train_dataloader
+    assert cfg.train_dataloader.persistent_workers is True
+    launch.set_dataloader_defaults(cfg, pin_memory=False, persistent_workers=False)
+    assert cfg.train_dataloader.pin_memory is False
+    assert cfg.train_dataloader.persistent_workers is False
+
+
+@pytest.mark.parametrize(
+    "optim_wrapper",
+    [
+        dict(optimizer=dict(type="SGD")),
+        dict(type="OptimWrapper", optimizer=dict(type="SGD")),
+        dict(type="mmengine.OptimWrapper", optimizer=dict(type="SGD")),
+        dict(type="AmpOptimWrapper", optimizer=dict(type="SGD")),
+        dict(type="CPUAmpOptimWrapper", optimizer=dict(type="SGD")),
+    ],
+)
+def test_amp_suits_the_device(device, optim_wrapper):
+    cfg = Config(dict(optim_wrapper=optim_wrapper))
+    launch.enable_amp(cfg)
+    notes = launch.adapt_to_device(cfg)
+    expected = dict(cpu="CPUAmpOptimWrapper", cuda="AmpOptimWrapper")[device]
+    assert cfg.optim_wrapper.type == expected
+    assert cfg.optim_wrapper.loss_scale == "dynamic"
+    assert len(notes) == (device == "cpu")
+
+
+def test_amp_keeps_the_loss_scale():
+    cfg = Config(dict(optim_wrapper=dict(loss_scale=512.0, optimizer=dict(type="SGD"))))
+    launch.enable_amp(cfg)
+    assert cfg.optim_wrapper.loss_scale == 512.0
+
+
+def test_amp_of_several_optimizers(on_cpu):
+    one = dict(type="OptimWrapper", optimizer=dict(type="SGD"))
+    cfg = Config(dict(optim_wrapper=dict(constructor="Mine", generator=one, critic=dict(one))))
+    launch.enable_amp(cfg)
+    assert len(launch.adapt_to_device(cfg)) == 2
+    assert cfg.optim_wrapper.generator.type == cfg.optim_wrapper.critic.type
+    assert cfg.optim_wrapper.critic.type == "CPUAmpOptimWrapper"
+    assert "type" not in cfg.optim_wrapper
+
+
+def test_cpu_wrapper_of_a_dumped_config_becomes_the_gpus(monkeypatch):
+    monkeypatch.setattr(launch, "get_device", lambda: "cuda")
+    optim_wrapper = dict(type="CPUAmpOptimWrapper", optimizer=dict(type="SGD"))
+    cfg = Config(dict(optim_wrapper=optim_wrapper))
+    assert "AmpOptimWrapper instead of CPUAmpOptimWrapper" in launch.adapt_to_device(cfg)[0]
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_amp_refuses_another_wrapper():
+    cfg = Config(dict(optim_wrapper=dict(type="ApexOptimWrapper", optimizer=dict())))
+    with pytest.raises(UserError, match="--amp needs .* has 'ApexOptimWrapper'"):
+        launch.enable_amp(cfg)
+
+
+def test_auto_scale_lr():
+    cfg = Config(dict(auto_scale_lr=dict(base_batch_size=16, enable=False)))
+    launch.enable_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr.enable is True
+    for broken in (dict(), dict(auto_scale_lr=None), dict(auto_scale_lr=dict(enable=False))):
+        with pytest.raises(UserError, match="auto_scale_lr.base_batch_size"):
+            launch.enable_auto_scale_lr(Config(broken))
+
+
+def _distributed_config(**kwargs) -> Config:
+    norm = dict(type="SyncBN", requires_grad=True)
+    model = dict(backbone=dict(norm_cfg=norm), heads=[dict(norm_cfg=dict(type="mmseg.SyncBN"))])
+    return Config(dict(launcher="pytorch", model=model, sync_bn="torch", **kwargs))
+
+
+def test_distributed_on_a_cpu(on_cpu):
+    cfg = _distributed_config(find_unused_parameters=True)
+    notes = launch.adapt_to_device(cfg)
+    assert cfg.model_wrapper_cfg == dict(
+        type="MMDistributedDataParallel",
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+    )
+    assert cfg.model.backbone.norm_cfg == dict(type="BN", requires_grad=True)
+    assert cfg.model.heads[0].norm_cfg.type == "BN"
+    assert "sync_bn" not in cfg
+    assert len(notes) == 1
+
+
+def test_distributed_on_a_cpu_keeps_the_configs_wrapper(on_cpu):
+    cfg = _distributed_config(model_wrapper_cfg=dict(type="Mine", broadcast_buffers=True))
+    launch.adapt_to_device(cfg)
+    assert cfg.model_wrapper_cfg == dict(type="Mine", device_ids=None, broadcast_buffers=True)
+
+
+@pytest.mark.parametrize("launcher", ["none", "pytorch"])
+def test_a_gpu_and_a_single_process_keep_sync_bn(monkeypatch, launcher):
+    """mmengine reverts it itself in a single process."""
+    monkeypatch.setattr(launch, "get_device", lambda: "cpu" if launcher == "none" else "cuda")
+    cfg = _distributed_config()
+    cfg.launcher = launcher
+    assert launch.adapt_to_device(cfg) == []
+    assert cfg.model.backbone.norm_cfg.type == "SyncBN"
+    assert "model_wrapper_cfg" not in cfg
+
+
+@pytest.mark.parametrize("launcher", ["pytorch", "slurm", "mpi"])
+def test_launcher_variables(monkeypatch, launcher):
+    names, _ = launch._LAUNCHERS[launcher]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=f"--launcher {launcher} needs {', '.join(names)} in"):
+        launch.init_distributed(Config(dict(launcher=launcher)))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(launch, "get_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in launch._LAUNCHERS["pytorch"][0]:
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="a process for GPU 2, but this machine has 2"):
+        launch.init_distributed(Config(dict(launcher="pytorch")))
+
+
+def test_checkpoint_without_unpickling_code(tmp_path):
+    """What mmengine saves loads with torch's restricted unpickler; the log's history names its
+    methods by `getattr`, which must not reach anything else."""
+    path = str(tmp_path / "a.pth")
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    history.update(np.float64(3.0), 2)
+    saved = dict(
+        state_dict=dict(weight=torch.ones(2)),
+        message_hub=dict(log_scalars=dict(loss=history), runtime_info=dict(best=np.int64(4))),
+    )
+    torch.save(saved, path)
+    with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
+        torch.load(path, weights_only=True)
+    with torch.serialization.safe_globals(launch._checkpoint_types()):
+        loaded = torch.load(path, weights_only=True)
+    assert loaded["message_hub"]["log_scalars"]["loss"].current() == 3.0
+    assert launch.load_from_local_file(path)["message_hub"]["runtime_info"]["best"] == 4
+
+
+class _Attack:
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "__init__")
+
+
+def test_getattr_of_a_checkpoint_reaches_statistics_only(tmp_path):
+    path = str(tmp_path / "a.pth")
+    torch.save(dict(state_dict=_Attack()), path)
+    with (
+        torch.serialization.safe_globals(launch._checkpoint_types()),
+        pytest.raises(pickle.UnpicklingError, match="__init__"),
+    ):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\x03\x04" + bytes(100)])
+def test_unreadable_checkpoint(tmp_path, content):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a.pth' is not a checkpoint that torch can read"):
+        launch.load_from_local_file(str(path))
+
+
+def test_missing_checkpoint_stays_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        launch.load_from_local_file(str(tmp_path / "a.pth"))
+
+
+def test_training_state_check():
+    check = launch.TrainingStateCheck()
+    check.after_load_checkpoint(None, dict(meta=dict(epoch=1, iter=2), message_hub={}))
+    for checkpoint, missing in (
+        (dict(weight=1), "meta.epoch, meta.iter, message_hub"),
+        (dict(meta=dict(epoch=1, iter=2), state_dict={}), "lacks message_hub"),
+    ):
+        with pytest.raises(UserError, match=missing):
+            check.after_load_checkpoint(None, checkpoint)

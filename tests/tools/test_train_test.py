@@ -1,0 +1,476 @@
+"""``tools/train.py`` and ``tools/test.py``, run on tiny trainings of a real toolbox on a CPU.
+
+The runs share one import of the toolbox, which takes longer than all of them: a server process
+imports it and forks a child for each run, which then is the script as ``__main__`` in a process
+of its own. One run, the first, is a plain subprocess.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork") or find_spec("mmpretrain") is None,
+    reason="needs mmpretrain, and a system that forks processes",
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, TEST = ROOT / "tools" / "train.py", ROOT / "tools" / "test.py"
+
+CONFIG = """
+custom_imports = dict(imports=["recorder"], allow_failed_imports=False)
+default_scope = "mmpretrain"
+model = dict(
+    type="ImageClassifier",
+    data_preprocessor=dict(num_classes=2, mean=[127.0] * 3, std=[64.0] * 3, to_rgb=True),
+    backbone=dict(type="ResNet_CIFAR", depth=18, base_channels=4, stem_channels=4, num_stages=2,
+                  strides=(1, 2), dilations=(1, 1), out_indices=(1,)),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=2, in_channels=8, topk=(1,),
+              loss=dict(type="CrossEntropyLoss")),
+)
+pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
+    dataset=dict(type="CustomDataset", data_root="../data", data_prefix="train",
+                 pipeline=pipeline))
+val_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(type="CustomDataset", data_root="../data", data_prefix="val",
+                 pipeline=pipeline))
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(type="Accuracy", topk=(1,))
+train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9))
+param_scheduler = dict(type="LinearLR", start_factor=0.5, by_epoch=True, end=4)
+visualizer = dict(type="UniversalVisualizer", vis_backends=[dict(type="LocalVisBackend")])
+custom_hooks = [dict(type="Recorder")]
+"""
+
+RECORDER = '''
+"""Writes down what happened in a run, and a hook with a fault."""
+import json
+from pathlib import Path
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class Recorder(Hook):
+    def __init__(self):
+        self.record = dict(dtypes=[], epochs=[], parameter_dtypes=[])
+
+    def before_run(self, runner):
+        model = getattr(runner.model, "module", runner.model)
+        model = getattr(model, "module", model)
+        conv = model.backbone.conv1
+        conv.register_forward_hook(lambda _, args, out: self.note("dtypes", out.dtype))
+        self.note("parameter_dtypes", conv.weight.dtype)
+
+    def note(self, key, value):
+        if str(value) not in self.record[key]:
+            self.record[key].append(str(value))
+
+    def before_train_epoch(self, runner):
+        self.record["epochs"].append(runner.epoch)
+        self.record["lr"] = runner.optim_wrapper.get_lr()["lr"]
+
+    def after_run(self, runner):
+        self.record["optim_wrapper"] = type(runner.optim_wrapper).__name__
+        self.record["deterministic"] = runner.deterministic
+        self.record["seed"] = runner.seed
+        Path(runner.work_dir, "record.json").write_text(json.dumps(self.record))
+
+
+@HOOKS.register_module()
+class FaultyHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        {}["no such key"]
+'''
+
+SERVER = '''
+"""Reads runs, one JSON object per line, and answers each with its exit status."""
+import gc
+import json
+import os
+import runpy
+import sys
+
+import matplotlib.pyplot
+from mmengine.utils.dl_utils import collect_env
+from mmpretrain.utils import register_all_modules
+
+import ddf_mm.engine.evaluation
+
+register_all_modules(init_default_scope=False)
+collect_env()  # for what it imports
+# The datasets collect garbage, which need not look at all that was imported.
+gc.freeze()
+for line in sys.stdin:
+    run = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.chdir(run["cwd"])
+        os.environ.update(run["env"])
+        sys.argv = run["argv"]
+        # As when Python starts: the folder of the script, and no other script's.
+        sys.path[0] = os.path.dirname(run["argv"][0])
+        code = 0
+        try:
+            runpy.run_path(run["argv"][0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+'''
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    # Warnings of the toolboxes about optional parts of mmcv are none of the tools' errors.
+    return dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]),
+        OMP_NUM_THREADS="1",
+        PYTHONWARNINGS="ignore",
+        CUDA_VISIBLE_DEVICES="-1",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder, with a blank in its name, of images, a config and the module it imports."""
+    folder = tmp_path_factory.mktemp("a project")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in ("cat", "dog"):
+            images = folder / "data" / split / label
+            images.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(images / f"{i}.png")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny.py").write_text(CONFIG)
+    (folder / "recorder.py").write_text(RECORDER)
+    (folder / "here").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Run a script from a working directory that holds neither the config nor the project."""
+    server_script = folder / "server.py"
+    server_script.write_text(SERVER)
+    server = subprocess.Popen(
+        [sys.executable, server_script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(folder),
+    )
+
+    def run_script(script: Path, *arguments: object, env: dict | None = None) -> SimpleNamespace:
+        request = dict(
+            argv=[str(script), *map(str, arguments)],
+            cwd=str(folder / "here"),
+            env=env or {},
+            stdout=str(folder / "stdout.txt"),
+            stderr=str(folder / "stderr.txt"),
+        )
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        # What the toolboxes print while they are imported comes before the answer.
+        for line in server.stdout:
+            if line.strip().lstrip("-").isdecimal():
+                break
+        else:
+            pytest.fail(f"the server ended with status {server.wait()}")
+        return SimpleNamespace(
+            code=int(line),
+            stdout=(folder / "stdout.txt").read_text(),
+            stderr=(folder / "stderr.txt").read_text(),
+        )
+
+    yield run_script
+    server.stdin.close()
+    server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """The work folder of two epochs, trained with options that must not get in each other's way."""
+    process = subprocess.run(
+        [sys.executable, TRAIN, "../configs/tiny.py", "--seed", "7", "--deterministic"],
+        cwd=folder / "here",
+        env=_environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder / "here" / "work_dirs" / "tiny"
+
+
+def _record(work_dir: Path) -> dict:
+    return json.loads((work_dir / "record.json").read_text())
+
+
+def test_train_from_another_folder(trained):
+    record = _record(trained)
+    assert record["epochs"] == [0, 1]
+    assert record["dtypes"] == ["torch.float32"]
+    assert record["optim_wrapper"] == "OptimWrapper"
+    assert (record["seed"], record["deterministic"]) == (7, True)
+    assert {path.name for path in trained.glob("*.pth")} == {"epoch_1.pth", "epoch_2.pth"}
+
+
+@pytest.mark.parametrize("resume", ["auto", "checkpoint"])
+def test_resume_goes_on_at_the_next_epoch(run, folder, trained, resume):
+    work_dir = folder / f"resume_{resume}"
+    work_dir.mkdir()
+    if resume == "auto":
+        (work_dir / "last_checkpoint").write_text(str(trained / "epoch_1.pth"))
+        arguments = ["--resume"]
+    else:
+        arguments = ["--resume", "work_dirs/tiny/epoch_1.pth"]
+    result = run(TRAIN, "../configs/tiny.py", "--work-dir", work_dir, *arguments)
+    assert result.code == 0, result.stderr
+    assert _record(work_dir)["epochs"] == [1]
+    resumed, straight = (
+        torch.load(path / "epoch_2.pth", weights_only=False)["param_schedulers"]
+        for path in (work_dir, trained)
+    )
+    assert resumed == straight
+
+
+def test_amp_trains_in_bfloat16(run, folder, trained):
+    result = run(
+        TRAIN, "../configs/tiny.py", "--work-dir", "../amp", "--amp", "--no-validate",
+        "--cfg-options", "train_cfg.max_epochs=1",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    record = _record(folder / "amp")
+    assert record["dtypes"] == ["torch.bfloat16"]
+    assert record["parameter_dtypes"] == ["torch.float32"]
+    assert record["optim_wrapper"] == "CPUAmpOptimWrapper"
+    assert result.stdout.count("CPUAmpOptimWrapper instead of AmpOptimWrapper") == 1
+    assert "accuracy/top1" not in result.stdout
+
+
+def test_config_written_for_a_gpu(run, folder):
+    """AmpOptimWrapper with float16, one worker process, settings that only workers have."""
+    result = run(
+        TRAIN, "../configs/tiny.py", "--work-dir", "../gpu_config", "--auto-scale-lr",
+        "--cfg-options", "train_cfg.max_epochs=1", "optim_wrapper.type=AmpOptimWrapper",
+        "optim_wrapper.dtype=float16", "auto_scale_lr.base_batch_size=8",
+        "train_dataloader.persistent_workers=True", "train_dataloader.prefetch_factor=2",
+        "val_dataloader.num_workers=1",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    record = _record(folder / "gpu_config")
+    assert record["dtypes"] == ["torch.bfloat16", "torch.float32"]  # training, validation
+    # Batches of 4 halve the rate that is meant for 8, warm-up halves it again.
+    assert record["lr"] == pytest.approx([0.01 / 4])
+
+
+def test_slurm_without_a_gpu(run, folder):
+    result = run(
+        TRAIN, "../configs/tiny.py", "--work-dir", "../slurm", "--launcher", "slurm",
+        "--cfg-options", "train_cfg.max_epochs=1",
+        env=dict(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="0", SLURM_NODELIST="n1",
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT="29417"),
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert _record(folder / "slurm")["epochs"] == [0]
+    assert "device_ids=None" in (folder / "slurm" / "tiny.py").read_text()
+
+
+def test_evaluate(run, folder, trained):
+    result = run(
+        TEST, "../configs/tiny.py", "work_dirs/tiny/epoch_2.pth", "--work-dir", "../tested",
+        "--out", "../metrics.json", "--out-item", "metrics", "--show-dir", "../shown",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() == {"accuracy/top1"}
+    assert f"accuracy/top1: {metrics['accuracy/top1']:.4f}" in result.stdout
+    assert len(list((folder / "shown").glob("*.png"))) == 2  # cat/0 and dog/0 share a name
+    assert _record(folder / "tested")["dtypes"] == ["torch.float32"]
+
+
+def test_evaluate_with_amp_and_tta(run, folder, trained):
+    result = run(
+        TEST, "../configs/tiny.py", trained / "epoch_2.pth", "--work-dir", "../tested_amp",
+        "--amp", "--tta", "--out", "../predictions.pkl",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    predictions = pickle.loads((folder / "predictions.pkl").read_bytes())
+    assert len(predictions) == 4
+    assert {sample["pred_score"].numel() for sample in predictions} == {2}
+    assert _record(folder / "tested_amp")["dtypes"] == ["torch.bfloat16"]
+    assert "AverageClsScoreTTA" in (folder / "tested_amp" / "tiny.py").read_text()
+
+
+CFG = "../configs/tiny.py"
+DATASET = "train_dataloader.dataset"
+
+TRAIN_ERRORS = {
+    "no config": (["nowhere.py"], 2, ["'nowhere.py'"]),
+    "folder as config": (["../configs"], 2, ["'../configs'"]),
+    "not a config": (["../notes.txt"], 2, ["../notes.txt", ".py"]),
+    "option without value": ([CFG, "--cfg-options", "depth"], 2, ["'depth'", "KEY=VALUE"]),
+    "brackets": ([CFG, "--cfg-options", "a=[1,2"], 2, ["a=[1,2"]),
+    "option below a number": (
+        [CFG, "--cfg-options", "model.backbone.depth.x=1"],
+        2,
+        ["--cfg-options model.backbone.depth.x"],
+    ),
+    "unknown option": ([CFG, "--fast"], 2, ["--fast"]),
+    "toolbox": ([CFG, "--cfg-options", "default_scope=mmocr"], 1, ["'mmocr'", "install"]),
+    "base of a toolbox": (["../configs/base.py"], 1, ["mmocr"]),
+    "missing base": (["../configs/missing_base.py"], 1, ["no_such_base.py"]),
+    "custom import": (["../configs/import.py"], 1, ["no_such_module"]),
+    "unknown type": ([CFG, "--cfg-options", "model.backbone.type=NoNet"], 1, ["'NoNet'"]),
+    "unknown scoped type": (
+        [CFG, "--cfg-options", "model.backbone.type=mmpretrain.NoNet"],
+        1,
+        ["'mmpretrain.NoNet'"],
+    ),
+    "data folder": ([CFG, "--cfg-options", f"{DATASET}.data_root=no_data"], 1, ["no_data"]),
+    "annotation file": ([CFG, "--cfg-options", f"{DATASET}.ann_file=no.txt"], 1, ["no.txt"]),
+    "empty data folder": ([CFG, "--cfg-options", f"{DATASET}.data_root=../empty"], 1, ["empty"]),
+    "image, in a worker": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../images.txt",
+         "train_dataloader.num_workers=1"],
+        1,
+        ["gone.png"],
+    ),
+    "no such checkpoint": ([CFG, "--resume", "no.pth"], 2, ["--resume", "'no.pth'"]),
+    "garbage": ([CFG, "--resume", "../garbage.pth"], 1, ["'../garbage.pth'"]),
+    "weights only": ([CFG, "--resume", "../weights.pth"], 1, ["meta.epoch", "message_hub"]),
+    "other wrapper": (
+        [CFG, "--amp", "--cfg-options", "optim_wrapper.type=ApexOptimWrapper"],
+        2,
+        ["--amp", "ApexOptimWrapper"],
+    ),
+    "no base batch size": ([CFG, "--auto-scale-lr"], 2, ["auto_scale_lr.base_batch_size"]),
+    "nothing to train": ([CFG, "--cfg-options", "train_cfg=None"], 1, ["train_cfg"]),
+    "no launcher": ([CFG, "--launcher", "pytorch"], 2, ["WORLD_SIZE", "dist_train.sh"]),
+}  # fmt: skip
+
+TEST_ERRORS = {
+    "no config": (["nowhere.py", "../garbage.pth"], 2, ["'nowhere.py'"]),
+    "no checkpoint": ([CFG, "no.pth"], 2, ["checkpoint", "'no.pth'"]),
+    "garbage": ([CFG, "../garbage.pth"], 1, ["'../garbage.pth'"]),
+    "empty file": ([CFG, "../empty.pth"], 1, ["'../empty.pth'"]),
+    "truncated": ([CFG, "../truncated.pth"], 1, ["'../truncated.pth'"]),
+    "no dict": ([CFG, "../list.pth"], 1, ["'../list.pth'", "list"]),
+    "other model": (
+        [CFG, "../weights.pth"],
+        1,
+        ["'../weights.pth'", "unexpected: extra.weight", "of another size: head.fc.weight",
+         "missing: backbone.bn1.bias", "--allow-partial"],
+    ),
+    "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
+    "format of the metrics": (
+        [CFG, "../garbage.pth", "--out", "m.txt", "--out-item", "metrics"],
+        2,
+        ["'m.txt'", ".json"],
+    ),
+    "format of the predictions": ([CFG, "../garbage.pth", "--out", "out"], 2, ["'out'", ".pkl"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken_files(folder, trained):
+    (folder / "notes.txt").write_text("not a config")
+    (folder / "configs" / "base.py").write_text("_base_ = 'mmocr::textdet/model.py'\n")
+    (folder / "configs" / "missing_base.py").write_text("_base_ = 'no_such_base.py'\n")
+    (folder / "configs" / "import.py").write_text(
+        "custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)\n"
+    )
+    for label in ("cat", "dog"):
+        (folder / "empty" / "train" / label).mkdir(parents=True)
+    (folder / "images.txt").write_text("gone.png 0\n" * 4)
+    (folder / "garbage.pth").write_bytes(bytes(range(256)) * 8)
+    (folder / "empty.pth").write_bytes(b"")
+    checkpoint = trained / "epoch_2.pth"
+    (folder / "truncated.pth").write_bytes(checkpoint.read_bytes()[:-2000])
+    torch.save([1, 2], folder / "list.pth")
+    weights = torch.load(checkpoint, weights_only=False)["state_dict"]
+    del weights["backbone.bn1.bias"]
+    weights["extra.weight"] = torch.zeros(1)
+    weights["head.fc.weight"] = torch.zeros(3, 8)
+    torch.save(weights, folder / "weights.pth")
+
+
+def _check_one_line(result, prog, code, mentions):
+    assert result.code == code, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{prog}: error: ")
+    for mention in mentions:
+        assert mention in lines[0]
+
+
+@pytest.mark.parametrize("case", TRAIN_ERRORS)
+def test_train_error_is_one_line(run, broken_files, case):
+    arguments, code, mentions = TRAIN_ERRORS[case]
+    result = run(TRAIN, *arguments, "--work-dir", "../error")
+    _check_one_line(result, "train.py", code, mentions)
+
+
+@pytest.mark.parametrize("case", TEST_ERRORS)
+def test_test_error_is_one_line(run, broken_files, case):
+    arguments, code, mentions = TEST_ERRORS[case]
+    result = run(TEST, *arguments, "--work-dir", "../error")
+    _check_one_line(result, "test.py", code, mentions)
+
+
+def test_partial_checkpoint_on_request(run, broken_files):
+    result = run(TEST, CFG, "../weights.pth", "--work-dir", "../partial", "--allow-partial")
+    assert result.code == 0, result.stderr
+    assert "accuracy/top1" in result.stdout
+
+
+def test_fault_of_the_code_keeps_its_traceback(run, broken_files):
+    result = run(
+        TRAIN, CFG, "--work-dir", "../error", "--cfg-options", "custom_hooks.0.type=FaultyHook"
+    )
+    assert result.code == 1
+    assert "Traceback" in result.stderr
+    assert "in before_train_iter" in result.stderr
+
+
+def test_traceback_on_request(run, broken_files):
+    arguments, code, _ = TRAIN_ERRORS["data folder"]
+    result = run(TRAIN, *arguments, "--work-dir", "../error", env=dict(DDF_MM_TRACEBACK="1"))
+    assert result.code == code
+    assert "Traceback" in result.stderr
+    assert "FileNotFoundError" in result.stderr
+
+
+@pytest.mark.parametrize("script", [TRAIN, TEST])
+def test_help_names_the_traceback_variable(run, script):
+    result = run(script, "--help")
+    assert result.code == 0
+    assert "DDF_MM_TRACEBACK=1" in result.stdout
