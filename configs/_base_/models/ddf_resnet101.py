@@ -1,0 +1,3 @@
+_base_ = "ddf_resnet50.py"
+
+model = dict(backbone=dict(depth=101))
