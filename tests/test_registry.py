@@ -135,15 +135,3 @@ def test_ops_need_torch_only():
         print(tuple(ddf(torch.randn(1, 4, 5, 5), None, torch.randn(1, 9, 5, 5)).shape))
     """)
     assert out == "(1, 4, 5, 5)"
-
-
-def test_a_folder_named_like_the_package_does_not_hide_it(tmp_path):
-    (tmp_path / "ddf_mm").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", "import ddf_mm.ops; print(ddf_mm.__file__)"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("__init__.py")

@@ -15,6 +15,7 @@ from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
 # (mmengine's `efficient_conv_bn_eval` traces models).
 torch.fx.wrap("ddf")
 
+
 def _reset_branches(pack: nn.Module) -> None:
     """Starts the filter branches anew, whatever an enclosing module's ``init_cfg`` did to them."""
     for module in pack.modules():
@@ -30,7 +31,9 @@ def _check_pack_arguments(
     check_int("dilation", dilation, 1)
     check_int("head", head, 1)
     if in_channels % head:
-        raise ValueError(f"head must divide in_channels, got head {head}, in_channels {in_channels}")
+        raise ValueError(
+            f"head must divide in_channels, got head {head}, in_channels {in_channels}"
+        )
     if not se_ratio > 0:
         raise ValueError(f"se_ratio must be positive, got {se_ratio}")
     check_combine(combine)
@@ -244,7 +247,8 @@ class DDFUpPack(BaseModule):
         k = self.kernel_size
         guides = self._guides(x, joint_x)
         channel_filter = torch.stack(
-            [branch(x).unflatten(1, (self.in_channels, k, k)) for branch in self.channel_branch], dim=1
+            [branch(x).unflatten(1, (self.in_channels, k, k)) for branch in self.channel_branch],
+            dim=1,
         )
         spatial_filter = torch.stack(
             [branch(guide) for branch, guide in zip(self.spatial_branch, guides, strict=True)],

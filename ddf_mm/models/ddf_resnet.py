@@ -405,7 +405,9 @@ class DDFResNet(BaseModule):
         num_blocks = self.stage_blocks[stage]
         dilations = [self.dilations[stage]] * num_blocks
         if self.multi_grid is not None and stage == self.num_stages - 1:
-            _check_per_stage("multi_grid", self.multi_grid, num_blocks, of="block of the last stage")
+            _check_per_stage(
+                "multi_grid", self.multi_grid, num_blocks, of="block of the last stage"
+            )
             dilations = list(self.multi_grid)
         elif self.contract_dilation and dilations[0] > 1:
             dilations[0] //= 2
@@ -560,4 +562,4 @@ def _rename_conv_module_stem(
         for part, index in (("conv", 3 * i), ("bn", 3 * i + 1)):
             old = f"{prefix}stem.{i}.{part}."
             for key in [k for k in state_dict if k.startswith(old)]:
-                state_dict[f"{prefix}stem.{index}.{key[len(old):]}"] = state_dict.pop(key)
+                state_dict[f"{prefix}stem.{index}.{key[len(old) :]}"] = state_dict.pop(key)

@@ -139,7 +139,5 @@ def check_ddf_arguments(
             f"{width // stride}), got {out_h}x{out_w}"
         )
     if 0 in (out_h, out_w):
-        raise ValueError(
-            f"spatial_filter must have at least one pixel, got {out_h}x{out_w}"
-        )
+        raise ValueError(f"spatial_filter must have at least one pixel, got {out_h}x{out_w}")
     return out_h, out_w, groups

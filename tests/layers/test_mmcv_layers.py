@@ -16,10 +16,18 @@ def test_conv_layer_has_the_attributes_and_output_size_of_conv2d(stride, dilatio
     arguments = dict(stride=stride, padding=dilation * (k // 2), dilation=dilation, groups=groups)
     ours = build_conv_layer(dict(type="DDF"), 8, 8, k, **arguments)
     theirs = nn.Conv2d(8, 8, k, **arguments)
-    for name in (
-        "in_channels out_channels kernel_size stride padding dilation groups transposed "
-        "output_padding padding_mode"
-    ).split():
+    for name in [
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "transposed",
+        "output_padding",
+        "padding_mode",
+    ]:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert (ours.bias is None) == (theirs.bias is None)
     x = torch.randn(2, 8, 13, 10)
@@ -41,7 +49,9 @@ def test_conv_layer_is_a_pack_and_its_bias():
     torch.testing.assert_close(conv(x), pack(x))
     with torch.no_grad():
         conv.bias.copy_(torch.arange(8.0))
-    torch.testing.assert_close(conv(x) - pack(x), torch.arange(8.0).view(8, 1, 1).expand(2, 8, 6, 6))
+    torch.testing.assert_close(
+        conv(x) - pack(x), torch.arange(8.0).view(8, 1, 1).expand(2, 8, 6, 6)
+    )
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,7 @@ def test_gradcheck_of_the_packs():
 @pytest.mark.parametrize("scale_factor", [2, 3, 4])
 @pytest.mark.parametrize("kernel_size, head", [(3, 1), (5, 2)])
 def test_up_pack_upsamples_any_size(dw_kernel_size, scale_factor, kernel_size, head):
-    up = DDFUpPack(
-        4, kernel_size, scale_factor, head=head, dw_kernel_size=dw_kernel_size
-    )
+    up = DDFUpPack(4, kernel_size, scale_factor, head=head, dw_kernel_size=dw_kernel_size)
     assert up(torch.randn(2, 4, 5, 3)).shape == (2, 4, 5 * scale_factor, 3 * scale_factor)
 
 

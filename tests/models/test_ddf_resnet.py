@@ -140,7 +140,8 @@ def test_style_places_the_stride():
 
 
 @pytest.mark.parametrize(
-    "contract, multi_grid, expected", [(False, None, [4, 4]), (True, None, [2, 4]), (True, (1, 2), [1, 2])]
+    "contract, multi_grid, expected",
+    [(False, None, [4, 4]), (True, None, [2, 4]), (True, (1, 2), [1, 2])],
 )
 def test_dilations(contract, multi_grid, expected):
     model = small(
