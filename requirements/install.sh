@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Installs one part of the pinned stack; the Makefile says which and when.
+# usage: VENV=.venv PYTHON=python3 install.sh venv|toolchain|classification|package|detection|dev
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${VENV:-.venv}
+py=$venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+die() {
+  echo "ddf_mm: $*" >&2
+  exit 1
+}
+
+pip_install() {
+  "$py" -m pip install "$@"
+}
+
+make_venv() {
+  local python=${PYTHON:-python3}
+  command -v "$python" > /dev/null ||
+    die "$python was not found: install Python >= 3.10 (Debian/Ubuntu: apt-get install python3)"
+  # An environment that is already there decides, not the Python that would make a new one.
+  if [ -x "$py" ]; then python=$py; fi
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$python is $("$python" --version 2>&1), Python >= 3.10 is needed: set PYTHON=..."
+  if [ -x "$py" ] && "$py" -m pip --version > /dev/null 2>&1; then return; fi
+  # Debian and Ubuntu ship ensurepip, without which venv makes half an environment, separately.
+  if "$python" -c 'import ensurepip, venv' 2> /dev/null; then
+    "$python" -m venv "$venv"
+  elif "$python" -c 'import virtualenv' 2> /dev/null; then
+    "$python" -m virtualenv -q "$venv"
+  else
+    die "$python cannot make virtual environments: install python3-venv" \
+      "(Debian/Ubuntu: apt-get install python3-venv)"
+  fi
+}
+
+# opencv-python needs libGL.so.1, which a machine without a desktop lacks.
+use_loadable_opencv() {
+  if "$py" -c 'import cv2' 2> /dev/null; then return; fi
+  local version
+  version=$("$py" -c 'from importlib.metadata import version; print(version("opencv-python"))' \
+    2> /dev/null) || die "OpenCV cannot be imported: $("$py" -c 'import cv2' 2>&1 | tail -n 1)"
+  echo "ddf_mm: opencv-python cannot be loaded here (as a rule libGL.so.1 is missing):" \
+    "opencv-python-headless $version takes its place"
+  "$py" -m pip uninstall -q -y opencv-python
+  pip_install -q --no-deps --force-reinstall "opencv-python-headless==$version"
+  "$py" -c 'import cv2'
+}
+
+install_classification() {
+  # mmcv comes without its ops here: pip's isolated build sees no torch, and mmpretrain needs none.
+  # Not from pip's cache, which may hold a build against another torch under the same name.
+  pip_install --no-cache-dir --no-deps -c "$here/classification.txt" onedl-mmcv
+  pip_install -r "$here/build.txt" -r "$here/classification.txt"
+  use_loadable_opencv
+}
+
+install_package() {
+  local log=$venv/ddf_mm-install.log
+  # No isolation, so that the ops are compiled against the torch that will load them.
+  if ! pip_install -v --no-build-isolation --no-deps -e "$here/.." > "$log" 2>&1; then
+    tail -n 30 "$log" >&2
+    die "installing ddf_mm failed; the log is $log"
+  fi
+  # What setup.py chose, without pip's -v around it.
+  grep -o 'ddf_mm: .*' "$log" || true
+}
+
+# mmcv's ops are compiled once for each torch and Python and kept outside the checkout.
+mmcv_wheel_folder() {
+  local torch python
+  torch=$(sed -n 's/^torch==//p' "$here/build.txt")
+  python=$("$py" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+  echo "${XDG_CACHE_HOME:-$HOME/.cache}/ddf_mm/wheels/torch$torch-$python$(
+    [ "${FORCE_CUDA:-0}" != 1 ] || echo -cuda)"
+}
+
+mmcv_wheel() { # the newest wheel in folder $1; fails where there is none
+  ls -t "$1"/onedl_mmcv-*.whl 2> /dev/null | head -n 1 | grep .
+}
+
+# Said before anything large is installed, not minutes later.
+check_toolchain() {
+  if mmcv_wheel "$(mmcv_wheel_folder)" > /dev/null; then return; fi
+  local compiler header
+  read -r compiler _ <<< "${CXX:-c++}"
+  command -v "$compiler" > /dev/null ||
+    die "mmcv's ops need a C++ compiler, $compiler was not found (Debian/Ubuntu: apt-get install g++)"
+  header=$("$py" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  [ -f "$header" ] ||
+    die "mmcv's ops need $header: install python3-dev (Debian/Ubuntu: apt-get install python3-dev)"
+}
+
+mmcv_ops_load() {
+  "$py" -c 'import torch, mmcv._ext'
+}
+
+install_mmcv_wheel() { # from folder $1
+  local wheel
+  wheel=$(mmcv_wheel "$1") || return 1
+  if pip_install -q --force-reinstall --no-deps "$wheel" && mmcv_ops_load; then return; fi
+  echo "ddf_mm: $wheel has no ops that load with this torch" >&2
+  return 1
+}
+
+build_mmcv_wheel() { # into folder $1
+  local log=$1/build.log parts=$1/unfinished line
+  echo "ddf_mm: building mmcv's ops for this torch, once (about 15 minutes on two cores)"
+  rm -rf "$parts" && mkdir -p "$parts"
+  # The tests run mmcv's ops on the CPU; its CUDA ops take far longer and are built on demand only.
+  if [ "${FORCE_CUDA:-0}" != 1 ]; then export CUDA_VISIBLE_DEVICES=; fi
+  # -g0: Python's own -g makes up more than half of the time. --no-cache-dir: see above.
+  # pip leaves ninja, which is in the environment, off PATH.
+  if ! PATH="$(cd "$venv/bin" && pwd):$PATH" MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    CFLAGS="-g0 ${CFLAGS:-}" "$py" -m pip wheel -v --no-cache-dir --no-deps --no-build-isolation \
+    -c "$here/classification.txt" -w "$parts" onedl-mmcv 2>&1 |
+    tee "$log" |
+    while IFS= read -r line; do
+      if [[ $line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]]; then
+        echo "ddf_mm: mmcv's ops: ${BASH_REMATCH[1]} of ${BASH_REMATCH[2]} files compiled"
+      fi
+    done; then
+    tail -n 30 "$log" >&2
+    die "building mmcv's ops failed; the log is $log"
+  fi
+  # Moved in one step, so that a concurrent reader never sees half a wheel.
+  mv -f "$parts"/onedl_mmcv-*.whl "$1"/ && rmdir "$parts"
+}
+
+install_mmcv_ops() {
+  if mmcv_ops_load 2> /dev/null; then return; fi
+  local folder
+  folder=$(mmcv_wheel_folder)
+  mkdir -p "$folder"
+  if install_mmcv_wheel "$folder"; then return; fi
+  build_mmcv_wheel "$folder"
+  install_mmcv_wheel "$folder" || die "mmcv's ops were built into $folder but cannot be loaded"
+}
+
+install_detection() {
+  install_mmcv_ops
+  pip_install -c "$here/build.txt" -c "$here/classification.txt" -r "$here/detection.txt"
+  use_loadable_opencv
+}
+
+case ${1:-} in
+  venv) make_venv ;;
+  toolchain) check_toolchain ;;
+  classification) install_classification ;;
+  package) install_package ;;
+  detection) install_detection ;;
+  dev) pip_install -r "$here/dev.txt" ;;
+  *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
+esac

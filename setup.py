@@ -1,0 +1,304 @@
+"""Compile policy of ddf_mm: what is built, with what, and what happens where that cannot be.
+
+pyproject.toml says what the package is. This file decides what is compiled and prints its decision
+in one line that starts with ``ddf_mm:`` (pip shows it with ``-v``). Installing succeeds without a
+compiler, a CUDA toolkit or torch: what is not compiled is served by the plain PyTorch formula.
+
+Environment variables:
+    DDF_MM_WITH_OPS: 0 compiles nothing; 1 makes an install fail that lacks ops which its torch
+        could use; unset, such an install goes on without them.
+    FORCE_CUDA: 0 leaves the CUDA ops out; 1 makes an install without them fail; unset, they are
+        built when a toolkit matches torch. A visible GPU is never needed.
+    CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS: as for every torch extension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+# Oldest torch whose stable ABI has all that csrc/ uses; a library built against it serves every
+# later torch.
+TORCH_TARGET = (2, 10)
+PYTHON_TARGET = "cp310"
+# Without a GPU to ask: data-centre cards of the last generations, and PTX for those to come.
+DEFAULT_ARCHS = "8.0;9.0+PTX"
+# The other commands (metadata, sdist) compile nothing, and importing torch takes seconds.
+BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+
+class NoOps(Exception):
+    """The compiled ops, or the CUDA part of them, cannot be built here; says why and what helps."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}, {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class CudaToolkit:
+    home: Path
+    version: str
+
+
+def say(text: str) -> None:
+    print(f"ddf_mm: {text}", flush=True)
+
+
+def switch(name: str) -> bool | None:
+    """The environment variable ``name`` as a switch; None when it is unset or empty."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"ddf_mm: {name}={value!r} is not understood: it takes 0 or 1")
+    return {"": None, "0": False, "1": True}[value]
+
+
+def require_torch() -> None:
+    """Refuse where torch is absent, or is pip's own copy for this build only."""
+    spec = importlib.util.find_spec("torch")
+    folders = Path(spec.origin).parts if spec is not None and spec.origin else ()
+    # A torch in the overlay of an isolated build (pip's or build's) is gone after it, and is not
+    # the one that will load the library.
+    isolated = any(folder.startswith(("pip-build-env-", "build-env-")) for folder in folders)
+    if not folders or isolated:
+        raise NoOps(
+            "no torch in the build environment",
+            "use pip install --no-build-isolation . to build them",
+        )
+
+
+def require_stable_abi() -> None:
+    import torch
+
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < TORCH_TARGET:
+        raise NoOps(
+            f"torch {torch.__version__} is older than {'.'.join(map(str, TORCH_TARGET))}",
+            "upgrade torch to build them",
+        )
+
+
+def find_compiler() -> str:
+    """The C++ compiler's command: CXX, or the first usual name that is there."""
+    given = os.environ.get("CXX")
+    for command in [given] if given else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(command)[0]):
+            return command
+    raise NoOps(
+        f"the C++ compiler CXX={given} was not found" if given else "no C++ compiler was found",
+        "install one (Debian/Ubuntu: apt-get install g++) and install again to build them",
+    )
+
+
+def require_ninja() -> None:
+    # pip leaves the environment's own programs off PATH unless the environment is activated.
+    scripts = sysconfig.get_path("scripts")
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    if shutil.which("ninja") is None:
+        raise NoOps("no ninja was found", "pip install ninja and install again to build them")
+
+
+def toolkit_version(home: Path) -> str | None:
+    """MAJOR.MINOR of the CUDA toolkit in ``home``; None if no whole toolkit is there."""
+    nvcc = home / "bin" / "nvcc"
+    # A wrapper script on PATH has no headers beside it.
+    if not nvcc.is_file() or not (home / "include" / "cuda_runtime.h").is_file():
+        return None
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return match.group(1) if match else None
+
+
+def usual_cuda_homes(wanted: str) -> list[Path]:
+    on_path = shutil.which("nvcc")
+    return [
+        Path(f"/usr/local/cuda-{wanted}"),
+        *([Path(on_path).resolve().parent.parent] if on_path else []),
+        Path("/usr/local/cuda"),
+    ]
+
+
+def find_cuda(wanted: str | None) -> CudaToolkit:
+    """The CUDA toolkit for a torch built with CUDA ``wanted`` (MAJOR.MINOR; None: a CPU build).
+
+    CUDA_HOME decides alone when it is set. Otherwise a toolkit of torch's very version is taken,
+    or else one of the same major version: CUDA keeps those compatible, and torch asks for no more.
+    """
+    if wanted is None:
+        raise NoOps("torch is a CPU build", "install a CUDA build of torch to build them")
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(given)] if given else usual_cuda_homes(wanted)
+    found = [CudaToolkit(home, version) for home in homes if (version := toolkit_version(home))]
+    major = wanted.split(".")[0]
+    fitting = [kit for kit in found if kit.version.split(".")[0] == major]
+    if fitting:
+        return next((kit for kit in fitting if kit.version == wanted), fitting[0])
+    remedy = f"set CUDA_HOME to a CUDA {wanted} toolkit to build them"
+    if found:
+        reason = f"the toolkit in {found[0].home} is CUDA {found[0].version}, torch has {wanted}"
+        raise NoOps(reason, remedy)
+    raise NoOps(f"no CUDA toolkit in {given}" if given else "no CUDA toolkit was found", remedy)
+
+
+def sources(suffix: str) -> list[str]:
+    # setuptools wants paths relative to setup.py, in an order that does not change.
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/**/*{suffix}"))
+
+
+def plan_ops() -> tuple[list[Extension], str]:
+    """The libraries to compile and the sentence that says so.
+
+    Raises:
+        NoOps: nothing can be compiled here.
+    """
+    if switch("DDF_MM_WITH_OPS") is False:
+        raise NoOps("DDF_MM_WITH_OPS=0", "unset it to build them")
+    cuda_sources = sources(".cu")
+    cpu_sources = [path for path in sources(".cpp") if "cuda" not in Path(path).parts]
+    if not cpu_sources:
+        raise NoOps("this version has no C++ sources", "a later version brings them")
+    require_torch()
+    compiler = find_compiler()
+    require_ninja()
+    # Imports torch, which takes seconds, so it comes after what can be found out without.
+    require_stable_abi()
+    import torch
+
+    toolkit = None
+    remark = ""
+    if cuda_sources and switch("FORCE_CUDA") is False:
+        remark = "; no CUDA ops: FORCE_CUDA=0, unset it to build them"
+    elif cuda_sources:
+        try:
+            toolkit = find_cuda(torch.version.cuda)
+        except NoOps as no_cuda:
+            # Ops that a CPU build of torch could not use are not missing.
+            if switch("FORCE_CUDA") or (switch("DDF_MM_WITH_OPS") and torch.version.cuda):
+                raise
+            remark = f"; no CUDA ops: {no_cuda}"
+
+    # torch reads these when its build tools are imported.
+    os.environ["CXX"] = compiler
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+    common = dict(
+        define_macros=[("TORCH_TARGET_VERSION", target)],
+        include_dirs=[str(ROOT / "csrc")],
+        py_limited_api=True,
+    )
+    # -g0: debug information, which Python's own flags ask for, more than doubles the time.
+    cxx = ["-O3", "-g0", "-fvisibility=hidden"]
+    libraries = [CppExtension("ddf_mm._C", cpu_sources, extra_compile_args={"cxx": cxx}, **common)]
+    used = f"torch {torch.__version__}, {compiler}"
+    if toolkit is None:
+        return libraries, f"compiling CPU ops ({used}){remark}"
+    # A library of its own, so that a CPU-only torch can load the CPU ops of the same wheel.
+    flags = {"cxx": cxx, "nvcc": ["-O3"]}
+    libraries.append(
+        CUDAExtension("ddf_mm._C_cuda", cuda_sources, extra_compile_args=flags, **common)
+    )
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs present")
+    used += f", CUDA {toolkit.version} in {toolkit.home} for {archs}"
+    return libraries, f"compiling CPU and CUDA ops ({used})"
+
+
+@contextlib.contextmanager
+def output_also_in(log: Path) -> Iterator[None]:
+    """Write what this process and its children print to ``log`` too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with subprocess.Popen(["tee", log], stdin=subprocess.PIPE) as tee:
+        try:
+            for stream in (1, 2):
+                os.dup2(tee.stdin.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, stream)
+                os.close(old)
+
+
+def build_command() -> type:
+    """torch's build_ext; a library that does not compile is left out, unless ops are demanded."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildOps(BuildExtension):
+        def run(self) -> None:
+            # Wheels are packed from this folder, where an earlier build may have left a library.
+            for old in Path(self.build_lib, "ddf_mm").glob("_C*.so"):
+                old.unlink()
+            super().run()
+
+        def build_extension(self, ext: Extension) -> None:
+            handle, name = tempfile.mkstemp(prefix="ddf_mm_build_", suffix=".log")
+            os.close(handle)
+            log = Path(name)
+            try:
+                with output_also_in(log):
+                    super().build_extension(ext)
+            except Exception as error:
+                if switch("DDF_MM_WITH_OPS") or (switch("FORCE_CUDA") and "cuda" in ext.name):
+                    raise SystemExit(
+                        f"ddf_mm: compiling {ext.name} failed ({type(error).__name__});"
+                        f" the log is {log}"
+                    ) from error
+                # setuptools then does not miss the file when it packs.
+                ext.optional = True
+                say(f"compiling {ext.name} failed, installing without it; the log is {log}")
+            else:
+                log.unlink()
+
+    return BuildOps
+
+
+def main() -> None:
+    if not BUILD_COMMANDS.intersection(sys.argv):
+        setup()
+        return
+    # These load the library from the source tree: one that an earlier build left there must not
+    # outlive a build that makes none.
+    if {"develop", "editable_wheel", "--inplace"}.intersection(sys.argv):
+        for old in ROOT.glob("ddf_mm/_C*.so"):
+            old.unlink()
+    try:
+        libraries, decision = plan_ops()
+    except NoOps as no_ops:
+        if switch("DDF_MM_WITH_OPS") or switch("FORCE_CUDA"):
+            wish = "DDF_MM_WITH_OPS=1" if switch("DDF_MM_WITH_OPS") else "FORCE_CUDA=1"
+            raise SystemExit(f"ddf_mm: {no_ops.reason}, but {wish}; {no_ops.remedy}") from None
+        say(f"{no_ops.reason}, installing without compiled ops; {no_ops.remedy}")
+        setup()
+        return
+    say(decision)
+    setup(
+        ext_modules=libraries,
+        cmdclass={"build_ext": build_command()},
+        options={"bdist_wheel": {"py_limited_api": PYTHON_TARGET}},
+    )
+
+
+if __name__ == "__main__":
+    main()
