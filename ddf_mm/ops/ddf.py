@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops.checks import check_features, check_int, check_kernel_size, check_tensor
+from ddf_mm.ops import library
+from ddf_mm.ops.checks import (
+    check_ddf_arguments,
+    check_features,
+    check_int,
+    check_kernel_size,
+    check_tensor,
+)
 from ddf_mm.ops.reference import ddf_reference, layout_of
 
 
@@ -34,6 +41,9 @@ def ddf(
     Sums are kept in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors are
     cast to the autocast dtype first, as a convolution's are.
 
+    A compiled op serves where there is one (see :func:`ddf_mm.ops.backend_info`), the formula in
+    plain PyTorch elsewhere, under torch.func's transforms and in forward-mode differentiation.
+
     Args:
         features: ``Tensor[B, C, H, W]`` of float16, bfloat16, float32 or float64, contiguous or
             channels_last; B may be 0.
@@ -60,10 +70,13 @@ def ddf(
         >>> ddf(x, per_channel, per_pixel, kernel_size=3, stride=2).shape
         torch.Size([2, 16, 8, 10])
     """
-    features, channel_filter, spatial_filter = _autocast(features, channel_filter, spatial_filter)
-    return ddf_reference(
-        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
-    )
+    tensors = library.autocast_inputs(features, channel_filter, spatial_filter)
+    check_ddf_arguments(*tensors, kernel_size, dilation, stride, kernel_combine)
+    if library.serves(tensors[0]):
+        mul = kernel_combine == "mul"
+        return torch.ops.ddf_mm.ddf(*tensors, kernel_size, dilation, stride, mul)
+    library.warn_about_reference(tensors[0].device.type)
+    return ddf_reference(*tensors, kernel_size, dilation, stride, kernel_combine)
 
 
 def ddf_up(
@@ -130,27 +143,3 @@ def ddf_up(
     ]
     out = F.pixel_shuffle(torch.stack(branches, dim=2).flatten(1, 2), scale_factor)
     return out.contiguous(memory_format=layout_of(features))
-
-
-def backend_info() -> dict[str, str]:
-    """Says which implementation serves :func:`ddf` on each type of device.
-
-    Returns:
-        Device type to ``'reference'``, the formula in plain PyTorch; ``'default'`` stands for
-        every device type that is not named.
-    """
-    return {"default": "reference"}
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on."""
-    features = tensors[0]
-    if not isinstance(features, Tensor) or not torch.is_autocast_enabled(features.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(features.device.type)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )

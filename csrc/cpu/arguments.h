@@ -1,0 +1,62 @@
+// What the CPU kernels take: pointers, sizes and a way to run in parallel. No framework includes, so
+// that a file compiled for one instruction set holds no function another file could pick up.
+#pragma once
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace ddf::cpu {
+
+enum class DType { f32, f64, f16, bf16 };
+
+// A spatial filter or its gradient, [B, groups * taps, Ho, Wo], with strides in elements.
+struct SpatialStrides {
+  int64_t batch, tap, row, column;
+};
+
+// Runs body(begin, end, context) over the items 0..count in torch's thread pool.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, Body body, void* context);
+
+struct Forward {
+  Geometry geometry;
+  DType dtype;
+  bool mul;
+  bool channels_last;  // features and output
+  const void* features;
+  const void* channel_filter;  // contiguous; null if there is none
+  const void* spatial_filter;  // null if there is none
+  SpatialStrides spatial_strides;
+  void* output;
+};
+
+struct Backward {
+  Geometry geometry;
+  DType dtype;
+  bool mul;
+  bool channels_last;  // features, grad and grad_features
+  const void* grad;
+  const void* features;
+  const void* channel_filter;
+  const void* spatial_filter;
+  SpatialStrides spatial_strides;
+  // Null where a gradient is not needed.
+  void* grad_features;
+  void* grad_channel;
+  void* grad_spatial;
+  SpatialStrides grad_spatial_strides;
+};
+
+// The kernels compiled for one instruction set.
+struct Kernels {
+  void (*forward)(const Forward&, ParallelFor);
+  void (*backward)(const Backward&, ParallelFor);
+};
+
+extern const Kernels baseline_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace ddf::cpu

@@ -1,0 +1,12 @@
+// The headers that cpu/kernels.h needs; a file for one instruction set includes them before it
+// switches that set on.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/arguments.h"

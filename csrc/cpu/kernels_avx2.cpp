@@ -1,0 +1,19 @@
+// The kernels for x86-64 processors with AVX2, FMA and F16C.
+#if defined(__x86_64__)
+// Before the pragma: what these headers define inline may be shared with other files.
+#include <immintrin.h>
+
+#include "cpu/includes.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define DDF_ISA avx2
+#define DDF_VECTOR_BYTES 32
+#define DDF_F16C 1
+#include "cpu/kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,295 @@
+// Vectors of the instruction set that the including file chose, and the element types.
+// GCC's and clang's vector extensions: one source for SSE, AVX and NEON.
+#pragma once
+#include "cpu/includes.h"
+
+#define DDF_INLINE inline __attribute__((always_inline))
+// For loops over arrays of vectors, which stay in registers only when the loop is gone.
+#if defined(__clang__)
+#define DDF_UNROLL _Pragma("unroll")
+#else
+#define DDF_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace ddf::cpu::DDF_ISA {
+namespace {
+
+template <class A, int N>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(N * sizeof(A))));
+};
+template <class A, int N>
+using Vector = typename VectorOf<A, N>::type;
+
+// Values a vector holds of a type that sums are kept in.
+template <class A>
+constexpr int kLanes = DDF_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// 16-bit values are summed in float.
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class To, class From>
+DDF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+DDF_INLINE float widen(float x) { return x; }
+DDF_INLINE double widen(double x) { return x; }
+DDF_INLINE float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+DDF_INLINE float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 0x1f;
+  const uint32_t mantissa = x.bits & 0x3ff;
+  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24
+    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return bit_cast<float>(sign | wide << 23 | mantissa << 13);
+}
+
+template <class T>
+DDF_INLINE T narrow(Sum<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
+    if (magnitude < 0x38800000) {
+      // Subnormal: adding 0.5 leaves the rounded mantissa in the low bits.
+      const uint32_t rounded = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f);
+      return {static_cast<uint16_t>(sign | (rounded - 0x3f000000))};
+    }
+    const uint32_t odd = (magnitude >> 13) & 1;
+    return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13))};
+  } else {
+    return x;
+  }
+}
+
+template <class A, int N>
+DDF_INLINE Vector<A, N> splat(A value) {
+  return Vector<A, N>{} + value;
+}
+
+// N elements from memory of any alignment.
+template <int N, class T>
+DDF_INLINE Vector<Sum<T>, N> load(const T* from) {
+  using A = Sum<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    Vector<A, N> v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    Vector<uint16_t, N> bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return bit_cast<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+  } else {
+#if defined(DDF_F16C)
+    if constexpr (N == 16) {
+#if DDF_VECTOR_BYTES == 64
+      return bit_cast<Vector<float, N>>(
+          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#endif
+    } else {
+      static_assert(N == 8);
+      return bit_cast<Vector<float, N>>(
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+#endif
+    Vector<float, N> v{};
+    for (int i = 0; i < N; ++i) v[i] = widen(from[i]);
+    return v;
+  }
+}
+
+template <int N, class T>
+DDF_INLINE void store(T* to, Vector<Sum<T>, N> v) {
+  using A = Sum<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(to, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = bit_cast<Vector<uint32_t, N>>(v);
+    const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    const auto chosen = is_nan ? splat<uint32_t, N>(0x7fc0) : rounded;
+    const auto narrowed = __builtin_convertvector(chosen, Vector<uint16_t, N>);
+    std::memcpy(to, &narrowed, sizeof(narrowed));
+  } else {
+#if defined(DDF_F16C)
+    constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    if constexpr (N == 16) {
+#if DDF_VECTOR_BYTES == 64
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                          _mm512_cvtps_ph(bit_cast<__m512>(v), kRound));
+      return;
+#endif
+    } else {
+      static_assert(N == 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                       _mm256_cvtps_ph(bit_cast<__m256>(v), kRound));
+      return;
+    }
+#endif
+    for (int i = 0; i < N; ++i) to[i] = narrow<T>(v[i]);
+  }
+}
+
+// The first count of N elements; the others are zero, or stay as they are in memory.
+template <int N, class T>
+DDF_INLINE Vector<Sum<T>, N> load_first(const T* from, int64_t count) {
+  if (count >= N) return load<N>(from);
+  Vector<Sum<T>, N> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = widen(from[i]);
+  return v;
+}
+
+template <int N, class T>
+DDF_INLINE void store_first(T* to, Vector<Sum<T>, N> v, int64_t count) {
+  if (count >= N) return store<N>(to, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(v[i]);
+}
+
+// A mask of the first count lanes.
+template <class A, int N>
+DDF_INLINE auto first_lanes(int64_t count) {
+  Vector<A, N> index{};
+  for (int i = 0; i < N; ++i) index[i] = static_cast<A>(i);
+  return index < splat<A, N>(static_cast<A>(count));
+}
+
+template <class A, int N>
+DDF_INLINE A sum_lanes(Vector<A, N> v) {
+  A lanes[N];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int half = N / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// count elements, widened. The last vector overlaps the one before it.
+template <class T>
+DDF_INLINE void load_row(Sum<T>* to, const T* from, int64_t count) {
+  constexpr int kN = kLanes<Sum<T>>;
+  constexpr int kHalf = kN / 2;
+  // Conversion from Half takes whole vectors.
+  constexpr bool kHalves = kHalf > 1 && !std::is_same_v<T, Half>;
+  if (count >= kN) {
+    for (int64_t i = 0; i + kN <= count; i += kN) store<kN>(to + i, load<kN>(from + i));
+    if (count % kN) store<kN>(to + count - kN, load<kN>(from + count - kN));
+    return;
+  }
+  if constexpr (kHalves) {
+    if (count >= kHalf) {
+      const auto last = load<kHalf>(from + count - kHalf);
+      store<kHalf>(to, load<kHalf>(from));
+      store<kHalf>(to + count - kHalf, last);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// How the two filters combine into one weight.
+struct Mul {
+  template <class V>
+  static DDF_INLINE V combine(V channel, V spatial) {
+    return channel * spatial;
+  }
+  static constexpr int kNeutral = 1;
+};
+struct Add {
+  template <class V>
+  static DDF_INLINE V combine(V channel, V spatial) {
+    return channel + spatial;
+  }
+  static constexpr int kNeutral = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Scratch memory of one work item.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(new A[static_cast<size_t>(count)]()) {}
+  A* get() { return data_.get(); }
+  operator A*() { return data_.get(); }
+
+ private:
+  std::unique_ptr<A[]> data_;
+};
+
+// Runs body(begin, end) in parallel.
+template <class F>
+void parallel(ParallelFor run, int64_t count, const F& body) {
+  run(
+      count,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const F*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// How work is cut: by image, tile of rows, filter group, chunk of a group's channels. It depends on
+// the sizes alone, so that results do not depend on the number of threads.
+struct Plan {
+  int64_t rows, tiles;
+  int64_t chunk, chunks;
+  int64_t items;
+
+  struct Item {
+    int64_t image, tile, row0, row1, group, chunk, channel0, channel1;
+  };
+
+  // row_bytes: what a tile keeps per row, for as many rows as fit in a cache.
+  Plan(const Geometry& g, int64_t row_bytes) {
+    constexpr int64_t kTileBytes = 48 * 1024;
+    // Enough items for many cores, but each partial sum stays under 1 % of the unfolded features.
+    constexpr int64_t kItems = 32, kSparse = 128;
+    const int64_t fitting = std::max<int64_t>(1, kTileBytes / row_bytes);
+    tiles = std::min(ceil_div(g.out_height, fitting),
+                     std::max<int64_t>(1, g.out_height * g.out_width / kSparse));
+    rows = ceil_div(g.out_height, tiles);
+    tiles = ceil_div(g.out_height, rows);
+    const int64_t wanted = ceil_div(kItems, g.batch * tiles * g.groups);
+    chunk = std::max(ceil_div(g.group_channels, wanted), std::min(kSparse, g.group_channels));
+    chunks = ceil_div(g.group_channels, chunk);
+    items = g.batch * tiles * g.groups * chunks;
+  }
+
+  Item item(const Geometry& g, int64_t index) const {
+    Item i;
+    i.chunk = index % chunks;
+    index /= chunks;
+    i.group = index % g.groups;
+    index /= g.groups;
+    i.tile = index % tiles;
+    i.image = index / tiles;
+    i.row0 = i.tile * rows;
+    i.row1 = std::min(i.row0 + rows, g.out_height);
+    i.channel0 = i.group * g.group_channels + i.chunk * chunk;
+    i.channel1 = std::min(i.channel0 + chunk, (i.group + 1) * g.group_channels);
+    return i;
+  }
+};
+
+}  // namespace
+}  // namespace ddf::cpu::DDF_ISA

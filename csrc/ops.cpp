@@ -1,0 +1,14 @@
+// The operators of ddf_mm. Kernels register into these schemas from the other files, for the CPU
+// in this library, for CUDA in one of its own.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ddf_mm, m) {
+  m.def(
+      "ddf(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
+      "int kernel_size, int dilation, int stride, bool mul) -> Tensor");
+  // A gradient that is not needed, or whose filter is None, is an empty tensor.
+  m.def(
+      "ddf_backward(Tensor grad, Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
+      "int kernel_size, int dilation, int stride, bool mul, "
+      "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
+}

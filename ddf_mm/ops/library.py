@@ -1,0 +1,291 @@
+"""The compiled ops: loads them and gives them fake kernels, autograd, autocast and vmap.
+
+The libraries define ``torch.ops.ddf_mm.ddf`` and ``ddf_backward`` and bring their kernels only;
+everything else that PyTorch wants to know about an op is said here, once for all devices.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ddf_mm.ops.checks import check_ddf_arguments
+from ddf_mm.ops.reference import layout_of
+
+# Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
+MIN_TORCH = (2, 10)
+# Device types that can have compiled kernels. ROCm builds of torch call theirs cuda too.
+COMPILABLE = ("cpu",) if torch.version.cuda is None else ("cpu", "cuda")
+FORCED = os.environ.get("DDF_MM_FORCE_REFERENCE", "") not in ("", "0")
+REINSTALL = (
+    "reinstall ddf_mm with `pip install -v --no-build-isolation .` in its source folder, which "
+    "says what it compiles"
+)
+
+
+class _Missing(Exception):
+    """A library cannot be used; says why and what helps."""
+
+
+def _load(name: str, remedy: str) -> None:
+    """Loads ``ddf_mm/<name>*.so``.
+
+    Raises:
+        _Missing: it is not there or does not load.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    # The names that setuptools gives an extension module: .abi3.so and those of this Python.
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / (name + suffix)).is_file()]
+    if not found:
+        raise _Missing(f"this install has no ddf_mm/{name}*.so; {remedy}")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        raise _Missing(
+            f"{found[0]} does not load with torch {torch.__version__} "
+            f"({error.__cause__ or error}); {REINSTALL}"
+        ) from error
+
+
+def _load_all() -> tuple[frozenset[str], str]:
+    """Device types that now have compiled kernels, and why one that could have them has not."""
+    compiled: set[str] = set()
+    if FORCED:
+        return frozenset(), "DDF_MM_FORCE_REFERENCE is set"
+    try:
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
+            oldest = ".".join(map(str, MIN_TORCH))
+            raise _Missing(
+                f"torch {torch.__version__} is older than {oldest}; upgrade torch and {REINSTALL}"
+            )
+        _load("_C", f"install a C++ compiler and ninja and {REINSTALL}")
+        compiled.add("cpu")
+        if "cuda" in COMPILABLE:
+            _load("_C_cuda", f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}")
+            compiled.add("cuda")
+    except _Missing as missing:
+        return frozenset(compiled), str(missing)
+    return frozenset(compiled), ""
+
+
+def backend_info() -> dict[str, str]:
+    """Says which implementation serves :func:`ddf_mm.ops.ddf` on each type of device.
+
+    Returns:
+        Device type to ``'compiled'`` or to ``'reference'``, the formula in plain PyTorch;
+        ``'default'`` stands for every device type that is not named. ``'why'``, there only if a
+        named device type has the reference: the reason, and what helps.
+    """
+    info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
+    info["default"] = "reference"
+    return {**info, "why": _WHY} if _WHY else info
+
+
+def serves(features: Tensor) -> bool:
+    """Whether the compiled op is to take a call with ``features``.
+
+    It is not under torch.func's transforms and forward-mode differentiation: PyTorch refuses ops
+    with a registered backward there, or drops their tangents silently. The formula has both.
+    """
+    return (
+        features.device.type in COMPILED
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def warn_about_reference(device_type: str) -> None:
+    """Warns, once in a process, that ``device_type`` could have compiled ops but has not."""
+    global _warned
+    could_have = device_type in COMPILABLE and device_type not in COMPILED
+    # Tracing through warnings.warn would break torch.compile's graph.
+    if FORCED or _warned or not could_have or torch.compiler.is_compiling():
+        return
+    _warned = True
+    warnings.warn(
+        f"ddf_mm: no compiled ops for {device_type}, so the several times slower formula in plain "
+        f"PyTorch serves: {_WHY}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device_type = tensors[0].device.type
+    # The meta device has no autocast, and PyTorch raises when asked.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def _combine(mul: bool) -> str:
+    return "mul" if mul else "add"
+
+
+def _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul):
+    out_h, out_w, _ = check_ddf_arguments(
+        features, channel_filter, spatial_filter, kernel_size, dilation, stride, _combine(mul)
+    )
+    return torch.empty(
+        (*features.shape[:2], out_h, out_w),
+        dtype=features.dtype,
+        device=features.device,
+        memory_format=layout_of(features),
+    )
+
+
+def _fake_ddf_backward(
+    grad, features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, *needed
+):
+    out = _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul)
+    if grad.shape != out.shape or grad.dtype != out.dtype:
+        raise ValueError(
+            f"grad must be a {out.dtype} tensor of the output's shape {list(out.shape)}, got "
+            f"{grad.dtype} and {list(grad.shape)}"
+        )
+
+    def gradient(of, need, memory_format):
+        if of is None or not need:
+            return features.new_empty(0)
+        return torch.empty_like(of, memory_format=memory_format or layout_of(of))
+
+    need_features, need_channel, need_spatial = needed
+    return (
+        gradient(features, need_features, None),
+        gradient(channel_filter, need_channel, torch.contiguous_format),
+        gradient(spatial_filter, need_spatial, None),
+    )
+
+
+def _setup_ddf(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _differentiate_ddf(ctx, grad):
+    needed = ctx.needs_input_grad[:3]
+    grads = torch.ops.ddf_mm.ddf_backward(grad, *ctx.saved_tensors, *ctx.options, *needed)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 4
+
+
+def _setup_ddf_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:8]
+    ctx.asked_for = inputs[8:]
+    # The tangent of a gradient that nothing depends on is then None, and its term is left out.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_ddf_backward(ctx, *tangents):
+    """Second derivatives by the two ops themselves, so that any order can be had.
+
+    The gradients g_i of <grad, ddf(x_0, x_1, x_2)> with tangents t_i give the sum over i of
+    <t_i, g_i> = <grad, derivative of ddf along t_i>. ddf is linear in its features, and in each
+    filter for 'mul': that derivative is ddf itself with x_i replaced by t_i. For 'add' the other
+    filter's part does not depend on the filter in question and drops out.
+    """
+    grad, *inputs = ctx.saved_tensors
+    mul = ctx.options[-1]
+    need_grad, *need_inputs = ctx.needs_input_grad[:4]
+    sums = [None] * 4
+
+    def accumulate(index, term):
+        sums[index] = term if sums[index] is None else sums[index] + term
+
+    for i, tangent in enumerate(tangents):
+        if tangent is None or inputs[i] is None or not ctx.asked_for[i]:
+            continue
+        replaced = [*inputs[:i], tangent, *inputs[i + 1 :]]
+        needed = [need and j != i for j, need in enumerate(need_inputs)]
+        if i > 0 and not mul:
+            other = 3 - i
+            # Zeros and not None for the spatial filter: it may carry an output size of its own.
+            if replaced[other] is not None:
+                replaced[other] = torch.zeros_like(replaced[other])
+            needed[other] = False
+        if need_grad:
+            accumulate(0, torch.ops.ddf_mm.ddf(*replaced, *ctx.options))
+        if any(needed):
+            terms = torch.ops.ddf_mm.ddf_backward(grad, *replaced, *ctx.options, *needed)
+            for j in range(3):
+                if needed[j]:
+                    accumulate(j + 1, terms[j])
+    return *sums, *[None] * 7
+
+
+def _fold(tensor: Tensor | None, mapped_dim: int | None, size: int) -> Tensor | None:
+    """Merges vmap's dimension into the batch; a tensor without it is repeated ``size`` times."""
+    if tensor is None:
+        return None
+    if mapped_dim is None:
+        tensor = tensor.expand(size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(mapped_dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+
+def _vmap_ddf(info, in_dims, *args):
+    folded = [_fold(args[i], in_dims[i], info.batch_size) for i in range(3)]
+    return _unfold(torch.ops.ddf_mm.ddf(*folded, *args[3:]), info.batch_size), 0
+
+
+def _vmap_ddf_backward(info, in_dims, *args):
+    folded = [_fold(args[i], in_dims[i], info.batch_size) for i in range(4)]
+    grads = torch.ops.ddf_mm.ddf_backward(*folded, *args[4:])
+    given = [need and tensor is not None for need, tensor in zip(args[8:], folded[1:], strict=True)]
+    return (
+        tuple(
+            _unfold(g, info.batch_size) if is_given else g
+            for g, is_given in zip(grads, given, strict=True)
+        ),
+        tuple(0 if is_given else None for is_given in given),
+    )
+
+
+def _autocast_kernel(device_type: str):
+    def kernel(*args):
+        tensors = autocast_inputs(*args[:3])
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.ddf_mm.ddf(*tensors, *args[3:])
+
+    return kernel
+
+
+def _register() -> None:
+    """Tells PyTorch about the ops what their libraries do not."""
+    torch.library.register_fake("ddf_mm::ddf", _fake_ddf)
+    torch.library.register_fake("ddf_mm::ddf_backward", _fake_ddf_backward)
+    torch.library.register_autograd("ddf_mm::ddf", _differentiate_ddf, setup_context=_setup_ddf)
+    torch.library.register_autograd(
+        "ddf_mm::ddf_backward", _differentiate_ddf_backward, setup_context=_setup_ddf_backward
+    )
+    torch.library.register_vmap("ddf_mm::ddf", _vmap_ddf)
+    torch.library.register_vmap("ddf_mm::ddf_backward", _vmap_ddf_backward)
+    # Not torch.library.register_autocast: it casts to a dtype fixed here, not to the user's.
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        torch.library.impl("ddf_mm::ddf", key, _autocast_kernel(device_type))
+
+
+_warned = False
+COMPILED, _WHY = _load_all()
+if COMPILED:
+    _register()

@@ -1,0 +1,651 @@
+"""The compiled ops against the reference, and what PyTorch expects of an op."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddf_mm.ops import backend_info, ddf, ddf_reference
+
+INFO = backend_info()
+if INFO["cpu"] != "compiled":
+    if os.environ.get("DDF_MM_REQUIRE_OPS") == "1":
+        raise RuntimeError(f"DDF_MM_REQUIRE_OPS=1, but no compiled ops: {INFO['why']}")
+    pytest.skip(f"no compiled ops: {INFO['why']}", allow_module_level=True)
+
+DDF = torch.ops.ddf_mm.ddf
+DDF_BACKWARD = torch.ops.ddf_mm.ddf_backward
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+WHICH = ["both", "channel", "spatial"]
+COMBINES = ["mul", "add"]
+
+
+@pytest.fixture
+def device(device: str) -> str:
+    if INFO[device] == "compiled":
+        return device
+    if os.environ.get("DDF_MM_REQUIRE_OPS") == "1":
+        pytest.fail(f"DDF_MM_REQUIRE_OPS=1, but {device} has the reference: {INFO['why']}")
+    pytest.skip(f"no compiled ops for {device}: {INFO['why']}")
+
+
+def short(value):
+    """Test ids without 'torch.'."""
+    return str(value).removeprefix("torch.").removesuffix("_format")
+
+
+def contiguous(tensor):
+    return tensor.contiguous()
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def every_other(tensor):
+    """A view with gaps in the channels and the columns."""
+    batch, channels, height, width = tensor.shape
+    wide = tensor.new_full((batch, 2 * channels, height, 2 * width), float("nan"))
+    return wide[:, 1::2, :, ::2].copy_(tensor)
+
+
+def transposed(tensor):
+    """A view whose rows are the fastest dimension."""
+    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+LAYOUTS = [contiguous, channels_last, every_other, transposed]
+DENSE = LAYOUTS[:2]
+by_name = dict(ids=lambda f: f.__name__)
+
+
+def make(
+    batch=2,
+    channels=4,
+    size=(5, 6),
+    k=3,
+    groups=1,
+    stride=1,
+    which="both",
+    floor=False,
+    dtype=torch.float64,
+    device="cpu",
+    requires_grad=False,
+):
+    """Random features and filters, drawn alike for every dtype and device."""
+    out = [n // stride if floor else -(-n // stride) for n in size]
+    shapes = [
+        (batch, channels, *size),
+        None if which == "spatial" else (batch, channels, k, k),
+        None if which == "channel" else (batch, groups * k * k, *out),
+    ]
+    return [
+        None
+        if shape is None
+        else torch.randn(shape, dtype=torch.float64)
+        .to(dtype=dtype, device=device)
+        .requires_grad_(requires_grad)
+        for shape in shapes
+    ]
+
+
+def value_and_gradients(function, tensors, grad, options):
+    """The output of ``function`` and the gradients of all tensors that are not None."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    given = [t for t in inputs if t is not None]
+    out = function(*inputs, *options)
+    return [out.detach(), *torch.autograd.grad(out, given, grad)]
+
+
+def check_against_reference(tensors, options, grad_layout=contiguous):
+    """Output and gradients lie within the rounding that sums of as many terms can have."""
+    k = options[0]
+    dtype = tensors[0].dtype
+    with torch.no_grad():
+        shape = ddf_reference(*tensors, *options).shape
+    grad = grad_layout(torch.randn(shape, dtype=torch.float64).to(tensors[0]))
+    got = value_and_gradients(ddf, tensors, grad, options)
+    exact = [None if t is None else t.double() for t in tensors]
+    want = value_and_gradients(ddf_reference, exact, grad.double(), options)
+    # The sums of the terms' absolute values.
+    sizes = [None if t is None else t.abs() for t in exact]
+    size = value_and_gradients(ddf_reference, sizes, grad.double().abs(), options)
+
+    groups = 1 if tensors[2] is None else tensors[2].shape[1] // k**2
+    summed_for = {0: shape[2] * shape[3], 1: tensors[0].shape[1] // groups}
+    terms = [k * k, k * k] + [summed_for[i] for i, t in enumerate(tensors[1:]) if t is not None]
+    names = ["output", "grad_features"] + [
+        name
+        for name, t in zip(("grad_channel", "grad_spatial"), tensors[1:], strict=True)
+        if t is not None
+    ]
+    sum_dtype = torch.float32 if dtype.itemsize == 2 else dtype
+    stored = torch.finfo(dtype)
+    for name, g, w, s, n in zip(names, got, want, size, terms, strict=True):
+        assert g.dtype == dtype and g.shape == w.shape, name
+        allowed = (n + 3) * torch.finfo(sum_dtype).eps / 2 * s
+        if sum_dtype != dtype:
+            allowed = allowed + 0.51 * stored.eps * w.abs() + stored.smallest_normal * stored.eps
+        error = (g.double() - w).abs()
+        worst = (error - allowed).max().item() if error.numel() else 0.0
+        assert worst <= 0, (
+            f"{name} is off by up to {error.max().item():.3g}: shape {list(tensors[0].shape)}, "
+            f"options {options}"
+        )
+
+
+GRID = [
+    dict(k=k, dilation=d, stride=s, groups=g)
+    for k, d, s, g in itertools.product((1, 3, 5, 7), (1, 2), (1, 2, 3), (1, 2))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_equals_the_reference(case, layout, dtype, device):
+    k, stride = case["k"], case["stride"]
+    for which, combine in itertools.product(WHICH, COMBINES):
+        tensors = make(
+            size=(6, 7), k=k, groups=case["groups"], stride=stride, which=which, dtype=dtype
+        )
+        tensors = [None if t is None else layout(t.to(device)) for t in tensors]
+        check_against_reference(tensors, (k, case["dilation"], stride, combine))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (7, 2)])
+def test_every_width(k, stride, layout, dtype, device):
+    for width in range(1, 41):
+        tensors = make(
+            batch=1, channels=3, size=(3, width), k=k, stride=stride, dtype=dtype, device=device
+        )
+        check_against_reference([layout(t) for t in tensors], (k, 1, stride))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
+def test_every_number_of_channels(k, stride, layout, dtype, device):
+    for channels in (*range(1, 20), 31, 32, 33, 63, 65, 130):
+        groups = next(g for g in (3, 2, 1) if channels % g == 0)
+        tensors = make(
+            channels=channels,
+            size=(3, 4),
+            k=k,
+            stride=stride,
+            groups=groups,
+            dtype=dtype,
+            device=device,
+        )
+        check_against_reference([layout(t) for t in tensors], (k, 1, stride))
+
+
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+def test_planes_larger_than_a_block(k, stride, layout, device):
+    tensors = make(
+        batch=1, channels=20, size=(67, 131), k=k, stride=stride, dtype=torch.float32, device=device
+    )
+    check_against_reference([layout(t) for t in tensors], (k, 1, stride))
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("combine", COMBINES)
+def test_official_rounding_down(combine, stride, device):
+    for size in ((7, 9), (8, 7), (5, 5)):
+        tensors = make(size=size, stride=stride, floor=True, device=device)
+        check_against_reference(tensors, (3, 1, stride, combine))
+
+
+@pytest.mark.parametrize("features_layout", LAYOUTS, **by_name)
+@pytest.mark.parametrize("spatial_layout", LAYOUTS, **by_name)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_strides_of_every_tensor(features_layout, spatial_layout, stride, device):
+    for dtype, grad_layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
+        x, cf, sf = make(size=(5, 9), groups=2, stride=stride, dtype=dtype, device=device)
+        tensors = [features_layout(x), every_other(cf), spatial_layout(sf)]
+        check_against_reference(tensors, (3, 1, stride), grad_layout)
+
+
+@pytest.mark.parametrize("features_layout", LAYOUTS, **by_name)
+@pytest.mark.parametrize("spatial_layout", LAYOUTS, **by_name)
+def test_layout_of_outputs_and_gradients(features_layout, spatial_layout, device):
+    x, cf, sf = make(device=device)
+    x, cf, sf = features_layout(x), channels_last(cf), spatial_layout(sf)
+    expected = {
+        name: torch.channels_last if layout is channels_last else torch.contiguous_format
+        for name, layout in (("features", features_layout), ("spatial", spatial_layout))
+    }
+    out = DDF(x, cf, sf, 3, 1, 1, True)
+    assert out.is_contiguous(memory_format=expected["features"])
+    grads = DDF_BACKWARD(out, x, cf, sf, 3, 1, 1, True, True, True, True)
+    assert grads[0].is_contiguous(memory_format=expected["features"])
+    assert grads[1].is_contiguous()
+    assert grads[2].is_contiguous(memory_format=expected["spatial"])
+
+
+def test_a_gradient_without_strides(device):
+    tensors = make(device=device, requires_grad=True)
+    # The gradient of a sum is one number, expanded.
+    got = torch.autograd.grad(ddf(*tensors).sum(), tensors)
+    want = torch.autograd.grad(ddf_reference(*tensors).sum(), tensors)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+def test_empty_batch(which, layout, device):
+    tensors = make(batch=0, stride=2, which=which, device=device)
+    tensors = [None if t is None else layout(t).requires_grad_() for t in tensors]
+    out = ddf(*tensors, 3, 1, 2)
+    assert out.shape == (0, 4, 3, 3)
+    given = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad(out.sum(), given)
+    assert [g.shape for g in grads] == [t.shape for t in given]
+
+
+class Calls(TorchDispatchMode):
+    """Records the arguments of every call of ddf_backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.arguments = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is DDF_BACKWARD.default:
+            self.arguments.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+NEEDED = [needed for needed in itertools.product((True, False), repeat=3) if any(needed)]
+
+
+@pytest.mark.parametrize("needed", NEEDED, ids=str)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (1, 1)])
+def test_computes_the_gradients_asked_for_only(k, stride, layout, needed, device):
+    tensors = [layout(t) for t in make(k=k, stride=stride, device=device)]
+    grad = torch.randn_like(ddf(*tensors, k, 1, stride))
+    want = value_and_gradients(ddf_reference, tensors, grad, (k, 1, stride))[1:]
+    for t, need in zip(tensors, needed, strict=True):
+        t.requires_grad_(need)
+    with Calls() as calls:
+        ddf(*tensors, k, 1, stride).backward(grad)
+    assert [args[-3:] for args in calls.arguments] == [needed]
+    direct = DDF_BACKWARD(grad, *(t.detach() for t in tensors), k, 1, stride, True, *needed)
+    for t, w, d, need in zip(tensors, want, direct, needed, strict=True):
+        if need:
+            torch.testing.assert_close(t.grad, w, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(d, w, rtol=1e-12, atol=1e-12)
+        else:
+            assert t.grad is None and d.shape == (0,)
+
+
+@pytest.mark.parametrize("which", ["channel", "spatial"])
+def test_gradient_of_an_absent_filter_is_empty(which, device):
+    x, cf, sf = make(which=which, device=device)
+    grads = DDF_BACKWARD(torch.ones_like(x), x, cf, sf, 3, 1, 1, True, True, True, True)
+    absent = 2 if which == "channel" else 1
+    assert [g.shape == (0,) for g in grads] == [i == absent for i in range(3)]
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("k, dilation, stride, floor", [(3, 1, 1, False), (3, 2, 2, True)])
+def test_derivatives_up_to_the_third(k, dilation, stride, floor, combine, which, device):
+    tensors = make(
+        1, 2, (3, 5), k, 2, stride, which, floor=floor, device=device, requires_grad=True
+    )
+    given = [t for t in tensors if t is not None]
+
+    def function(*values):
+        filled = iter(values)
+        full = [None if t is None else next(filled) for t in tensors]
+        return ddf(*full, k, dilation, stride, combine)
+
+    def gradients(*values):
+        return torch.autograd.grad(function(*values).square().sum(), values, create_graph=True)
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given, gen_non_contig_grad_outputs=True)
+    assert torch.autograd.gradgradcheck(gradients, given, fast_mode=True)
+
+
+def test_second_derivative_of_some_inputs_only(device):
+    for needed in NEEDED:
+        tensors = make(device=device)
+        for t, need in zip(tensors, needed, strict=True):
+            t.requires_grad_(need)
+        given = [t for t in tensors if t.requires_grad]
+        results = []
+        for function in (ddf, ddf_reference):
+            loss = function(*tensors).pow(3).sum()
+            first = torch.autograd.grad(loss, given, create_graph=True)
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), given))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-9)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("mul", [True, False])
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+def test_opcheck(layout, mul, which, requires_grad, device):
+    tensors = make(stride=2, groups=2, which=which, device=device)
+    tensors = [None if t is None else layout(t).requires_grad_(requires_grad) for t in tensors]
+    args = (*tensors, 3, 1, 2, mul)
+    torch.library.opcheck(DDF.default, args)
+    grad = layout(torch.randn(2, 4, 3, 3, dtype=torch.float64, device=device))
+    grad.requires_grad_(requires_grad)
+    for needed in ((True, True, True), (True, False, False), (False, True, True)):
+        torch.library.opcheck(DDF_BACKWARD.default, (grad, *args, *needed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride, batch", [(3, 1, 1), (3, 2, 3), (5, 1, 2), (1, 3, 2)])
+def test_result_is_the_same_bits_for_any_number_of_threads(k, stride, batch, layout, dtype):
+    tensors = make(batch, 33, (41, 43), k, stride=stride, dtype=dtype)
+    tensors = [layout(t) for t in tensors]
+    grad = torch.randn_like(ddf(*tensors, k, 1, stride))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(value_and_gradients(ddf, tensors, grad, (k, 1, stride)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_repeated_call_gives_the_same_bits(device):
+    tensors = make(2, 40, (37, 45), dtype=torch.float32, device=device)
+    grad = torch.randn_like(tensors[0])
+    first, second = (value_and_gradients(ddf, tensors, grad, (3,)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride, combine", [(3, 1, "mul"), (3, 2, "mul"), (5, 1, "add")])
+def test_values_that_are_not_finite_stay_where_they_are(k, stride, combine, layout, value, device):
+    size = (11, 21)
+    out_size = [-(-n // stride) for n in size]
+    inner = (out_size[0] // 2, 4)
+    pixels = [(0, 0), (0, out_size[1] - 1), (out_size[0] - 1, 3), inner]
+    for position, tensor in itertools.product(pixels, ("features", "grad")):
+        tensors = make(2, 5, size, k, stride=stride, dtype=torch.float32, device=device)
+        grad = torch.randn(2, 5, *out_size, device=device)
+        {"features": tensors[0], "grad": grad}[tensor][(1, 2, *position)] = value
+        options = (k, 1, stride, combine)
+        tensors, grad = [layout(t) for t in tensors], layout(grad)
+        got = value_and_gradients(ddf, tensors, grad, options)
+        want = value_and_gradients(ddf_reference, tensors, grad, options)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            bad, may_be_bad = ~g.isfinite(), ~w.isfinite()
+            assert not (bad & ~may_be_bad).any(), (position, tensor, i)
+            # The reference multiplies with the padding too, which spoils gradients of filter taps
+            # that lie in it; a kernel may skip them.
+            if i < 2 or position == inner:
+                assert torch.equal(bad, may_be_bad), (position, tensor, i)
+
+
+def test_a_filter_that_is_not_finite_stays_in_its_pixel(device):
+    for layout in DENSE:
+        x, cf, sf = (layout(t) for t in make(2, 5, (11, 21), device=device))
+        sf[1, :, 5, 8] = float("nan")
+        bad = ddf(x, cf, sf).isnan().nonzero().tolist()
+        assert bad == [[1, c, 5, 8] for c in range(5)]
+
+
+BAD_CALLS = [
+    # changed arguments of the op itself, which Python's checks do not guard
+    dict(features=torch.zeros(2, 4, 5)),
+    dict(features=torch.zeros(2, 4, 5, 6, dtype=torch.int32)),
+    dict(channel_filter=None, spatial_filter=None),
+    dict(channel_filter=torch.zeros(1, 4, 3, 3)),
+    dict(channel_filter=torch.zeros(2, 4, 9)),
+    dict(channel_filter=torch.zeros(2, 4, 3, 3, dtype=torch.float64)),
+    dict(spatial_filter=torch.zeros(2, 8, 5, 6)),
+    dict(spatial_filter=torch.zeros(2, 27, 5, 6)),
+    dict(spatial_filter=torch.zeros(2, 9, 5, 7)),
+    dict(spatial_filter=torch.zeros(1, 9, 5, 6)),
+    dict(kernel_size=2),
+    dict(kernel_size=-1),
+    dict(stride=0),
+    dict(dilation=0),
+]
+
+
+@pytest.mark.parametrize("change", BAD_CALLS, ids=lambda c: "-".join(c))
+def test_the_ops_refuse_what_they_could_not_read(change):
+    good = dict(
+        features=torch.zeros(2, 4, 5, 6),
+        channel_filter=torch.zeros(2, 4, 3, 3),
+        spatial_filter=torch.zeros(2, 9, 5, 6),
+        kernel_size=3,
+        dilation=1,
+        stride=1,
+        mul=True,
+    )
+    DDF(**good)
+    with pytest.raises(RuntimeError):
+        DDF(**{**good, **change})
+    flags = dict(need_features=True, need_channel=True, need_spatial=True)
+    with pytest.raises(RuntimeError):
+        DDF_BACKWARD(torch.zeros(2, 4, 5, 6), **{**good, **change}, **flags)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 5), (2, 3, 5, 6), (1, 4, 5, 6), (2, 4, 5)])
+def test_the_backward_refuses_a_gradient_of_another_shape(shape):
+    x, cf, sf = make()
+    with pytest.raises(RuntimeError):
+        DDF_BACKWARD(x.new_zeros(shape), x, cf, sf, 3, 1, 1, True, True, True, True)
+
+
+def test_bad_arguments_are_named_while_tracing():
+    x, cf, sf = make()
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, cf, sf)]
+        with pytest.raises(ValueError, match="spatial_filter must be 3x3 pixels"):
+            DDF(*fakes, 3, 1, 2, True)
+        with pytest.raises(ValueError, match="grad must be a torch.float64 tensor of the output's"):
+            DDF_BACKWARD(fakes[0][:1], *fakes, 3, 1, 1, True, True, True, True)
+
+
+def test_shapes_on_the_meta_device():
+    tensors = [t.to("meta") for t in make(stride=2)]
+    for out in (ddf(*tensors, 3, 1, 2), DDF(*tensors, 3, 1, 2, True)):
+        assert out.device.type == "meta" and out.shape == (2, 4, 3, 3)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+def test_compiles_in_one_graph(layout, dynamic, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(ddf, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in ((7, 7), (6, 9)):
+        tensors = [layout(t) for t in make(size=size, stride=2, device=device)]
+        grad = torch.randn_like(ddf(*tensors, 3, 1, 2))
+        got = value_and_gradients(compiled, tensors, grad, (3, 1, 2))
+        want = value_and_gradients(ddf, tensors, grad, (3, 1, 2))
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w) and g.stride() == w.stride()
+
+
+class Filter(torch.nn.Module):
+    def forward(self, features, channel_filter, spatial_filter):
+        return ddf(features, channel_filter, spatial_filter, stride=2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports(strict, device):
+    tensors = make(size=(7, 7), stride=2, device=device)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        Filter(), tuple(tensors), dynamic_shapes=[{0: batch}] * 3, strict=strict
+    )
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert DDF.default in calls
+    others = make(batch=5, size=(7, 7), stride=2, device=device)
+    torch.testing.assert_close(program.module()(*others), ddf(*others, stride=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_op_itself(dtype, device):
+    x, cf, sf = make(dtype=torch.float32, device=device)
+    with torch.autocast(device, dtype=dtype):
+        got = DDF(x, cf, sf, 3, 1, 1, True)
+        assert DDF(x.double(), cf.double(), sf.double(), 3, 1, 1, True).dtype == torch.float64
+    assert torch.equal(got, DDF(*(t.to(dtype) for t in (x, cf, sf)), 3, 1, 1, True))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 0), (None, 2, None), (0, None, None)])
+def test_vmap_of_the_ops(in_dims, device):
+    size = 3
+    plain = make(device=device)
+    tensors = [
+        t if dim is None else torch.stack([t * (n + 1) for n in range(size)], dim)
+        for t, dim in zip(plain, in_dims, strict=True)
+    ]
+
+    def pick(n):
+        return [
+            t if dim is None else t.select(dim, n) for t, dim in zip(tensors, in_dims, strict=True)
+        ]
+
+    def forward(*values):
+        return DDF(*values, 3, 1, 1, True)
+
+    def backward(*values):
+        grads = DDF_BACKWARD(values[0], *values, 3, 1, 1, True, True, False, True)
+        return grads[0], grads[2]
+
+    for function in (forward, backward):
+        got = torch.vmap(function, in_dims)(*tensors)
+        want = [function(*pick(n)) for n in range(size)]
+        if function is backward:
+            want = tuple(torch.stack(column) for column in zip(*want, strict=True))
+        else:
+            want = torch.stack(want)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_batched_gradients(device):
+    tensors = make(device=device, requires_grad=True)
+    out = ddf(*tensors)
+    grads = torch.randn(3, *out.shape, dtype=out.dtype, device=device)
+    got = torch.autograd.grad(out, tensors, grads, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        want = torch.autograd.grad(out, tensors, grads[n], retain_graph=True)
+        torch.testing.assert_close(tuple(g[n] for g in got), want, rtol=1e-12, atol=1e-12)
+
+
+def test_function_transforms_and_forward_mode(device):
+    x, cf, sf = make(device=device)
+    tangent = torch.randn_like(x)
+    want = ddf_reference(tangent, cf, sf)
+
+    def loss(channel_filter, features, spatial_filter):
+        return ddf(features[None], channel_filter[None], spatial_filter[None]).square().sum()
+
+    _, got = torch.func.jvp(lambda features: ddf(features, cf, sf), (x,), (tangent,))
+    torch.testing.assert_close(got, want)
+    with forward_ad.dual_level():
+        out = ddf(forward_ad.make_dual(x, tangent), cf, sf)
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, want)
+    per_image = torch.vmap(torch.func.grad(loss))(cf, x, sf)
+    cf.requires_grad_()
+    (want,) = torch.autograd.grad(ddf(x, cf, sf).square().sum(), cf)
+    torch.testing.assert_close(per_image, want)
+
+
+USE = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from ddf_mm.ops import backend_info, ddf
+    def seen():
+        return [[w.category.__name__, str(w.message)] for w in caught if "ddf_mm" in str(w.message)]
+    at_import = seen()
+    x, cf, sf = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.ones(1, 9, 3, 3)
+    total = sum(ddf(x, cf, sf).sum().item() for _ in range(2))
+    print(json.dumps([at_import, seen(), backend_info(), total]))
+"""
+
+
+def use_in_another_process(folder: Path, **environment: str):
+    """Warnings at import and at use, backend_info() and a result of the package in ``folder``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DDF_MM_")}
+    result = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=folder,
+        env={**kept, "PYTHONPATH": str(folder), **environment},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package less its libraries."""
+    folder = tmp_path_factory.mktemp("without_library")
+    package = Path(sys.modules["ddf_mm"].__file__).parent
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", ".mim")
+    shutil.copytree(package, folder / "ddf_mm", ignore=ignored)
+    return folder
+
+
+TOTAL = 2 * 2 * 49.0  # two calls, two channels, 49 taps inside
+
+
+def test_the_reference_can_be_forced():
+    folder = Path(sys.modules["ddf_mm"].__file__).parents[1]
+    at_import, at_use, info, total = use_in_another_process(folder, DDF_MM_FORCE_REFERENCE="1")
+    assert at_import == at_use == []
+    assert info["cpu"] == info["default"] == "reference"
+    assert info["why"] == "DDF_MM_FORCE_REFERENCE is set"
+    assert total == TOTAL
+
+
+def test_one_warning_without_the_library(without_library):
+    at_import, at_use, info, total = use_in_another_process(without_library)
+    assert at_import == []
+    ((category, message),) = at_use
+    assert category == "RuntimeWarning"
+    assert "no compiled ops for cpu" in message and "pip install" in message
+    assert info["cpu"] == "reference" and info["why"] in message
+    assert total == TOTAL
+
+
+def test_no_warning_when_the_reference_is_wanted(without_library):
+    at_import, at_use, _, _ = use_in_another_process(without_library, DDF_MM_FORCE_REFERENCE="1")
+    assert at_import == at_use == []
+
+
+def test_a_library_that_does_not_load_costs_a_warning_only(without_library, tmp_path):
+    shutil.copytree(without_library / "ddf_mm", tmp_path / "ddf_mm")
+    (tmp_path / "ddf_mm" / "_C.abi3.so").write_text("no library")
+    at_import, at_use, info, total = use_in_another_process(tmp_path)
+    assert at_import == [] and len(at_use) == 1
+    assert info["cpu"] == "reference"
+    assert "_C.abi3.so does not load with torch" in info["why"]
+    assert total == TOTAL
