@@ -15,10 +15,11 @@ try:
 except ImportError:  # the functional API (ddf_mm.ops) needs torch only
     pass
 else:
-    # Lets mmengine resolve `_base_ = 'ddf_mm::…'` and `mmengine.hub` names; mmengine knows
-    # only OpenMMLab's own packages otherwise. It takes the import name here, because the
-    # configs are looked up beside the imported package.
-    MODULE2PACKAGE.setdefault("ddf_mm", "ddf_mm")
+    # Lets mmengine resolve `_base_ = 'ddf_mm::…'` and `mmengine.hub` names; mmengine knows only
+    # OpenMMLab's own packages otherwise. It looks in the folder of the distribution or, failing
+    # that, of the module of this name. The distribution of an editable install lies elsewhere than
+    # the package, and pip takes ddf_mm for its name, so a module of the package is named.
+    MODULE2PACKAGE.setdefault("ddf_mm", "ddf_mm.version")
     # mmengine looks `mmseg::` up under the distribution name mmsegmentation, which the OneDL
     # packages do not use; the import name works for them.
     if find_spec("mmseg") is not None:

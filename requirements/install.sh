@@ -108,7 +108,7 @@ install_mmcv_wheel() { # from folder $1
 
 build_mmcv_wheel() { # into folder $1
   local log=$1/build.log parts=$1/unfinished line
-  echo "ddf_mm: building mmcv's ops for this torch, once (about 15 minutes on two cores)"
+  echo "ddf_mm: building mmcv's ops for this torch, once (about 8 minutes on two cores)"
   rm -rf "$parts" && mkdir -p "$parts"
   # The tests run mmcv's ops on the CPU; its CUDA ops take far longer and are built on demand only.
   if [ "${FORCE_CUDA:-0}" != 1 ]; then export CUDA_VISIBLE_DEVICES=; fi

@@ -1,0 +1,337 @@
+"""The pictures of tools/analysis: what they show is what the network computes."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmpretrain")
+
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, init_default_scope
+
+from ddf_mm.engine.cli import UserError
+from ddf_mm.ops import ddf_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "classification" / "ddf-mul-resnet26_digits.py"
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "analysis" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look up the module of a class.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+visualize_filters = load_tool("visualize_filters")
+plot_curves = load_tool("plot_curves")
+draw_ddf = load_tool("draw_ddf")
+
+
+@pytest.fixture(autouse=True)
+def _no_open_figures():
+    yield
+    visualize_filters.plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    return Config.fromfile(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model(cfg):
+    init_default_scope("mmpretrain")
+    torch.manual_seed(0)
+    model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "random.pth"
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta={})), path)
+    return str(path)
+
+
+def run(tool, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    tool.main()
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+
+
+class TestFilters:
+    def test_captured_filters_are_those_the_layers_apply(self, cfg, model):
+        init_default_scope("mmpretrain")
+        data = visualize_filters.load_image(cfg, "dataset:2")
+        layers = visualize_filters.find_layers(model, None)
+        assert list(layers) == [1, 2, 3, 4]
+        for stage, layer in layers.items():
+            assert layer is getattr(model.backbone, f"layer{stage}")[-1].conv2
+
+        seen = {}
+        handles = [
+            layer.register_forward_hook(lambda _, x, y, s=stage: seen.update({s: (x[0], y)}))
+            for stage, layer in layers.items()
+        ]
+        filters, prediction = visualize_filters.capture_filters(model, data, layers)
+        for handle in handles:
+            handle.remove()
+
+        assert 0 <= int(prediction.pred_label) < 10
+        for stage, (x, y) in seen.items():
+            spatial = torch.from_numpy(filters[stage].spatial).flatten(0, 1)[None]
+            channel = torch.from_numpy(filters[stage].channel)[None]
+            torch.testing.assert_close(ddf_reference(x, channel, spatial), y)
+
+    def test_leaves_no_hooks(self, cfg, model):
+        init_default_scope("mmpretrain")
+        data = visualize_filters.load_image(cfg, "dataset:0")
+        visualize_filters.capture_filters(model, data, visualize_filters.find_layers(model, [1]))
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_first_group_of_several(self):
+        from ddf_mm.layers import DDFPack
+
+        layer = DDFPack(4, head=2)
+        wrapper = torch.nn.Module()
+        wrapper.layer1 = torch.nn.ModuleList([torch.nn.ModuleDict(dict(conv2=layer))])
+        wrapper.test_step = lambda batch: [layer(batch["inputs"][0][None])]
+        data = dict(inputs=torch.randn(4, 5, 7))
+        filters, _ = visualize_filters.capture_filters(
+            wrapper, data, visualize_filters.find_layers(wrapper, None)
+        )
+        assert filters[1].groups == 2
+        expected = layer.spatial_branch(data["inputs"][None])[0, :9].reshape(3, 3, 5, 7)
+        np.testing.assert_allclose(filters[1].spatial, expected.detach().numpy(), rtol=1e-6)
+
+    def test_an_image_file_is_read_as_the_dataset_reads_it(self, cfg, model, tmp_path):
+        init_default_scope("mmpretrain")
+        dataset_cfg = dict(cfg.test_dataloader.dataset, pipeline=[])
+        from mmengine.registry import DATASETS
+
+        scan = DATASETS.build(dataset_cfg).get_data_info(4)["img"]
+        Image.fromarray(scan).save(tmp_path / "scan.png")
+        from_file = visualize_filters.load_image(cfg, str(tmp_path / "scan.png"))
+        from_dataset = visualize_filters.load_image(cfg, "dataset:4")
+        assert torch.equal(from_file["inputs"], from_dataset["inputs"])
+        scores = [
+            model.test_step(pseudo_collate([data]))[0].pred_score
+            for data in (from_file, from_dataset)
+        ]
+        torch.testing.assert_close(*scores)
+
+    def test_distance_is_that_from_the_mean_filter(self):
+        spatial = np.zeros((3, 3, 2, 2))
+        filters = visualize_filters.Filters(spatial + 5.0, np.zeros((4, 3, 3)), 1)
+        np.testing.assert_array_equal(filters.distance, np.zeros((2, 2)))
+        spatial[0, 1, 1, 0] = 4.0  # mean 1: three pixels at distance 1, one at 3
+        filters = visualize_filters.Filters(spatial, np.zeros((4, 3, 3)), 1)
+        np.testing.assert_allclose(filters.distance, [[1, 1], [3, 1]])
+
+    def test_chosen_points_differ_and_start_at_the_farthest(self):
+        spatial = np.zeros((3, 3, 4, 6))
+        spatial[0, 0, 2, 5], spatial[1, 1, 0, 1], spatial[2, 2, 3, 3] = 9.0, 6.0, 3.0
+        filters = visualize_filters.Filters(spatial, np.zeros((4, 3, 3)), 1)
+        points = visualize_filters.choose_points(filters, height=40, width=60)
+        assert points[:3] == [(55, 25), (15, 5), (35, 35)]
+        assert len(set(points)) == visualize_filters.DEFAULT_POINTS
+
+    def test_draws_a_row_for_each_stage(self, monkeypatch, tmp_path, checkpoint, capsys):
+        everything, some = tmp_path / "new" / "all.png", tmp_path / "some.png"
+        run(visualize_filters, monkeypatch, CONFIG, checkpoint, "dataset:0", "--out", everything)
+        assert capsys.readouterr().out.splitlines()[-1] == f"filters: {everything}"
+        points = ("10,20", "30,5", "47,47", "0,0", "24,24")
+        run(
+            visualize_filters, monkeypatch, CONFIG, checkpoint, "dataset:1", "--out", some,
+            "--stages", 3, 1, "--points", *points,
+        )  # fmt: skip
+        a, b = pixels(everything), pixels(some)
+        assert a.shape[1] == b.shape[1] == 1650
+        assert a.shape[0] - b.shape[0] == pytest.approx(2 * 310, abs=2)
+        for picture in (a, b):
+            assert picture.std() > 30
+            # Red and blue taps, not an empty frame.
+            assert ((picture[..., 0] - picture[..., 2]) > 100).mean() > 0.01
+            assert ((picture[..., 2] - picture[..., 0]) > 100).mean() > 0.01
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["dataset:360"], "the test dataset has 360 images, the last is dataset:359"),
+            (["dataset:-1"], "must be dataset:INDEX with a whole number"),
+            (["no.png"], "'no.png' is neither a file nor dataset:INDEX"),
+            (["dataset:0", "--stages", "2", "7"], "--stages 7: no DDF layers there; .* 1, 2, 3, 4"),
+            (["dataset:0", "--points", "48,0"], "--points 48,0 is outside .* 48 x 48 pixels"),
+            (
+                ["dataset:0", "--cfg-options", "model.backbone.base_channels=8"],
+                "is not one of the model: .* size mismatch",
+            ),
+            (
+                [
+                    "dataset:0",
+                    "--cfg-options",
+                    "model.backbone.stage_with_ddf=False,False,False,False",
+                ],
+                "the model has no DDF layers",
+            ),
+        ],
+    )
+    def test_bad_arguments(self, monkeypatch, tmp_path, checkpoint, arguments, message):
+        out = tmp_path / "filters.png"
+        with pytest.raises(UserError, match=message):
+            run(visualize_filters, monkeypatch, CONFIG, checkpoint, *arguments, "--out", out)
+        assert not out.exists()
+
+    @pytest.mark.parametrize("point", ["3", "3,", "a,b", "1.5,2", "-1,2", "1,2,3"])
+    def test_bad_points(self, monkeypatch, checkpoint, capsys, point):
+        with pytest.raises(SystemExit) as exit_info:
+            run(
+                visualize_filters, monkeypatch, CONFIG, checkpoint, "dataset:0", f"--points={point}"
+            )
+        assert exit_info.value.code == 2
+        assert "is not of the form x,y" in capsys.readouterr().err
+
+    def test_missing_and_broken_checkpoint(self, monkeypatch, tmp_path):
+        with pytest.raises(UserError, match=r"'no\.pth' is not a file"):
+            run(visualize_filters, monkeypatch, CONFIG, "no.pth", "dataset:0")
+        (tmp_path / "broken.pth").write_text("no checkpoint")
+        with pytest.raises(UserError, match="not a checkpoint that torch can read"):
+            run(visualize_filters, monkeypatch, CONFIG, tmp_path / "broken.pth", "dataset:0")
+
+
+def write_log(folder: Path, records: list[dict]) -> Path:
+    log = folder / "vis_data" / "scalars.json"
+    log.parent.mkdir(parents=True)
+    log.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return log
+
+
+def records(epochs: int, length: int, top1: float = 50.0) -> list[dict]:
+    out = []
+    for epoch in range(1, epochs + 1):
+        for i in range(length // 2, length + 1, length // 2):
+            step = (epoch - 1) * length + i
+            out.append(dict(lr=0.1, loss=3.0 / step, time=0.1, epoch=epoch, iter=step, step=step))
+        out.append(
+            {"accuracy/top1": top1 + epoch, "accuracy/top5": 99.0, "time": 0.1, "step": epoch}
+        )
+    return out
+
+
+class TestCurves:
+    def test_draws_what_the_log_holds(self, tmp_path):
+        log = write_log(tmp_path / "20260101_000000", records(3, 20))
+        training, validation = plot_curves.read_log(log)
+        figure = plot_curves.plot(training, validation, ["accuracy/top1"], "title")
+        loss, metric = (axis.get_lines()[0] for axis in figure.axes)
+        np.testing.assert_allclose(loss.get_xdata(), [0.5, 1, 1.5, 2, 2.5, 3])
+        np.testing.assert_allclose(loss.get_ydata(), [3.0 / s for s in range(10, 61, 10)])
+        np.testing.assert_allclose(metric.get_xdata(), [1, 2, 3])
+        np.testing.assert_allclose(metric.get_ydata(), [51, 52, 53])
+
+    def test_iterations_where_the_log_has_no_epochs(self, tmp_path):
+        log = write_log(
+            tmp_path / "run",
+            [
+                dict(loss=1.0, iter=50, step=50),
+                dict(loss=0.5, iter=100, step=100),
+                dict(mIoU=1, step=100),
+            ],
+        )
+        figure = plot_curves.plot(*plot_curves.read_log(log), ["mIoU"], "title")
+        np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_xdata(), [50, 100])
+        assert figure.axes[0].get_xlabel() == "iteration"
+
+    def test_takes_the_latest_training_of_a_work_folder(self, tmp_path):
+        write_log(tmp_path / "20260101_000000", records(1, 10))
+        latest = write_log(tmp_path / "20260102_000000", records(2, 10))
+        write_log(tmp_path / "20260103_000000", [{"accuracy/top1": 3.0, "step": 0}])
+        assert plot_curves.find_log(tmp_path) == latest
+
+    def test_writes_a_picture(self, monkeypatch, tmp_path, capsys):
+        write_log(tmp_path / "20260101_000000", records(4, 20))
+        out = tmp_path / "new" / "curve.png"
+        run(
+            plot_curves,
+            monkeypatch,
+            tmp_path,
+            "--out",
+            out,
+            "--metrics",
+            "accuracy/top1",
+            "accuracy/top5",
+        )
+        assert capsys.readouterr().out == f"curve: {out}\n"
+        picture = pixels(out)
+        assert picture.shape == (600, 1080, 3)
+        assert picture.std() > 20
+        run(plot_curves, monkeypatch, tmp_path)
+        beside = tmp_path / "20260101_000000" / "vis_data" / "curve.png"
+        assert not np.array_equal(pixels(beside), picture)
+
+    def test_draws_a_loss_without_validation(self, monkeypatch, tmp_path):
+        write_log(tmp_path / "run", [r for r in records(2, 10) if "loss" in r])
+        out = tmp_path / "curve.png"
+        run(plot_curves, monkeypatch, tmp_path, "--out", out)
+        assert pixels(out).std() > 10
+
+    def test_bad_logs_and_arguments(self, monkeypatch, tmp_path):
+        with pytest.raises(UserError, match=r"'nowhere' is neither a file nor a folder"):
+            run(plot_curves, monkeypatch, "nowhere")
+        with pytest.raises(UserError, match=r"holds no \*/vis_data/scalars.json"):
+            run(plot_curves, monkeypatch, tmp_path)
+        log = write_log(tmp_path / "run", records(2, 10))
+        with pytest.raises(UserError, match="--metrics mAP: not in the log, .* accuracy/top1"):
+            run(plot_curves, monkeypatch, log, "--metrics", "mAP")
+        log.write_text('{"loss": 1, "step": 1}\n{"loss"')
+        with pytest.raises(UserError, match="line 2 is not JSON"):
+            run(plot_curves, monkeypatch, log)
+        log.write_text("[1]\n")
+        with pytest.raises(UserError, match="line 1 must be a JSON object"):
+            run(plot_curves, monkeypatch, log)
+        log.write_text('{"accuracy/top1": 3, "step": 1}\n')
+        with pytest.raises(UserError, match="holds no record with a loss"):
+            run(plot_curves, monkeypatch, log)
+
+
+class TestPictureOfTheOperation:
+    def test_numbers_in_the_picture_fit_together(self):
+        data = draw_ddf.compute()
+        (row, column), c = draw_ddf.PIXEL, draw_ddf.CHANNEL
+        window = data["x"][c, row - 1 : row + 2, column - 1 : column + 2]
+        combined = data["spatial"][:, :, row, column] * data["channel"][c]
+        assert window.std() > 0.1
+        np.testing.assert_allclose(
+            (combined * window).sum(), data["output"][c, row, column], rtol=1e-5
+        )
+
+    def test_is_drawn_alike_every_time(self, monkeypatch, tmp_path):
+        outs = [tmp_path / "first" / "ddf.png", tmp_path / "second.png"]
+        for out in outs:
+            torch.rand(7)  # another state of the random numbers
+            run(draw_ddf, monkeypatch, "--out", out)
+        assert outs[0].read_bytes() == outs[1].read_bytes()
+        assert pixels(outs[0]).std() > 30
+
+    def test_committed_picture_is_the_drawn_one(self, monkeypatch, tmp_path):
+        committed, drawn = ROOT / "docs" / "ddf.png", tmp_path / "ddf.png"
+        run(draw_ddf, monkeypatch, "--out", drawn)
+        assert os.path.getsize(committed) < 300_000
+        a, b = pixels(committed), pixels(drawn)
+        assert a.shape == b.shape
+        # Another matplotlib may smooth an edge or place a letter otherwise.
+        assert (np.abs(a - b).max(axis=2) > 32).mean() < 0.02
