@@ -1,5 +1,5 @@
-// What the CPU kernels take: pointers, sizes and a way to run in parallel. No framework includes, so
-// that a file compiled for one instruction set holds no function another file could pick up.
+// What the CPU kernels take: pointers, sizes and a way to run in parallel. No framework includes,
+// so that a file compiled for one instruction set holds no function another file could pick up.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included once
-// by each kernels_*.cpp.
+// All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included
+// once by each kernels_*.cpp.
 #pragma once
 #include "cpu/pixels.h"
 #include "cpu/planes.h"

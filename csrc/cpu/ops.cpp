@@ -1,4 +1,5 @@
-// Registers the CPU kernels: checks what they rely on, makes the outputs, picks the instruction set.
+// Registers the CPU kernels: checks what they rely on, makes the outputs, picks the instruction
+// set.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -130,8 +131,8 @@ Geometry geometry_of(const Tensor& features, const OptionalTensor& channel_filte
   if (spatial_filter) {
     check(*spatial_filter, features, "spatial_filter");
     const int64_t rows = spatial_filter->size(2), columns = spatial_filter->size(3);
-    STD_TORCH_CHECK(rows == g.out_height || rows == g.height / stride,
-                    "ddf: spatial_filter has ", rows, " rows for ", g.height, " of features");
+    STD_TORCH_CHECK(rows == g.out_height || rows == g.height / stride, "ddf: spatial_filter has ",
+                    rows, " rows for ", g.height, " of features");
     STD_TORCH_CHECK(columns == g.out_width || columns == g.width / stride,
                     "ddf: spatial_filter has ", columns, " columns for ", g.width, " of features");
     g.out_height = rows;
@@ -155,8 +156,7 @@ Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
                const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
                int64_t stride, bool mul) {
   Forward f{};
-  f.geometry =
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
+  f.geometry = geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
   const Geometry& g = f.geometry;
   f.dtype = dtype_of(features);
   f.mul = mul;
@@ -186,8 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
                                             bool mul, bool need_features, bool need_channel,
                                             bool need_spatial) {
   Backward b{};
-  b.geometry =
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
+  b.geometry = geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
   const Geometry& g = b.geometry;
   check(grad, features, "grad");
   check_size(grad, {g.batch, g.channels, g.out_height, g.out_width}, "grad");
@@ -201,14 +200,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
   const std::vector<int64_t> size{g.batch, g.channels, g.height, g.width};
   Tensor grad_features =
       need_features ? empty(features, size, b.channels_last) : empty(features, none, false);
-  Tensor grad_channel =
-      need_channel ? empty(features, {g.batch, g.channels, g.kernel, g.kernel}, false)
-                   : empty(features, none, false);
+  Tensor grad_channel = need_channel
+                            ? empty(features, {g.batch, g.channels, g.kernel, g.kernel}, false)
+                            : empty(features, none, false);
   Tensor grad_spatial =
-      need_spatial
-          ? empty(features, {g.batch, g.groups * g.taps(), g.out_height, g.out_width},
-                  is_channels_last(*spatial_filter))
-          : empty(features, none, false);
+      need_spatial ? empty(features, {g.batch, g.groups * g.taps(), g.out_height, g.out_width},
+                           is_channels_last(*spatial_filter))
+                   : empty(features, none, false);
   if (is_empty(g) || !(need_features || need_channel || need_spatial))
     return {grad_features, grad_channel, grad_spatial};
 

@@ -27,7 +27,8 @@ struct Taps {
   }
 };
 
-// Along one axis: for each position of a pixel, the taps whose other end lies in the image, and where.
+// Along one axis: for each position of a pixel, the taps whose other end lies in the image, and
+// where.
 class Reach {
  public:
   struct End {

@@ -36,8 +36,8 @@ struct Window {
     columns = (g.out_width - 1) * g.stride + reach + 1;
     phase_rows = ceil_div(rows, g.stride);
     // A vector that starts in the row may end behind it.
-    pitch = std::max(ceil_div(columns, g.stride),
-                     round_up(g.out_width, kLanes<A>) + reach / g.stride);
+    pitch =
+        std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
     size = g.stride * g.stride * phase_rows * pitch;
     for (int64_t r = 0; r < rows; ++r)
       row_offset.push_back(r % g.stride * g.stride * phase_rows * pitch + r / g.stride * pitch);
@@ -93,8 +93,8 @@ void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, c
         std::fill(line, line + g.out_width, neutral);
         continue;
       }
-      const T* from = filter + image * strides.batch + (group * g.taps() + t) * strides.tap +
-                      row * strides.row;
+      const T* from =
+          filter + image * strides.batch + (group * g.taps() + t) * strides.tap + row * strides.row;
       if (strides.column == 1)
         load_row(line, from, g.out_width);
       else
@@ -136,9 +136,8 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const int6
     }
   }
   DDF_UNROLL
-  for (int n = 0; n < NC; ++n)
-    DDF_UNROLL
-    for (int j = 0; j < J; ++j) store_first<L>(out + n * out_size + j * L, sums[n][j], room - j * L);
+  for (int n = 0; n < NC; ++n) DDF_UNROLL
+  for (int j = 0; j < J; ++j) store_first<L>(out + n * out_size + j * L, sums[n][j], room - j * L);
 }
 
 // Filters rows of NC channels. A vector that runs over the end of its row is overwritten by the
@@ -439,9 +438,10 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
           const A* from = grad_spatial + t * plane + i * pitch;
           const int64_t row = item.row0 + i, map = item.group * g.taps() + t;
           if (in_parts)
-            std::copy(from, from + g.out_width,
-                      spatial_parts + (((item.chunk * g.batch + item.image) * maps + map) * out_size +
-                                       row * g.out_width));
+            std::copy(
+                from, from + g.out_width,
+                spatial_parts + (((item.chunk * g.batch + item.image) * maps + map) * out_size +
+                                 row * g.out_width));
           else
             sum_parts(grad_spatial_out + item.image * strides.batch + map * strides.tap +
                           row * strides.row,

@@ -1,0 +1,45 @@
+// What every kernel takes.
+#pragma once
+#include <cstdint>
+
+#include "geometry.h"
+#include "platform.cuh"
+
+namespace ddf::cuda {
+
+// The type that sums are kept in.
+template <typename T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateType<T>::type;
+
+// A tensor of four dimensions with strides in elements; data is null for a filter that is None.
+template <typename T>
+struct View {
+  T* data;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+
+  DDF_DEVICE T* at(int64_t batch, int64_t channel, int64_t row, int64_t column) const {
+    return data + batch * batch_stride + channel * channel_stride + row * row_stride +
+           column * column_stride;
+  }
+};
+
+template <typename T>
+struct Arguments {
+  Geometry geometry;
+  bool mul;
+  View<const T> grad;  // of the output; null in the forward pass
+  View<const T> features;
+  View<const T> channel_filter;
+  View<const T> spatial_filter;
+  View<T> result;  // the one tensor that the kernel writes
+};
+
+}  // namespace ddf::cuda

@@ -1,0 +1,225 @@
+// Which kernel serves a call, and with how many blocks. `launch(name, kernel, blocks, threads,
+// shared_bytes, arguments...)` starts a kernel: on a device in ops.cu, on the host in the tests.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "filter_grads3.cuh"
+#include "generic.cuh"
+#include "window3.cuh"
+#include "window3_channels_last.cuh"
+
+namespace ddf::cuda {
+
+constexpr int64_t kMaxBlocks = INT32_MAX;
+// Elements that one launch of a generic kernel writes.
+constexpr int64_t kMaxElements = INT32_MAX;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Channels that are neighbours in memory are walked first.
+template <typename T>
+bool is_channels_last(const View<T>& tensor) {
+  return tensor.channel_stride == 1 && tensor.column_stride != 1;
+}
+
+// The choice depends on the shape alone, never on the device: so do the sums' orders.
+inline Tiling tiling_of(const Geometry& g) {
+  Tiling tiling;
+  tiling.tiles_per_row = ceil_div(g.width, kTileColumns);
+  tiling.tiles = tiling.tiles_per_row * ceil_div(g.height, kTileRows);
+  tiling.tile_lanes = 8;
+  while (tiling.tile_lanes < tiling.tiles && tiling.tile_lanes < kWindowThreads) {
+    tiling.tile_lanes *= 2;
+  }
+  // A larger slab reads the spatial filter less often; a smaller one makes more blocks, and a
+  // large GPU wants several for each of its 130 or so multiprocessors.
+  const int64_t lanes = kWindowThreads / tiling.tile_lanes;
+  const int64_t tile_blocks = ceil_div(tiling.tiles, tiling.tile_lanes);
+  int64_t slab = 32 * lanes;
+  while (slab > 4 * lanes &&
+         g.batch * tile_blocks * g.groups * ceil_div(g.group_channels, slab) < 1024) {
+    slab /= 2;
+  }
+  tiling.slab = slab < g.group_channels ? slab : g.group_channels;
+  tiling.slabs_per_group = ceil_div(g.group_channels, tiling.slab);
+  return tiling;
+}
+
+inline int64_t blocks_of(const Geometry& g, const Tiling& tiling) {
+  return g.batch * ceil_div(tiling.tiles, tiling.tile_lanes) * g.groups * tiling.slabs_per_group;
+}
+
+// Whether groups of four along the dimension of stride 1 are aligned, given the other strides.
+template <typename T>
+bool aligned_by_four(const View<T>& tensor, std::initializer_list<int64_t> strides) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0 &&
+         std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s % 4 == 0; });
+}
+
+template <typename T>
+bool reads_by_four(const View<T>& tensor) {
+  return aligned_by_four(tensor, {tensor.batch_stride, tensor.channel_stride, tensor.row_stride});
+}
+
+template <typename T>
+bool reads_channels_by_four(const View<T>& tensor) {
+  return tensor.channel_stride == 1 &&
+         aligned_by_four(tensor, {tensor.batch_stride, tensor.row_stride, tensor.column_stride});
+}
+
+// Whether the 3 x 3 kernels know these windows.
+inline bool has_3x3_windows(const Geometry& g) {
+  return g.kernel == 3 && g.dilation == 1 && g.stride == 1;
+}
+
+// Whether rows are contiguous; those of a tensor that is not there do not matter.
+template <typename T>
+bool has_rows(const View<T>& tensor) {
+  return tensor.data == nullptr || tensor.column_stride == 1;
+}
+
+// Runs window3 where it serves the call; says whether it did.
+template <bool Mirrored, typename T, typename Launch>
+bool launch_window3(const Arguments<T>& a, const char* name, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const View<const T>& input = Mirrored ? a.grad : a.features;
+    const bool fits =
+        has_3x3_windows(g) && has_rows(input) && has_rows(a.spatial_filter) && has_rows(a.result);
+    if (!fits) return false;
+    const Tiling tiling = tiling_of(g);
+    const int64_t blocks = blocks_of(g, tiling);
+    if (blocks > kMaxBlocks) return false;
+    const bool vector = g.width % 4 == 0 && reads_by_four(input) && reads_by_four(a.result) &&
+                        (Mirrored || reads_by_four(a.spatial_filter));
+    const size_t shared = sizeof(float) * kTapStride * tiling.slab;
+    const auto kernel =
+        a.mul ? (vector ? window3<T, true, Mirrored, true> : window3<T, true, Mirrored, false>)
+              : (vector ? window3<T, false, Mirrored, true> : window3<T, false, Mirrored, false>);
+    launch(name, kernel, blocks, kWindowThreads, shared, a, tiling);
+    return true;
+  }
+}
+
+// Runs window3_channels_last where it serves the call; says whether it did.
+template <bool Mirrored, typename T, typename Launch>
+bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const int64_t strips = ceil_div(g.width, kStripColumns);
+    const int64_t count = g.batch * g.height * strips * (g.channels / kStripChannels);
+    const bool fits =
+        has_3x3_windows(g) && g.group_channels % kStripChannels == 0 && count <= kMaxElements &&
+        reads_channels_by_four(Mirrored ? a.grad : a.features) && reads_channels_by_four(a.result);
+    if (!fits) return false;
+    const auto kernel = a.mul ? window3_channels_last<T, true, Mirrored>
+                              : window3_channels_last<T, false, Mirrored>;
+    launch(name, kernel, ceil_div(count, kStripThreads), kStripThreads, 0, a,
+           static_cast<int>(strips));
+    return true;
+  }
+}
+
+// Launches a generic kernel for [batch, channels, rows, columns] results, in several boxes if they
+// are too many for one.
+template <typename T, typename Kernel, typename Launch>
+void launch_boxes(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
+                  int64_t rows, int64_t columns, Launch&& launch) {
+  const int64_t batch = a.geometry.batch;
+  const int64_t rows_at_once = std::clamp<int64_t>(kMaxElements / (channels * columns), 1, rows);
+  const int64_t image = channels * rows_at_once * columns;
+  const int64_t batches_at_once =
+      rows_at_once < rows ? 1 : std::clamp<int64_t>(kMaxElements / image, 1, batch);
+  for (int64_t first_batch = 0; first_batch < batch; first_batch += batches_at_once) {
+    for (int64_t first_row = 0; first_row < rows; first_row += rows_at_once) {
+      Box box;
+      box.first_batch = first_batch, box.first_row = first_row;
+      box.batches = std::min(batches_at_once, batch - first_batch);
+      box.rows = std::min(rows_at_once, rows - first_row);
+      box.channels = channels, box.columns = columns;
+      box.channels_last = is_channels_last(a.result);
+      const int64_t count = box.batches * channels * box.rows * columns;
+      launch(name, kernel, ceil_div(count, kGenericThreads), kGenericThreads, 0, a, box);
+    }
+  }
+}
+
+template <typename T, typename Launch>
+void launch_forward(const Arguments<T>& a, Launch&& launch) {
+  if (launch_window3<false>(a, "ddf forward, 3x3", launch)) return;
+  if (launch_window3_channels_last<false>(a, "ddf forward, 3x3 channels_last", launch)) return;
+  const Geometry& g = a.geometry;
+  launch_boxes(a, "ddf forward", forward_generic<T>, g.channels, g.out_height, g.out_width, launch);
+}
+
+template <typename T, typename Launch>
+void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
+  if (launch_window3<true>(a, "ddf grad_features, 3x3", launch)) return;
+  if (launch_window3_channels_last<true>(a, "ddf grad_features, 3x3 channels_last", launch)) return;
+  const Geometry& g = a.geometry;
+  launch_boxes(a, "ddf grad_features", grad_features_generic<T>, g.channels, g.height, g.width,
+               launch);
+}
+
+// Runs filter_grads3 where it serves the call; says whether it did.
+template <typename T, typename Allocate, typename Launch>
+bool launch_filter_grads3(Arguments<T> a, const View<T>& grad_channel, const View<T>& grad_spatial,
+                          Allocate&& allocate, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const bool fits = has_3x3_windows(g) && has_rows(a.grad) && has_rows(a.features) &&
+                      has_rows(a.spatial_filter) && has_rows(grad_spatial);
+    if (!fits) return false;
+    const int tiles = ceil_div(g.height * ceil_div(g.width, kLanePixels), kLanes);
+    const int64_t blocks = g.batch * g.groups * tiles;
+    if (blocks > kMaxBlocks) return false;
+    const bool vector = g.width % 4 == 0 && reads_by_four(a.features) && reads_by_four(a.grad) &&
+                        reads_by_four(a.spatial_filter) && reads_by_four(grad_spatial);
+    const int64_t values = g.batch * g.channels * kFilterTaps;
+    float* const partials = grad_channel.data == nullptr ? nullptr : allocate(tiles * values);
+    a.result = grad_spatial;
+    const auto kernel =
+        a.mul ? (vector ? filter_grads3<T, true, true> : filter_grads3<T, true, false>)
+              : (vector ? filter_grads3<T, false, true> : filter_grads3<T, false, false>);
+    launch("ddf filter gradients, 3x3", kernel, blocks, kFilterThreads,
+           sizeof(float) * kFilterSharedFloats, a, partials, tiles);
+    if (partials != nullptr) {
+      launch("ddf grad_channel, 3x3", sum_partials<T>, ceil_div(values, kLanes), kSumThreads,
+             sizeof(float) * kSumThreads, grad_channel, partials, g.batch, g.channels, tiles);
+    }
+    return true;
+  }
+}
+
+// Writes the gradients whose views are not null. allocate(n) makes room for n floats that lives
+// until the kernels are done.
+template <typename T, typename Allocate, typename Launch>
+void launch_filter_grads(Arguments<T> a, const View<T>& grad_channel, const View<T>& grad_spatial,
+                         Allocate&& allocate, Launch&& launch) {
+  if (launch_filter_grads3(a, grad_channel, grad_spatial, allocate, launch)) return;
+  const Geometry& g = a.geometry;
+  if (grad_channel.data != nullptr) {
+    a.result = grad_channel;
+    const int channel_lanes = is_channels_last(a.features) ? kChannelLanes : 1;
+    const int64_t blocks = g.batch * ceil_div(g.channels, channel_lanes) * g.kernel * g.kernel;
+    launch("ddf grad_channel", grad_channel_generic<T>, blocks, kGenericThreads,
+           sizeof(Accumulate<T>) * kGenericThreads, a, channel_lanes);
+  }
+  if (grad_spatial.data != nullptr) {
+    a.result = grad_spatial;
+    launch_boxes(a, "ddf grad_spatial", grad_spatial_generic<T>, g.groups * g.kernel * g.kernel,
+                 g.out_height, g.out_width, launch);
+  }
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,199 @@
+// Kernels for any kernel size, stride, dilation, groups and strides of memory: one value a thread.
+//
+// Outside the image the features are zeros that take part in sums, as in the reference, so that a
+// NaN or Inf of a filter stays where it is there. Sums run in one order: results are repeatable.
+#pragma once
+#include "arguments.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kGenericThreads = 256;
+// Neighbouring channels that a block of grad_channel_generic sums when they are neighbours in
+// memory: one warp reads them together.
+constexpr int kChannelLanes = 32;
+
+// The part of a tensor that one launch writes: few enough elements to be counted in 32 bits, whose
+// divisions are cheap.
+struct Box {
+  int first_batch, first_row;
+  int batches, channels, rows, columns;
+  bool channels_last;  // the order of the tensor's memory
+};
+
+struct Position {
+  int batch, channel, row, column;
+  bool inside;
+};
+
+// The element that a thread owns: neighbouring threads meet neighbouring addresses.
+DDF_DEVICE Position position_in(const Box& box) {
+  unsigned index = static_cast<unsigned>(block_index()) * kGenericThreads + thread_index();
+  Position at;
+  if (box.channels_last) {
+    at.channel = index % box.channels;
+    index /= box.channels;
+  }
+  at.column = index % box.columns;
+  index /= box.columns;
+  at.row = index % box.rows + box.first_row;
+  index /= box.rows;
+  if (!box.channels_last) {
+    at.channel = index % box.channels;
+    index /= box.channels;
+  }
+  at.inside = index < static_cast<unsigned>(box.batches);
+  at.batch = index + box.first_batch;
+  return at;
+}
+
+template <typename T>
+DDF_DEVICE Accumulate<T> load_or_zero(const View<const T>& tensor, int batch, int channel, int row,
+                                      int column, int rows, int columns) {
+  if (row < 0 || row >= rows || column < 0 || column >= columns) return 0;
+  return load(tensor.at(batch, channel, row, column));
+}
+
+// The filter of channel `channel` at tap (tap_row, tap_column) and output pixel (row, column).
+// The filter of channel `channel` at tap (tap_row, tap_column) and output pixel (row, column);
+// `plane` is the tap's channel of the spatial filter.
+template <typename T>
+DDF_DEVICE Accumulate<T> filter_at(const Arguments<T>& a, int batch, int channel, int plane,
+                                   int tap_row, int tap_column, int row, int column) {
+  if (a.spatial_filter.data == nullptr) {
+    return load(a.channel_filter.at(batch, channel, tap_row, tap_column));
+  }
+  const Accumulate<T> spatial = load(a.spatial_filter.at(batch, plane, row, column));
+  if (a.channel_filter.data == nullptr) return spatial;
+  const Accumulate<T> per_channel = load(a.channel_filter.at(batch, channel, tap_row, tap_column));
+  return a.mul ? per_channel * spatial : per_channel + spatial;
+}
+
+template <typename T>
+DDF_KERNEL(kGenericThreads, 4)
+forward_generic(Arguments<T> a, Box box) {
+  const Position at = position_in(box);
+  if (!at.inside) return;
+  const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
+  const int height = a.geometry.height, width = a.geometry.width;
+  const int stride = a.geometry.stride;
+  const int padding = dilation * (kernel / 2);
+  int plane = at.channel / static_cast<int>(a.geometry.group_channels) * kernel * kernel;
+  Accumulate<T> sum = 0;
+  for (int tap_row = 0; tap_row < kernel; ++tap_row) {
+    const int row = at.row * stride - padding + tap_row * dilation;
+    for (int tap_column = 0; tap_column < kernel; ++tap_column, ++plane) {
+      const int column = at.column * stride - padding + tap_column * dilation;
+      sum += load_or_zero(a.features, at.batch, at.channel, row, column, height, width) *
+             filter_at(a, at.batch, at.channel, plane, tap_row, tap_column, at.row, at.column);
+    }
+  }
+  store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
+}
+
+// The output row (or column) whose window has the feature row `feature` under tap `tap`, or -1.
+DDF_DEVICE int output_under(int feature, int tap, int padding, int dilation, int stride,
+                            int outputs) {
+  const int first = feature + padding - tap * dilation;
+  if (first < 0 || first % stride != 0) return -1;
+  const int output = first / stride;
+  return output < outputs ? output : -1;
+}
+
+template <typename T>
+DDF_KERNEL(kGenericThreads, 4)
+grad_features_generic(Arguments<T> a, Box box) {
+  const Position at = position_in(box);
+  if (!at.inside) return;
+  const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
+  const int out_height = a.geometry.out_height, out_width = a.geometry.out_width;
+  const int stride = a.geometry.stride;
+  const int padding = dilation * (kernel / 2);
+  const int first_plane =
+      at.channel / static_cast<int>(a.geometry.group_channels) * kernel * kernel;
+  Accumulate<T> sum = 0;
+  for (int tap_row = 0; tap_row < kernel; ++tap_row) {
+    const int row = output_under(at.row, tap_row, padding, dilation, stride, out_height);
+    if (row < 0) continue;
+    for (int tap_column = 0; tap_column < kernel; ++tap_column) {
+      const int column = output_under(at.column, tap_column, padding, dilation, stride, out_width);
+      if (column < 0) continue;
+      const int plane = first_plane + tap_row * kernel + tap_column;
+      sum += load(a.grad.at(at.batch, at.channel, row, column)) *
+             filter_at(a, at.batch, at.channel, plane, tap_row, tap_column, row, column);
+    }
+  }
+  store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
+}
+
+template <typename T>
+DDF_KERNEL(kGenericThreads, 4)
+grad_spatial_generic(Arguments<T> a, Box box) {
+  const Position at = position_in(box);
+  if (!at.inside) return;
+  const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
+  const int height = a.geometry.height, width = a.geometry.width;
+  const int stride = a.geometry.stride, group_channels = a.geometry.group_channels;
+  const int tap_row = at.channel % (kernel * kernel) / kernel;
+  const int tap_column = at.channel % kernel;
+  const int row = at.row * stride + dilation * (tap_row - kernel / 2);
+  const int column = at.column * stride + dilation * (tap_column - kernel / 2);
+  const bool weighted = a.mul && a.channel_filter.data != nullptr;
+  const int first = at.channel / (kernel * kernel) * group_channels;
+  Accumulate<T> sum = 0;
+  for (int channel = first; channel < first + group_channels; ++channel) {
+    Accumulate<T> term = load(a.grad.at(at.batch, channel, at.row, at.column)) *
+                         load_or_zero(a.features, at.batch, channel, row, column, height, width);
+    if (weighted) term *= load(a.channel_filter.at(at.batch, channel, tap_row, tap_column));
+    sum += term;
+  }
+  store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
+}
+
+// A block sums one tap of `channel_lanes` channels (a power of two) over all output pixels.
+template <typename T>
+DDF_KERNEL(kGenericThreads, 4)
+grad_channel_generic(Arguments<T> a, int channel_lanes) {
+  DDF_SHARED(Accumulate<T>, sums);
+  const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
+  const int height = a.geometry.height, width = a.geometry.width;
+  const int stride = a.geometry.stride, channels = a.geometry.channels;
+  const int taps = kernel * kernel;
+  const int block = block_index();
+  const int channel_blocks = (channels - 1) / channel_lanes + 1;
+  const int batch = block / taps / channel_blocks;
+  const int channel =
+      block / taps % channel_blocks * channel_lanes + thread_index() % channel_lanes;
+  const int tap_row = block % taps / kernel;
+  const int tap_column = block % kernel;
+  const int top = dilation * (tap_row - kernel / 2);
+  const int left = dilation * (tap_column - kernel / 2);
+  const bool weighted = a.mul && a.spatial_filter.data != nullptr;
+
+  Accumulate<T> sum = 0;
+  if (channel < channels) {
+    const int group = channel / static_cast<int>(a.geometry.group_channels);
+    const int plane = group * taps + block % taps;
+    const int out_width = a.geometry.out_width;
+    const unsigned pixels = a.geometry.out_height * a.geometry.out_width;
+    const int pixel_lanes = kGenericThreads / channel_lanes;
+    for (unsigned pixel = thread_index() / channel_lanes; pixel < pixels; pixel += pixel_lanes) {
+      const int row = pixel / out_width;
+      const int column = pixel % out_width;
+      Accumulate<T> term = load(a.grad.at(batch, channel, row, column)) *
+                           load_or_zero(a.features, batch, channel, row * stride + top,
+                                        column * stride + left, height, width);
+      if (weighted) term *= load(a.spatial_filter.at(batch, plane, row, column));
+      sum += term;
+    }
+  }
+  sums[thread_index()] = sum;
+  for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {
+    sync_threads();
+    if (thread_index() < half) sums[thread_index()] += sums[thread_index() + half];
+  }
+  if (thread_index() < channel_lanes && channel < channels) {
+    store(a.result.at(batch, channel, tap_row, tap_column), sums[thread_index()]);
+  }
+}
+
+}  // namespace ddf::cuda

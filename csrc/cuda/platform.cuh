@@ -1,0 +1,85 @@
+// What the kernels use of the machine that runs them. Every access to global memory goes through
+// load and store, so that the host build of the tests can check each one.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define DDF_DEVICE __device__ __forceinline__
+#define DDF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define DDF_UNROLL _Pragma("unroll")
+#define DDF_UNROLL_3 _Pragma("unroll 3")
+#define DDF_UNROLL_NOT _Pragma("unroll 1")
+// The dynamic shared memory of the block, 16-byte aligned, as an array of `type`.
+#define DDF_SHARED(type, name)                                      \
+  extern __shared__ __align__(16) unsigned char ddf_shared_bytes[]; \
+  type* const name = reinterpret_cast<type*>(ddf_shared_bytes)
+
+namespace ddf::cuda {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+DDF_DEVICE int thread_index() { return threadIdx.x; }
+DDF_DEVICE int64_t block_index() { return blockIdx.x; }
+DDF_DEVICE void sync_threads() { __syncthreads(); }
+// The value of the lane whose index differs in the bits of `mask`; every lane takes part.
+DDF_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+DDF_DEVICE float load(const float* p) { return __ldg(p); }
+DDF_DEVICE double load(const double* p) { return __ldg(p); }
+DDF_DEVICE float load(const Half* p) { return __half2float(__ldg(p)); }
+DDF_DEVICE float load(const BFloat16* p) { return __bfloat162float(__ldg(p)); }
+
+DDF_DEVICE void store(float* p, float value) { *p = value; }
+DDF_DEVICE void store(double* p, double value) { *p = value; }
+DDF_DEVICE void store(Half* p, float value) { *p = __float2half_rn(value); }
+DDF_DEVICE void store(BFloat16* p, float value) { *p = __float2bfloat16_rn(value); }
+
+// Four neighbours at once; the address is a multiple of their size.
+DDF_DEVICE void load4(float* to, const float* p) {
+  const float4 four = __ldg(reinterpret_cast<const float4*>(p));
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+DDF_DEVICE void load4(float* to, const Half* p) {
+  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+  const float2 low = __half22float2(reinterpret_cast<const __half2&>(bits.x));
+  const float2 high = __half22float2(reinterpret_cast<const __half2&>(bits.y));
+  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+}
+
+// A bfloat16 is the upper half of a float32.
+DDF_DEVICE void load4(float* to, const BFloat16* p) {
+  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+  to[0] = __uint_as_float(bits.x << 16), to[1] = __uint_as_float(bits.x & 0xffff0000u);
+  to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000u);
+}
+
+DDF_DEVICE void store4(float* p, const float* from) {
+  *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
+}
+
+DDF_DEVICE void store4(Half* p, const float* from) {
+  const __half2 low = __floats2half2_rn(from[0], from[1]);
+  const __half2 high = __floats2half2_rn(from[2], from[3]);
+  *reinterpret_cast<uint2*>(p) =
+      make_uint2(reinterpret_cast<const unsigned&>(low), reinterpret_cast<const unsigned&>(high));
+}
+
+DDF_DEVICE void store4(BFloat16* p, const float* from) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(from[0], from[1]);
+  const __nv_bfloat162 high = __floats2bfloat162_rn(from[2], from[3]);
+  *reinterpret_cast<uint2*>(p) =
+      make_uint2(reinterpret_cast<const unsigned&>(low), reinterpret_cast<const unsigned&>(high));
+}
+
+}  // namespace ddf::cuda
+
+#else
+#include "cuda_on_host.h"
+#endif

@@ -1,0 +1,166 @@
+// 3 x 3 windows of stride and dilation 1 over rows that are contiguous in memory (NCHW): the
+// forward pass and grad_features, which is a forward pass over grad with the taps mirrored.
+//
+// A thread owns 2 rows x 4 columns of pixels and goes through the channels of a slab: the spatial
+// filter of its pixels stays in registers meanwhile, the channel filters of the slab lie in shared
+// memory. A small image leaves threads over; these share the channels of the slab.
+#pragma once
+#include "arguments.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kWindowThreads = 128;
+constexpr int kTileRows = 2;
+constexpr int kTileColumns = 4;
+constexpr int kWindowTaps = 9;
+// Floats between two channels in shared memory: three aligned quadruples.
+constexpr int kTapStride = 12;
+
+struct Tiling {
+  int tiles_per_row, tiles;   // of one image
+  int tile_lanes;             // tiles of a block; divides kWindowThreads
+  int slab, slabs_per_group;  // channels of a slab
+};
+
+struct alignas(16) Four {
+  float values[4];
+};
+
+// Vector: the width is a multiple of 4, and so is every row's address, in elements.
+template <typename T, bool Mul, bool Mirrored, bool Vector>
+DDF_KERNEL(kWindowThreads, 4)
+window3(Arguments<T> a, Tiling tiling) {
+  const Geometry& g = a.geometry;
+  DDF_SHARED(float, channel_taps);
+  const int height = g.height;
+  const int width = g.width;
+  const int slabs = g.groups * tiling.slabs_per_group;
+  const int tile_blocks = (tiling.tiles + tiling.tile_lanes - 1) / tiling.tile_lanes;
+  const int slab = block_index() % slabs;
+  const int tile_block = block_index() / slabs % tile_blocks;
+  const int64_t batch = block_index() / slabs / tile_blocks;
+  const int64_t group = slab / tiling.slabs_per_group;
+  const int skipped = slab % tiling.slabs_per_group * tiling.slab;
+  const int64_t first = group * g.group_channels + skipped;
+  const int rest = g.group_channels - skipped;
+  const int channels = rest < tiling.slab ? rest : tiling.slab;
+  // The filter that changes nothing.
+  constexpr float neutral = Mul ? 1.f : 0.f;
+
+  for (int i = thread_index(); i < channels * kWindowTaps; i += kWindowThreads) {
+    const int channel = i / kWindowTaps;
+    const int tap = i % kWindowTaps;
+    channel_taps[channel * kTapStride + tap] =
+        a.channel_filter.data == nullptr
+            ? neutral
+            : load(a.channel_filter.at(batch, first + channel, tap / 3, tap % 3));
+  }
+  sync_threads();
+
+  const int tile = tile_block * tiling.tile_lanes + thread_index() % tiling.tile_lanes;
+  if (tile >= tiling.tiles) return;
+  const int top = tile / tiling.tiles_per_row * kTileRows;
+  const int left = tile % tiling.tiles_per_row * kTileColumns;
+
+  float spatial_taps[kWindowTaps][kTileRows][kTileColumns];
+  DDF_UNROLL
+  for (int tap = 0; tap < kWindowTaps; ++tap) {
+    DDF_UNROLL
+    for (int row = 0; row < kTileRows; ++row) {
+      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      const int y = top + row - (Mirrored ? tap / 3 - 1 : 0);
+      const int x = left - (Mirrored ? tap % 3 - 1 : 0);
+      float* const taps = spatial_taps[tap][row];
+      DDF_UNROLL
+      for (int column = 0; column < kTileColumns; ++column) taps[column] = neutral;
+      if (a.spatial_filter.data == nullptr || y < 0 || y >= height) continue;
+      const T* const source = a.spatial_filter.at(batch, group * kWindowTaps + tap, y, x);
+      if (Vector && !Mirrored) {
+        load4(taps, source);
+      } else {
+        DDF_UNROLL
+        for (int column = 0; column < kTileColumns; ++column) {
+          if (x + column >= 0 && x + column < width) taps[column] = load(source + column);
+        }
+      }
+    }
+  }
+
+  constexpr int kRows = kTileRows + 2;
+  constexpr int kColumns = kTileColumns + 2;
+  bool row_inside[kRows], column_inside[kColumns];
+  DDF_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    row_inside[row] = row == 1 || (top + row - 1 >= 0 && top + row - 1 < height);
+  }
+  DDF_UNROLL
+  for (int column = 0; column < kColumns; ++column) {
+    const bool surely = column == 1 || (Vector && column >= 1 && column <= kTileColumns);
+    column_inside[column] = surely || (left + column - 1 >= 0 && left + column - 1 < width);
+  }
+
+  const View<const T>& input = Mirrored ? a.grad : a.features;
+  const int lanes = kWindowThreads / tiling.tile_lanes;
+  const int lane = thread_index() / tiling.tile_lanes;
+  const T* source = input.at(batch, first + lane, top - 1, left - 1);
+  T* target = a.result.at(batch, first + lane, top, left);
+  const int64_t source_step = input.channel_stride * lanes;
+  const int64_t target_step = a.result.channel_stride * lanes;
+  DDF_UNROLL_NOT
+  for (int channel = lane; channel < channels;
+       channel += lanes, source += source_step, target += target_step) {
+    float window[kRows][kColumns];
+    DDF_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      DDF_UNROLL
+      for (int column = 0; column < kColumns; ++column) window[row][column] = 0.f;
+      if (!row_inside[row]) continue;
+      const T* const line = source + row * input.row_stride;
+      if (Vector) load4(&window[row][1], line + 1);
+      DDF_UNROLL
+      for (int column = 0; column < kColumns; ++column) {
+        if (Vector && column >= 1 && column <= kTileColumns) continue;
+        if (column_inside[column]) window[row][column] = load(line + column);
+      }
+    }
+
+    float taps[kTapStride];
+    DDF_UNROLL
+    for (int quarter = 0; quarter < kTapStride / 4; ++quarter) {
+      const Four four = reinterpret_cast<const Four*>(channel_taps + channel * kTapStride)[quarter];
+      DDF_UNROLL
+      for (int i = 0; i < 4; ++i) taps[4 * quarter + i] = four.values[i];
+    }
+
+    DDF_UNROLL
+    for (int row = 0; row < kTileRows; ++row) {
+      float sums[kTileColumns];
+      DDF_UNROLL
+      for (int column = 0; column < kTileColumns; ++column) {
+        float sum = 0.f;
+        DDF_UNROLL
+        for (int tap = 0; tap < kWindowTaps; ++tap) {
+          const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
+          const int x = column + (Mirrored ? 2 - tap % 3 : tap % 3);
+          const float spatial = spatial_taps[tap][row][column];
+          const float filter = Mul ? taps[tap] * spatial : taps[tap] + spatial;
+          // An output that is not there has no filter: its zero must not meet an Inf.
+          if (!Mirrored || (row_inside[y] && column_inside[x])) sum += window[y][x] * filter;
+        }
+        sums[column] = sum;
+      }
+      if (row > 0 && !row_inside[row + 1]) continue;
+      T* const line = target + row * a.result.row_stride;
+      if (Vector) {
+        store4(line, sums);
+      } else {
+        DDF_UNROLL
+        for (int column = 0; column < kTileColumns; ++column) {
+          if (column_inside[column + 1]) store(line + column, sums[column]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ddf::cuda

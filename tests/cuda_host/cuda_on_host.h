@@ -1,0 +1,315 @@
+// Runs the CUDA kernels' own source on the host: a block's threads are fibers that take turns at
+// barriers and shuffles. It stands in for the device half of csrc/cuda/platform.cuh.
+//
+// Found are reads and writes outside of the tensors, misaligned vector access, elements written
+// twice or never, threads that do not meet at a barrier or shuffle, and launches that CUDA would
+// refuse. Shared memory and results begin as NaN. A missing barrier shows as a difference between
+// orders of the threads. Not seen: races that need threads to be interrupted between barriers, and
+// speed.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define DDF_DEVICE inline
+#define DDF_KERNEL(...) void
+#define DDF_UNROLL
+#define DDF_UNROLL_3
+#define DDF_UNROLL_NOT
+#define DDF_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(::ddf::host::machine().shared_memory())
+
+namespace ddf::host {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+constexpr size_t kRedZone = 256;  // bytes on either side of a tensor and behind shared memory
+// Every byte 0xff is a NaN in all four floating-point types.
+constexpr unsigned char kPoison = 0xff;
+
+enum class Use { input, result, scratch };  // a scratch is written by one kernel, read by the next
+
+// A tensor's bytes between red zones, at an address as (mis)aligned as `like`.
+class GlobalMemory {
+ public:
+  GlobalMemory(const void* like, size_t bytes, Use use)
+      : use_(use), bytes_(bytes), storage_(bytes + 2 * kRedZone + 2 * kAlignment, kPoison) {
+    const auto start = reinterpret_cast<uintptr_t>(storage_.data()) + kRedZone;
+    const auto offset = reinterpret_cast<uintptr_t>(like) % kAlignment;
+    begin_ = reinterpret_cast<unsigned char*>((start / kAlignment + 1) * kAlignment + offset);
+    if (use == Use::input) {
+      std::memcpy(begin_, like, bytes);
+    } else {
+      written_.assign(bytes, false);
+    }
+  }
+
+  unsigned char* data() const { return begin_; }
+  bool holds(const unsigned char* p, size_t bytes) const {
+    return p >= begin_ && p + bytes <= begin_ + bytes_;
+  }
+
+  void check_use(const unsigned char* p, size_t bytes, bool write) {
+    if (write ? use_ == Use::input : use_ == Use::result) {
+      fail(write ? "write to an input" : "read of a result");
+    }
+    if (use_ == Use::input) return;
+    for (size_t i = p - begin_; i < static_cast<size_t>(p - begin_) + bytes; ++i) {
+      if (write && written_[i]) fail("byte ", i, " is written twice");
+      if (!write && !written_[i]) fail("byte ", i, " of a scratch is read before it is written");
+      written_[i] = true;
+    }
+  }
+
+  void check_complete() const {
+    const auto unwritten = std::find(written_.begin(), written_.end(), false);
+    if (unwritten != written_.end()) {
+      fail("byte ", unwritten - written_.begin(), " is never written");
+    }
+  }
+
+  void check_red_zones() const {
+    const auto clean = [](unsigned char byte) { return byte == kPoison; };
+    if (!std::all_of(begin_ - kRedZone, begin_, clean) ||
+        !std::all_of(begin_ + bytes_, begin_ + bytes_ + kRedZone, clean)) {
+      fail("a red zone around a tensor is overwritten");
+    }
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  Use use_;
+  size_t bytes_;
+  std::vector<unsigned char> storage_;
+  unsigned char* begin_;
+  std::vector<bool> written_;
+};
+
+enum class Order { forward, backward, shuffled };
+
+class Machine {
+ public:
+  Order order = Order::forward;  // of blocks and of the threads between two barriers
+  std::vector<GlobalMemory*> tensors;
+
+  void launch(const std::function<void()>& kernel, int64_t blocks, int threads, size_t shared_bytes,
+              size_t parameter_bytes) {
+    if (blocks < 1 || blocks > INT32_MAX) fail("CUDA cannot launch ", blocks, " blocks");
+    if (threads < 1 || threads > 1024) fail("CUDA cannot launch ", threads, " threads a block");
+    if (shared_bytes > 48 << 10) fail("CUDA has no ", shared_bytes, " bytes of shared memory");
+    if (parameter_bytes > 4096) fail("CUDA passes no ", parameter_bytes, " bytes of parameters");
+    body_ = kernel;
+    for (const int64_t block : sequence(blocks)) {
+      block_ = block;
+      shared_.assign((shared_bytes + kRedZone) / sizeof(Unit) + 1, Unit{});
+      std::memset(shared_.data(), kPoison, shared_.size() * sizeof(Unit));
+      run_block(threads);
+      const auto* const end = reinterpret_cast<const unsigned char*>(shared_.data()) + shared_bytes;
+      if (!std::all_of(end, end + kRedZone, [](unsigned char b) { return b == kPoison; })) {
+        fail("shared memory is written past its ", shared_bytes, " bytes");
+      }
+    }
+  }
+
+  int thread() const { return current_; }
+  int64_t block() const { return block_; }
+  void* shared_memory() { return shared_.data(); }
+
+  void barrier() { wait(State::at_barrier); }
+
+  float shuffle_xor(float value, int mask) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.sent = value;
+    fiber.mask = mask;
+    wait(State::in_shuffle);
+    return fiber.received;
+  }
+
+  void check_access(const void* address, size_t bytes, bool write) {
+    const auto* const p = static_cast<const unsigned char*>(address);
+    const char* const action = write ? "write" : "read";
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+      fail("misaligned ", action, " of ", bytes, " bytes");
+    }
+    for (GlobalMemory* const tensor : tensors) {
+      if (!tensor->holds(p, bytes)) continue;
+      return tensor->check_use(p, bytes, write);
+    }
+    fail(action, " of ", bytes, " bytes outside of every tensor");
+  }
+
+ private:
+  enum class State { ready, at_barrier, in_shuffle, done };
+  struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStackBytes);
+    State state;
+    float sent, received;
+    int mask;
+  };
+  struct alignas(16) Unit {
+    unsigned char bytes[16];
+  };
+  static constexpr size_t kStackBytes = 64 << 10;
+  static constexpr int kWarp = 32;
+
+  void wait(State state) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.state = state;
+    swapcontext(&fiber.context, &scheduler_);
+  }
+
+  int count(State state, int begin, int end) const {
+    return std::count_if(fibers_.begin() + begin, fibers_.begin() + end,
+                         [&](const auto& fiber) { return fiber->state == state; });
+  }
+
+  void release(int begin, int end) {
+    for (int i = begin; i < end; ++i) fibers_[i]->state = State::ready;
+  }
+
+  // Lets the warps go whose threads are all in the same shuffle; says whether there are any.
+  bool resolve_shuffles(int threads) {
+    bool any = false;
+    for (int begin = 0; begin < threads; begin += kWarp) {
+      const int end = begin + kWarp;
+      if (count(State::in_shuffle, begin, std::min(end, threads)) == 0) continue;
+      const int mask = fibers_[begin]->mask;
+      if (end > threads || mask >= kWarp || count(State::in_shuffle, begin, end) < kWarp) {
+        fail("divergent shuffle: not all threads of a warp take part");
+      }
+      for (int i = begin; i < end; ++i) {
+        if (fibers_[i]->mask != mask) fail("divergent shuffle: different masks");
+        fibers_[i]->received = fibers_[begin + ((i - begin) ^ mask)]->sent;
+      }
+      release(begin, end);
+      any = true;
+    }
+    return any;
+  }
+
+  std::vector<int64_t> sequence(int64_t count) const {
+    std::vector<int64_t> indices(count);
+    for (int64_t i = 0; i < count; ++i) indices[i] = i;
+    if (order == Order::backward) std::reverse(indices.begin(), indices.end());
+    if (order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), std::mt19937(1));
+    return indices;
+  }
+
+  // An exception must not leave the fiber that it was thrown in.
+  static void enter();
+
+  void run_block(int threads) {
+    while (fibers_.size() < static_cast<size_t>(threads)) {
+      fibers_.push_back(std::make_unique<Fiber>());
+    }
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers_[i];
+      fiber.state = State::ready;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, enter, 0);
+    }
+    const std::vector<int64_t> turns = sequence(threads);
+    error_ = nullptr;
+    for (;;) {
+      for (const int64_t turn : turns) {
+        Fiber& fiber = *fibers_[turn];
+        current_ = turn;
+        if (fiber.state == State::ready) swapcontext(&scheduler_, &fiber.context);
+        if (error_) std::rethrow_exception(error_);
+      }
+      if (resolve_shuffles(threads)) continue;
+      const int waiting = count(State::at_barrier, 0, threads);
+      if (waiting == 0) return;
+      if (waiting < threads) {
+        fail("divergent barrier: ", waiting, " of ", threads, " threads are at it, the others ",
+             "have returned");
+      }
+      release(0, threads);
+    }
+  }
+
+  std::function<void()> body_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  ucontext_t scheduler_;
+  std::vector<Unit> shared_;
+  std::exception_ptr error_;
+  int64_t block_ = 0;
+  int current_ = 0;
+};
+
+inline Machine& machine() {
+  static Machine machine;
+  return machine;
+}
+
+inline void Machine::enter() {
+  Machine& self = machine();
+  try {
+    self.body_();
+  } catch (...) {
+    self.error_ = std::current_exception();
+  }
+  self.fibers_[self.current_]->state = State::done;
+}
+
+}  // namespace ddf::host
+
+namespace ddf::cuda {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+inline int thread_index() { return host::machine().thread(); }
+inline int64_t block_index() { return host::machine().block(); }
+inline void sync_threads() { host::machine().barrier(); }
+inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
+
+template <typename T>
+using Loaded = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+Loaded<T> load(const T* p) {
+  host::machine().check_access(p, sizeof(T), false);
+  return static_cast<Loaded<T>>(*p);
+}
+
+template <typename T>
+void store(T* p, Loaded<T> value) {
+  host::machine().check_access(p, sizeof(T), true);
+  *p = static_cast<T>(value);
+}
+
+template <typename T>
+void load4(float* to, const T* p) {
+  host::machine().check_access(p, 4 * sizeof(T), false);
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(p[i]);
+}
+
+template <typename T>
+void store4(T* p, const float* from) {
+  host::machine().check_access(p, 4 * sizeof(T), true);
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(from[i]);
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,155 @@
+// A library for ctypes that runs one pass of the operation through the CUDA kernels on the host.
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+#include "dispatch.cuh"
+
+namespace {
+
+using ddf::host::fail;
+using ddf::host::GlobalMemory;
+using ddf::host::machine;
+using ddf::host::Order;
+using ddf::host::Use;
+
+struct HostTensor {
+  void* data;     // null for a filter that is None and a gradient that is not wanted
+  int64_t bytes;  // from data to behind the last element
+  int64_t strides[4];
+};
+
+struct Call {
+  HostTensor grad, features, channel_filter, spatial_filter;
+  // Of the forward pass and grad_features the first; of the filters' gradients grad_channel and
+  // grad_spatial.
+  HostTensor results[2];
+  ddf::Geometry geometry;
+  int32_t mul;
+};
+
+std::string message, kernel_names;
+
+template <typename Function>
+std::string symbol_of(Function* function) {
+  Dl_info info{};
+  if (dladdr(reinterpret_cast<void*>(function), &info) == 0 || info.dli_sname == nullptr) {
+    fail("the kernel has no symbol");
+  }
+  char* const demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+  const std::string name = demangled;
+  std::free(demangled);
+  return name;
+}
+
+struct Launch {
+  template <typename... Parameters, typename... Given>
+  void operator()(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  size_t shared_bytes, const Given&... given) const {
+    kernel_names += symbol_of(kernel) + '\n';
+    machine().launch([&] { kernel(given...); }, blocks, threads, shared_bytes,
+                     (sizeof(Parameters) + ...));
+  }
+};
+
+using Bytes = std::vector<unsigned char>;
+
+template <typename T>
+std::array<Bytes, 2> run_once(const std::string& pass, const Call& call, Order order) {
+  machine().order = order;
+  machine().tensors.clear();
+  std::vector<std::unique_ptr<GlobalMemory>> memories;
+  const auto place = [&](const void* like, int64_t bytes, Use use) -> void* {
+    if (like == nullptr) return nullptr;
+    memories.push_back(std::make_unique<GlobalMemory>(like, bytes, use));
+    machine().tensors.push_back(memories.back().get());
+    return memories.back()->data();
+  };
+  const auto view = [&](const HostTensor& t, auto* type, Use use) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    return ddf::cuda::View<Element>{static_cast<Element*>(place(t.data, t.bytes, use)),
+                                    t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
+  };
+  const auto input = [&](const HostTensor& t) {
+    return view(t, static_cast<const T*>(nullptr), Use::input);
+  };
+  const auto result = [&](const HostTensor& t) {
+    return view(t, static_cast<T*>(nullptr), Use::result);
+  };
+  const auto allocate = [&](int64_t floats) {
+    alignas(64) static const unsigned char aligned[1] = {};
+    return static_cast<float*>(place(aligned, floats * sizeof(float), Use::scratch));
+  };
+  ddf::cuda::Arguments<T> a{};
+  a.geometry = call.geometry;
+  a.mul = call.mul;
+  a.grad = input(call.grad);
+  a.features = input(call.features);
+  a.channel_filter = input(call.channel_filter);
+  a.spatial_filter = input(call.spatial_filter);
+  const ddf::cuda::View<T> views[2] = {result(call.results[0]), result(call.results[1])};
+  a.result = views[0];
+  if (pass == "forward") {
+    launch_forward(a, Launch{});
+  } else if (pass == "grad_features") {
+    launch_grad_features(a, Launch{});
+  } else if (pass == "filter_grads") {
+    launch_filter_grads(a, views[0], views[1], allocate, Launch{});
+  } else {
+    fail("no pass ", pass);
+  }
+  for (const auto& memory : memories) {
+    memory->check_red_zones();
+    memory->check_complete();
+  }
+  std::array<Bytes, 2> bytes;
+  for (int i = 0; i < 2; ++i) {
+    const auto* const begin = reinterpret_cast<const unsigned char*>(views[i].data);
+    if (begin != nullptr) bytes[i].assign(begin, begin + call.results[i].bytes);
+  }
+  return bytes;
+}
+
+template <typename T>
+void run(const std::string& pass, const Call& call) {
+  const auto first = run_once<T>(pass, call, Order::forward);
+  for (const Order order : {Order::backward, Order::shuffled}) {
+    if (run_once<T>(pass, call, order) != first) {
+      fail("the result depends on the order of the threads");
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (!first[i].empty()) std::memcpy(call.results[i].data, first[i].data(), first[i].size());
+  }
+}
+
+}  // namespace
+
+// Writes call->results; returns what went wrong, or an empty string.
+extern "C" const char* ddf_run_on_host(const char* pass, const char* dtype, const Call* call) {
+  message.clear();
+  kernel_names.clear();
+  const std::string type = dtype;
+  try {
+    if (type == "float32") run<float>(pass, *call);
+#ifndef DDF_FLOAT32_ONLY
+    else if (type == "float64")
+      run<double>(pass, *call);
+    else if (type == "float16")
+      run<ddf::cuda::Half>(pass, *call);
+    else if (type == "bfloat16")
+      run<ddf::cuda::BFloat16>(pass, *call);
+#endif
+    else
+      fail("no dtype ", type);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+// The kernels that the last call ran, once for each order, as C++ writes them.
+extern "C" const char* ddf_last_kernels() { return kernel_names.c_str(); }

@@ -1,0 +1,434 @@
+"""The CUDA kernels' source, run on the host (cuda_on_host.h), against the reference in float64.
+
+This machine checks every access and runs each kernel in three orders of its threads; the last
+tests break a copy of the kernels on purpose and expect to hear of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddf_mm.ops import ddf_reference
+from ddf_mm.ops.reference import layout_of
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fibers are glibc's ucontext"),
+    pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler"),
+]
+
+PASSES = ["forward", "grad_features", "grad_channel", "grad_spatial"]
+# Roundings to the dtype of a result, and of a term of a sum.
+EPSILON = {
+    torch.float64: (2**-53, 2**-53),
+    torch.float32: (2**-24, 2**-24),
+    torch.float16: (2**-11, 2**-24),
+    torch.bfloat16: (2**-8, 2**-24),
+}
+# Roundings of its terms, taken together, that a sum may be off by. The most seen is 2.9.
+ROUNDINGS = 4
+
+
+class HostTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 4),
+    ]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> HostTensor:
+        if tensor is None:
+            return cls()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        size = (last + 1) * tensor.element_size()
+        return cls(tensor.data_ptr(), size, (ctypes.c_int64 * 4)(*tensor.stride()))
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("grad", HostTensor),
+        ("features", HostTensor),
+        ("channel_filter", HostTensor),
+        ("spatial_filter", HostTensor),
+        ("results", HostTensor * 2),
+        ("geometry", ctypes.c_int64 * 11),
+        ("mul", ctypes.c_int32),
+    ]
+
+
+class Host:
+    """The kernels in ``csrc``, compiled for the host into ``folder``."""
+
+    def __init__(self, csrc: Path, folder: Path, *options: str) -> None:
+        library = folder / "kernels_on_host.so"
+        includes = [csrc, csrc / "cuda", HERE, Path(torch.__file__).parent / "include"]
+        command = [*COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *options]
+        command += [f"-I{path}" for path in includes]
+        command += [str(HERE / "run_kernels.cpp"), "-ldl", "-o", str(library)]
+        subprocess.run(command, check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.ddf_run_on_host.restype = ctypes.c_char_p
+        self.library.ddf_last_kernels.restype = ctypes.c_char_p
+
+    def run(self, name: str, grad, x, cf, sf, k, dilation, stride, combine) -> Tensor:
+        """The result of the pass ``name``; raises with the fault that the host found."""
+        return self.run_several([name], grad, x, cf, sf, k, dilation, stride, combine)[0]
+
+    def run_several(self, names, grad, x, cf, sf, k, dilation, stride, combine) -> list[Tensor]:
+        """As :meth:`run`, for both filter gradients in one call."""
+        results = [HostTensor(), HostTensor()]
+        tensors = []
+        for name in names:
+            like = {"forward": grad, "grad_features": x, "grad_channel": cf, "grad_spatial": sf}
+            source = {"forward": x, "grad_channel": x.new_empty(0)}.get(name, like[name])
+            layout = layout_of(source)
+            tensors.append(torch.empty(like[name].shape, dtype=x.dtype, memory_format=layout))
+            results[name == "grad_spatial"] = HostTensor.of(tensors[-1])
+        groups = 1 if sf is None else sf.shape[1] // k**2
+        geometry = [*x.shape, *grad.shape[2:], groups, x.shape[1] // groups, k, dilation, stride]
+        read = None if names == ["forward"] else grad
+        call = Call(
+            *[HostTensor.of(t) for t in (read, x, cf, sf)],
+            (HostTensor * 2)(*results),
+            (ctypes.c_int64 * 11)(*geometry),
+            combine == "mul",
+        )
+        kind = names[0] if names[0] in ("forward", "grad_features") else "filter_grads"
+        dtype = str(x.dtype).removeprefix("torch.")
+        message = self.library.ddf_run_on_host(kind.encode(), dtype.encode(), ctypes.byref(call))
+        if message:
+            raise RuntimeError(message.decode())
+        return tensors
+
+    @property
+    def last_kernels(self) -> str:
+        """The kernels of the last run, one a line, as C++ writes them."""
+        return self.library.ddf_last_kernels().decode()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    return Host(CSRC, tmp_path_factory.mktemp("host"))
+
+
+def make(
+    batch=2,
+    channels=4,
+    size=(5, 8),
+    k=3,
+    groups=1,
+    stride=1,
+    which="both",
+    floor=False,
+    dtype=torch.float32,
+    layout=torch.contiguous_format,
+) -> list[Tensor | None]:
+    """[grad, features, channel_filter, spatial_filter], random."""
+    # Only a spatial filter can ask for the size rounded down.
+    out = [s // stride if floor and which != "channel" else -(-s // stride) for s in size]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+
+    return [
+        random(batch, channels, *out),
+        random(batch, channels, *size),
+        random(batch, channels, k, k).contiguous() if which != "spatial" else None,
+        random(batch, groups * k * k, *out) if which != "channel" else None,
+    ]
+
+
+def expected(name: str, tensors: list[Tensor | None], k, dilation, stride, combine) -> Tensor:
+    grad, *inputs = [None if t is None else t.double() for t in tensors]
+    for t in inputs:
+        if t is not None:
+            t.requires_grad_(name != "forward")
+    out = ddf_reference(*inputs, k, dilation, stride, combine)
+    if name == "forward":
+        return out
+    wanted = inputs[["grad_features", "grad_channel", "grad_spatial"].index(name)]
+    return torch.autograd.grad(out, wanted, grad)[0]
+
+
+def served(tensors: list[Tensor | None]) -> list[str]:
+    """The passes that there are for these filters."""
+    present = [True, True, *(t is not None for t in tensors[2:])]
+    return [name for name, there in zip(PASSES, present, strict=True) if there]
+
+
+def check(host: Host, name: str, tensors, k=3, dilation=1, stride=1, combine="mul") -> None:
+    got = host.run(name, *tensors, k, dilation, stride, combine)
+    want = expected(name, tensors, k, dilation, stride, combine)
+    magnitudes = [None if t is None else t.abs() for t in tensors]
+    terms = expected(name, magnitudes, k, dilation, stride, combine)
+    of_result, of_term = EPSILON[got.dtype]
+    smallest = torch.finfo(got.dtype).smallest_normal * of_result
+    bound = of_result * want.abs() + ROUNDINGS * of_term * terms + smallest
+    assert got.dtype == tensors[0].dtype and got.shape == want.shape
+    error = (got.double() - want).abs()
+    assert (error <= bound).all(), f"{name} is off by {error.max():.3g}"
+
+
+GENERIC = [
+    dict(k=1),
+    dict(k=5, groups=2, size=(4, 5), batch=1),
+    dict(k=7, size=(4, 3), batch=1, channels=2),
+    dict(k=3, dilation=2, groups=2),
+    dict(k=3, stride=2, size=(5, 7)),
+    dict(k=3, stride=2, size=(5, 7), floor=True),
+    dict(k=5, stride=3, dilation=2, size=(7, 6), groups=4),
+    dict(k=3, stride=4, size=(2, 3)),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("which", ["both", "channel", "spatial"])
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("case", GENERIC, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_generic_kernels(host, case, combine, which, layout):
+    dilation = case.get("dilation", 1)
+    sizes = {key: value for key, value in case.items() if key != "dilation"}
+    tensors = make(which=which, layout=layout, dtype=torch.float64, **sizes)
+    for name in served(tensors):
+        check(host, name, tensors, case["k"], dilation, case.get("stride", 1), combine)
+        assert f"{name}_generic<double>" in host.last_kernels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_generic_kernels_of_every_dtype(host, name, dtype, layout):
+    # 40 channels: more than one warp of neighbouring channels in grad_channel.
+    tensors = make(batch=1, channels=40, size=(5, 6), groups=2, dtype=dtype, layout=layout)
+    check(host, name, tensors, dilation=2)
+    assert f"{name}_generic<" in host.last_kernels
+
+
+def flags(*values: bool) -> str:
+    """``values`` as C++ writes template arguments behind the type."""
+    return "".join(f", {str(value).lower()}" for value in values) + ">("
+
+
+SIZES_3X3 = [(5, 8), (6, 7), (1, 1), (2, 9), (20, 36)]
+
+
+@pytest.mark.parametrize("size", SIZES_3X3, ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_kernel(host, name, dtype, combine, size):
+    for which in ("both", "channel", "spatial"):
+        tensors = make(channels=6, size=size, groups=2, which=which, dtype=dtype)
+        if which == "channel":
+            tensors[2] = tensors[2].transpose(2, 3)
+        check(host, name, tensors, combine=combine)
+        assert "window3<" in host.last_kernels
+        assert flags(combine == "mul", name == "grad_features", size[1] % 4 == 0) in (
+            host.last_kernels
+        )
+
+
+@pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
+    for which in ("both", "channel", "spatial"):
+        layout = torch.channels_last
+        tensors = make(channels=24, size=size, groups=2, which=which, dtype=dtype, layout=layout)
+        check(host, name, tensors, combine=combine)
+        assert "window3_channels_last<" in host.last_kernels
+        assert flags(combine == "mul", name == "grad_features") in host.last_kernels
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_channels_last_of_odd_groups(host, name):
+    """Groups of 3 channels do not come in fours."""
+    check(host, name, make(channels=12, groups=4, layout=torch.channels_last))
+    assert f"{name}_generic<" in host.last_kernels
+
+
+@pytest.mark.parametrize("size", SIZES_3X3, ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_3x3_filter_gradients(host, dtype, combine, size):
+    for which in ("both", "channel", "spatial"):
+        # 9 channels a group: one of the 8 warps has two.
+        tensors = make(batch=1, channels=18, size=size, groups=2, which=which, dtype=dtype)
+        names = served(tensors)[2:]
+        for name in names:
+            check(host, name, tensors, combine=combine)
+            assert "filter_grads3<" in host.last_kernels
+            assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
+            assert ("sum_partials<" in host.last_kernels) == (name == "grad_channel")
+        alone = [host.run(name, *tensors, 3, 1, 1, combine) for name in names]
+        together = host.run_several(names, *tensors, 3, 1, 1, combine)
+        assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("channels, size", [(150, (3, 8)), (70, (4, 4)), (3, (34, 40))], ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
+    check(host, name, make(batch=1, channels=channels, size=size))
+    assert "window3<" in host.last_kernels
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("offset", [1, 4])
+def test_views(host, name, offset):
+    """Slices of larger tensors, whose rows may or may not be aligned, and an expanded grad."""
+    grad, x, cf, sf = make(size=(6, 16))
+    x = x[..., 1:-1, offset : offset + 8]
+    sf = torch.stack([sf, sf], dim=1)[:, 1, :, 1:-1, offset : offset + 8]
+    cf = torch.stack([cf, cf], dim=1)[:, 1]
+    grad = grad[..., :1, :1].expand(-1, -1, 4, 8)
+    check(host, name, [grad, x, cf, sf])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", range(4), ids=["grad", "features", "channel", "spatial"])
+@pytest.mark.parametrize("name", PASSES)
+def test_nan_and_inf_stay_where_they_are(host, name, poisoned, value, dilation, layout):
+    tensors = make(batch=1, channels=8, size=(6, 8), groups=2, layout=layout)
+    tensors[poisoned][0, 1, 0, 1] = value
+    for combine in ("mul", "add"):
+        got = host.run(name, *tensors, 3, dilation, 1, combine)
+        want = expected(name, tensors, 3, dilation, 1, combine)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+        assert torch.isfinite(want).any()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_one_pixel(host, name):
+    check(host, name, make(batch=1, channels=1, size=(1, 1)))
+
+
+def changed(folder: Path, file: str, old: str, new: str) -> Host:
+    """The float32 kernels with ``old`` replaced by ``new`` in ``file``."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    path = csrc / "cuda" / file
+    source = path.read_text()
+    assert source.count(old) == 1, f"{file} no longer has {old!r} once"
+    path.write_text(source.replace(old, new))
+    return Host(csrc, folder, "-DDDF_FLOAT32_ONLY", "-O0")
+
+
+@pytest.mark.parametrize("at_once", [7, 50, 130])
+def test_results_of_several_launches(tmp_path, at_once):
+    """What is done for 2**31 elements and more, with a smaller number."""
+    old = "kMaxElements = INT32_MAX"
+    host = changed(tmp_path, "dispatch.cuh", old, f"kMaxElements = {at_once}")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
+        for name in PASSES:
+            check(host, name, tensors, dilation=2)
+            launches = host.last_kernels.count("_generic<") / 3
+            assert (launches > 1) == (name != "grad_channel")
+
+
+FAULTS = {
+    "removed barrier": (
+        "window3.cuh",
+        "sync_threads();",
+        "",
+        "forward",
+        "depends on the order of the threads",
+    ),
+    "barrier after a return": (
+        "window3.cuh",
+        "if (tile >= tiling.tiles) return;",
+        "if (tile >= tiling.tiles) return;\n  sync_threads();",
+        "forward",
+        "divergent barrier",
+    ),
+    "halo one too wide": (
+        "window3.cuh",
+        "left + column - 1 < width",
+        "left + column - 1 <= width",
+        "forward",
+        "outside of every tensor",
+    ),
+    "vector loads of any row": (
+        "dispatch.cuh",
+        "reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0",
+        "true",
+        "forward",
+        "misaligned read of 16 bytes",
+    ),
+    "shared memory too small": (
+        "dispatch.cuh",
+        "sizeof(float) * kTapStride * tiling.slab",
+        "sizeof(float) * kTapStride * (tiling.slab - 1)",
+        "forward",
+        "shared memory is written past its",
+    ),
+    "a thread too many": (
+        "generic.cuh",
+        "index < static_cast<unsigned>(box.batches)",
+        "index <= static_cast<unsigned>(box.batches)",
+        "grad_spatial",
+        "outside of every tensor",
+    ),
+    "shuffle of a part of a warp": (
+        "filter_grads3.cuh",
+        "    if (partials != nullptr) {",
+        "    if (partials != nullptr && active) {",
+        "grad_channel",
+        "divergent shuffle",
+    ),
+    "sums overwritten before they are read": (
+        "filter_grads3.cuh",
+        "    // The sums of the step before are read before they are overwritten.\n"
+        "    sync_threads();",
+        "",
+        "grad_spatial",
+        "depends on the order of the threads",
+    ),
+    "unfinished sum": (
+        "generic.cuh",
+        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {\n"
+        "    sync_threads();",
+        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {",
+        "grad_channel",
+        "depends on the order of the threads",
+    ),
+    "blocks beyond the grid": (
+        "dispatch.cuh",
+        "launch(name, kernel, blocks, kWindowThreads",
+        "launch(name, kernel, blocks << 31, kWindowThreads",
+        "forward",
+        "CUDA cannot launch",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(tmp_path, fault):
+    file, old, new, name, message = FAULTS[fault]
+    host = changed(tmp_path, file, old, new)
+    dilation = 2 if file == "generic.cuh" else 1
+    grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20))
+    host_run = [name, grad, x, cf, sf, 3, dilation, 1, "mul"]
+    if "vector" in fault:  # one float of padding before: no row is aligned
+        host_run[2] = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    with pytest.raises(RuntimeError, match=message):
+        host.run(*host_run)
