@@ -207,15 +207,18 @@ def plan_ops() -> tuple[list[Extension], str]:
         py_limited_api=True,
     )
     # -g0: debug information, which Python's own flags ask for, more than doubles the time.
-    cxx = ["-O3", "-g0", "-fvisibility=hidden"]
+    # -Wno-psabi: vectors are passed between inlined functions only.
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
     libraries = [CppExtension("ddf_mm._C", cpu_sources, extra_compile_args={"cxx": cxx}, **common)]
     used = f"torch {torch.__version__}, {compiler}"
     if toolkit is None:
         return libraries, f"compiling CPU ops ({used}){remark}"
     # A library of its own, so that a CPU-only torch can load the CPU ops of the same wheel.
     flags = {"cxx": cxx, "nvcc": ["-O3"]}
+    # torch's stable headers declare the current stream's getter for those who define USE_CUDA.
+    cuda = {**common, "define_macros": [*common["define_macros"], ("USE_CUDA", None)]}
     libraries.append(
-        CUDAExtension("ddf_mm._C_cuda", cuda_sources, extra_compile_args=flags, **common)
+        CUDAExtension("ddf_mm._C_cuda", cuda_sources, extra_compile_args=flags, **cuda)
     )
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs present")
     used += f", CUDA {toolkit.version} in {toolkit.home} for {archs}"
