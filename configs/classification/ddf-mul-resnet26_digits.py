@@ -73,7 +73,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, end=46, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=15, val_interval=1)
+train_cfg = dict(by_epoch=True, max_epochs=25, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 
