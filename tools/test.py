@@ -71,7 +71,7 @@ def main() -> None:
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.amp:
-        cfg.test_cfg.fp16 = True
+        evaluation.enable_amp(cfg)
     if args.show or args.show_dir is not None:
         evaluation.enable_visualization(
             cfg, args.show, args.show_dir, args.wait_time, args.interval

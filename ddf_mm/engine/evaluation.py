@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator
 
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
 
@@ -98,6 +99,24 @@ def enable_visualization(
     cfg.visualizer.save_dir = show_dir
     if not cfg.visualizer.get("vis_backends"):
         cfg.visualizer.vis_backends = [dict(type="LocalVisBackend")]
+
+
+def enable_amp(cfg: Config) -> None:
+    """Test in mixed precision: float16, on a CPU bfloat16.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        UserError: For mmdet on a CPU, where mmcv's nms takes float32 only.
+    """
+    if cfg.get("default_scope") == "mmdet" and get_device() == "cpu":
+        raise UserError(
+            "--amp cannot test mmdet models on a CPU, where mmcv's nms takes float32 only; leave "
+            "--amp out",
+            exit_code=2,
+        )
+    cfg.test_cfg.fp16 = True
 
 
 def enable_tta(cfg: Config) -> None:

@@ -1,0 +1,167 @@
+"""``tools/train.py`` and ``tools/test.py`` on stock mmdet and mmseg configs with a DDF backbone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.fileio import load
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DETECTION = """
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(_delete_=True, type="ddf_mm.DDFResNet", depth=26, base_channels=8,
+                  out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
+    bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
+    # Two iterations teach no confidence.
+    test_cfg=dict(score_thr=0.0),
+)
+data_root = "data/"
+metainfo = dict(classes=("square", "disc"))
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="Resize", scale=(97, 65), keep_ratio=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(97, 65), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="PackDetInputs",
+         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+dataset = dict(data_root=data_root, ann_file="annotations.json", data_prefix=dict(img="images/"),
+               metainfo=metainfo)
+train_dataloader = dict(batch_size=2, num_workers=0,
+                        dataset=dict(pipeline=train_pipeline, **dataset))
+val_dataloader = dict(batch_size=1, num_workers=0,
+                      dataset=dict(pipeline=test_pipeline, **dataset))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations.json")
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+"""
+
+SEGMENTATION = """
+_base_ = "mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(65, 97)),
+    pretrained=None,
+    backbone=dict(_delete_=True, type="ddf_mm.DDFResNet", depth=26, base_channels=8,
+                  out_indices=(0, 1, 2, 3), strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4),
+                  contract_dilation=True, norm_cfg=norm_cfg),
+    decode_head=dict(in_channels=256, channels=16, num_classes=2, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=128, channels=16, num_classes=2, norm_cfg=norm_cfg),
+)
+train_pipeline = [
+    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs"),
+]
+dataset = dict(type="BaseSegDataset", data_root="data/", img_suffix=".png",
+               data_prefix=dict(img_path="images", seg_map_path="masks"),
+               metainfo=dict(classes=("ground", "thing"), palette=[[0, 0, 0], [255, 255, 255]]),
+               pipeline=train_pipeline, _delete_=True)
+train_dataloader = dict(batch_size=2, num_workers=0, dataset=dataset)
+val_dataloader = dict(batch_size=1, num_workers=0, dataset=dataset)
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures of 97 x 65 pixels with a bright box, its COCO annotation and its mask."""
+    folder = tmp_path_factory.mktemp("toolboxes")
+    data = folder / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "masks").mkdir()
+    random = np.random.default_rng(0)
+    images, annotations = [], []
+    for index in range(4):
+        picture = random.integers(0, 90, (65, 97, 3), dtype=np.uint8)
+        mask = np.zeros((65, 97), dtype=np.uint8)
+        x, y, size = 10 + 15 * index, 8 + 5 * index, 24
+        picture[y : y + size, x : x + size] += 150
+        mask[y : y + size, x : x + size] = 1
+        Image.fromarray(picture).save(data / "images" / f"{index}.png")
+        Image.fromarray(mask).save(data / "masks" / f"{index}.png")
+        images.append(dict(id=index, file_name=f"{index}.png", height=65, width=97))
+        annotations.append(
+            dict(
+                id=index + 1,
+                image_id=index,
+                category_id=index % 2,
+                bbox=[x, y, size, size],
+                area=size * size,
+                iscrowd=0,
+            )
+        )
+    categories = [dict(id=i, name=name) for i, name in enumerate(("square", "disc"))]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (data / "annotations.json").write_text(json.dumps(content))
+    (folder / "detection.py").write_text(DETECTION)
+    (folder / "segmentation.py").write_text(SEGMENTATION)
+    return folder
+
+
+def start(work: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / tool, *arguments],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(work: Path, tool: str, *arguments: str) -> str:
+    done = start(work, tool, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_mmdet(work):
+    pytest.importorskip("mmdet")
+    # Validates in float32 after an epoch in mixed precision.
+    run(work, "train.py", "detection.py", "--work-dir", "det", "--amp")
+    test = ["detection.py", "det/epoch_1.pth", "--work-dir", "det"]
+    options = ["--out", "det/predictions.pkl", "--show-dir", "shown"]
+    assert "coco/bbox_mAP" in run(work, "test.py", *test, *options)
+    assert len(load(work / "det" / "predictions.pkl")) == 4
+    assert len(list((work / "det").glob("*/shown/*.png"))) == 4
+    if not torch.cuda.is_available():
+        refused = start(work, "test.py", *test, "--amp")
+        assert refused.returncode == 2
+        assert "test.py: error: --amp cannot test mmdet models on a CPU" in refused.stderr
+
+
+def test_mmseg(work):
+    pytest.importorskip("mmseg")
+    run(work, "train.py", "segmentation.py", "--work-dir", "seg")
+    out = run(
+        work,
+        "test.py",
+        "segmentation.py",
+        "seg/iter_2.pth",
+        "--work-dir",
+        "seg",
+        "--out",
+        "seg/predictions",
+        "--show-dir",
+        "seg/shown",
+    )
+    assert "mIoU" in out
+    assert len(list((work / "seg" / "predictions").glob("*.png"))) == 4
+    assert len(list((work / "seg" / "shown").rglob("*.png"))) == 4
