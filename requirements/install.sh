@@ -59,14 +59,21 @@ install_classification() {
 }
 
 install_package() {
-  local log=$venv/ddf_mm-install.log
-  # No isolation, so that the ops are compiled against the torch that will load them.
-  if ! pip_install -v --no-build-isolation --no-deps -e "$here/.." > "$log" 2>&1; then
+  local log=$venv/ddf_mm-install.log line
+  # No isolation, so that the ops are compiled against the torch that will load them. Of what pip
+  # prints with -v, setup.py's decisions and the compiler's progress are shown.
+  if ! pip_install -v --no-build-isolation --no-deps -e "$here/.." 2>&1 |
+    tee "$log" |
+    while IFS= read -r line; do
+      if [[ $line =~ ddf_mm:\ .* ]]; then
+        echo "${BASH_REMATCH[0]}"
+      elif [[ $line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]]; then
+        echo "ddf_mm: ops: ${BASH_REMATCH[1]} of ${BASH_REMATCH[2]} files compiled"
+      fi
+    done; then
     tail -n 30 "$log" >&2
     die "installing ddf_mm failed; the log is $log"
   fi
-  # What setup.py chose, without pip's -v around it.
-  grep -o 'ddf_mm: .*' "$log" || true
 }
 
 # mmcv's ops are compiled once for each torch and Python and kept outside the checkout.
