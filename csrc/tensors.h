@@ -1,0 +1,94 @@
+// What the operators of every device check of their tensors, and how they make their outputs.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "geometry.h"
+
+namespace ddf {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Stored with the channels innermost, and not also contiguous (as one pixel or one channel is).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
+  const int64_t expected[4] = {height * width * channels, 1, width * channels, channels};
+  for (int i = 0; i < 4; ++i)
+    if (t.size(i) != 1 && t.stride(i) != expected[i]) return false;
+  return true;
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+inline void check(const Tensor& tensor, const Tensor& features, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "ddf: ", name, " must have 4 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf: ", name,
+                  " must have the dtype of features");
+  STD_TORCH_CHECK(tensor.device() == features.device(), "ddf: ", name,
+                  " must be on the device of features");
+}
+
+inline void check_size(const Tensor& tensor, const std::vector<int64_t>& size, const char* name) {
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(tensor.size(i) == size[i], "ddf: ", name, " must have size ", size[i],
+                    " in dimension ", i, ", got ", tensor.size(i));
+}
+
+// ddf_mm.ops.ddf has told users of bad arguments in its own words; these checks keep a direct call
+// of the operator from reading out of bounds.
+inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
+                            const OptionalTensor& spatial_filter, int64_t kernel_size,
+                            int64_t dilation, int64_t stride) {
+  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "ddf: kernel_size must be odd, got ",
+                  kernel_size);
+  STD_TORCH_CHECK(dilation >= 1 && stride >= 1, "ddf: dilation and stride must be at least 1, got ",
+                  dilation, " and ", stride);
+  STD_TORCH_CHECK(channel_filter || spatial_filter,
+                  "ddf: channel_filter and spatial_filter are both None");
+  check(features, features, "features");
+  Geometry g;
+  g.batch = features.size(0);
+  g.channels = features.size(1);
+  g.height = features.size(2);
+  g.width = features.size(3);
+  g.kernel = kernel_size;
+  g.dilation = dilation;
+  g.stride = stride;
+  g.out_height = (g.height + stride - 1) / stride;
+  g.out_width = (g.width + stride - 1) / stride;
+  g.groups = 1;
+  if (channel_filter) {
+    check(*channel_filter, features, "channel_filter");
+    check_size(*channel_filter, {g.batch, g.channels, kernel_size, kernel_size}, "channel_filter");
+  }
+  if (spatial_filter) {
+    check(*spatial_filter, features, "spatial_filter");
+    const int64_t rows = spatial_filter->size(2), columns = spatial_filter->size(3);
+    STD_TORCH_CHECK(rows == g.out_height || rows == g.height / stride, "ddf: spatial_filter has ",
+                    rows, " rows for ", g.height, " of features");
+    STD_TORCH_CHECK(columns == g.out_width || columns == g.width / stride,
+                    "ddf: spatial_filter has ", columns, " columns for ", g.width, " of features");
+    g.out_height = rows;
+    g.out_width = columns;
+    g.groups = spatial_filter->size(1) / g.taps();
+    STD_TORCH_CHECK(g.groups >= 1 && g.groups * g.taps() == spatial_filter->size(1) &&
+                        g.channels % g.groups == 0,
+                    "ddf: spatial_filter has ", spatial_filter->size(1), " channels for ",
+                    g.channels, " of features and kernel_size ", kernel_size);
+    check_size(*spatial_filter, {g.batch, g.groups * g.taps(), rows, columns}, "spatial_filter");
+  }
+  g.group_channels = g.channels / g.groups;
+  return g;
+}
+
+}  // namespace ddf
