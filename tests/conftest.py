@@ -1,11 +1,30 @@
-"""Fixtures and skips of the whole suite."""
+"""Fixtures, skips and settings of the whole suite."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import pytest
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+
+# tests/ops needs torch alone, so nothing else is imported here.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # The same cases each time, in a time that CI can afford.
+    settings.register_profile(
+        "suite",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        max_examples=200,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.register_profile(
+        "thorough", settings.get_profile("suite"), derandomize=False, max_examples=20_000
+    )
+    settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,12 +45,19 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def default_scopes() -> dict:
+    """mmengine's default scopes, where something has imported mmengine."""
+    registry = sys.modules.get("mmengine.registry")
+    return registry.DefaultScope._instance_dict if registry else {}
+
+
 @pytest.fixture(autouse=True)
 def _isolation():
     """Fixed random numbers, no scope or verbose logger left behind by another test."""
     torch.manual_seed(0)
-    MMLogger.get_instance("mmengine").setLevel("WARNING")
-    scopes = dict(DefaultScope._instance_dict)
+    if logging := sys.modules.get("mmengine.logging"):
+        logging.MMLogger.get_instance("mmengine").setLevel("WARNING")
+    scopes = dict(default_scopes())
     yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(scopes)
+    default_scopes().clear()
+    default_scopes().update(scopes)

@@ -12,6 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddf_cases import (
+    DENSE,
+    LAYOUTS,
+    channels_last,
+    check_against_reference,
+    make,
+    value_and_gradients,
+)
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,104 +53,7 @@ def short(value):
     return str(value).removeprefix("torch.").removesuffix("_format")
 
 
-def contiguous(tensor):
-    return tensor.contiguous()
-
-
-def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def every_other(tensor):
-    """A view with gaps in the channels and the columns."""
-    batch, channels, height, width = tensor.shape
-    wide = tensor.new_full((batch, 2 * channels, height, 2 * width), float("nan"))
-    return wide[:, 1::2, :, ::2].copy_(tensor)
-
-
-def transposed(tensor):
-    """A view whose rows are the fastest dimension."""
-    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-LAYOUTS = [contiguous, channels_last, every_other, transposed]
-DENSE = LAYOUTS[:2]
 by_name = dict(ids=lambda f: f.__name__)
-
-
-def make(
-    batch=2,
-    channels=4,
-    size=(5, 6),
-    k=3,
-    groups=1,
-    stride=1,
-    which="both",
-    floor=False,
-    dtype=torch.float64,
-    device="cpu",
-    requires_grad=False,
-):
-    """Random features and filters, drawn alike for every dtype and device."""
-    out = [n // stride if floor else -(-n // stride) for n in size]
-    shapes = [
-        (batch, channels, *size),
-        None if which == "spatial" else (batch, channels, k, k),
-        None if which == "channel" else (batch, groups * k * k, *out),
-    ]
-    return [
-        None
-        if shape is None
-        else torch.randn(shape, dtype=torch.float64)
-        .to(dtype=dtype, device=device)
-        .requires_grad_(requires_grad)
-        for shape in shapes
-    ]
-
-
-def value_and_gradients(function, tensors, grad, options):
-    """The output of ``function`` and the gradients of all tensors that are not None."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    given = [t for t in inputs if t is not None]
-    out = function(*inputs, *options)
-    return [out.detach(), *torch.autograd.grad(out, given, grad)]
-
-
-def check_against_reference(tensors, options, grad_layout=contiguous):
-    """Output and gradients lie within the rounding that sums of as many terms can have."""
-    k = options[0]
-    dtype = tensors[0].dtype
-    with torch.no_grad():
-        shape = ddf_reference(*tensors, *options).shape
-    grad = grad_layout(torch.randn(shape, dtype=torch.float64).to(tensors[0]))
-    got = value_and_gradients(ddf, tensors, grad, options)
-    exact = [None if t is None else t.double() for t in tensors]
-    want = value_and_gradients(ddf_reference, exact, grad.double(), options)
-    # The sums of the terms' absolute values.
-    sizes = [None if t is None else t.abs() for t in exact]
-    size = value_and_gradients(ddf_reference, sizes, grad.double().abs(), options)
-
-    groups = 1 if tensors[2] is None else tensors[2].shape[1] // k**2
-    summed_for = {0: shape[2] * shape[3], 1: tensors[0].shape[1] // groups}
-    terms = [k * k, k * k] + [summed_for[i] for i, t in enumerate(tensors[1:]) if t is not None]
-    names = ["output", "grad_features"] + [
-        name
-        for name, t in zip(("grad_channel", "grad_spatial"), tensors[1:], strict=True)
-        if t is not None
-    ]
-    sum_dtype = torch.float32 if dtype.itemsize == 2 else dtype
-    stored = torch.finfo(dtype)
-    for name, g, w, s, n in zip(names, got, want, size, terms, strict=True):
-        assert g.dtype == dtype and g.shape == w.shape, name
-        allowed = (n + 3) * torch.finfo(sum_dtype).eps / 2 * s
-        if sum_dtype != dtype:
-            allowed = allowed + 0.51 * stored.eps * w.abs() + stored.smallest_normal * stored.eps
-        error = (g.double() - w).abs()
-        worst = (error - allowed).max().item() if error.numel() else 0.0
-        assert worst <= 0, (
-            f"{name} is off by up to {error.max().item():.3g}: shape {list(tensors[0].shape)}, "
-            f"options {options}"
-        )
 
 
 GRID = [
@@ -212,16 +123,6 @@ def test_official_rounding_down(combine, stride, device):
 
 @pytest.mark.parametrize("features_layout", LAYOUTS, **by_name)
 @pytest.mark.parametrize("spatial_layout", LAYOUTS, **by_name)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_strides_of_every_tensor(features_layout, spatial_layout, stride, device):
-    for dtype, grad_layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
-        x, cf, sf = make(size=(5, 9), groups=2, stride=stride, dtype=dtype, device=device)
-        tensors = [features_layout(x), every_other(cf), spatial_layout(sf)]
-        check_against_reference(tensors, (3, 1, stride), grad_layout)
-
-
-@pytest.mark.parametrize("features_layout", LAYOUTS, **by_name)
-@pytest.mark.parametrize("spatial_layout", LAYOUTS, **by_name)
 def test_layout_of_outputs_and_gradients(features_layout, spatial_layout, device):
     x, cf, sf = make(device=device)
     x, cf, sf = features_layout(x), channels_last(cf), spatial_layout(sf)
@@ -243,18 +144,6 @@ def test_a_gradient_without_strides(device):
     got = torch.autograd.grad(ddf(*tensors).sum(), tensors)
     want = torch.autograd.grad(ddf_reference(*tensors).sum(), tensors)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("layout", DENSE, **by_name)
-def test_empty_batch(which, layout, device):
-    tensors = make(batch=0, stride=2, which=which, device=device)
-    tensors = [None if t is None else layout(t).requires_grad_() for t in tensors]
-    out = ddf(*tensors, 3, 1, 2)
-    assert out.shape == (0, 4, 3, 3)
-    given = [t for t in tensors if t is not None]
-    grads = torch.autograd.grad(out.sum(), given)
-    assert [g.shape for g in grads] == [t.shape for t in given]
 
 
 class Calls(TorchDispatchMode):
@@ -353,63 +242,11 @@ def test_opcheck(layout, mul, which, requires_grad, device):
         torch.library.opcheck(DDF_BACKWARD.default, (grad, *args, *needed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("layout", DENSE, **by_name)
-@pytest.mark.parametrize("k, stride, batch", [(3, 1, 1), (3, 2, 3), (5, 1, 2), (1, 3, 2)])
-def test_result_is_the_same_bits_for_any_number_of_threads(k, stride, batch, layout, dtype):
-    tensors = make(batch, 33, (41, 43), k, stride=stride, dtype=dtype)
-    tensors = [layout(t) for t in tensors]
-    grad = torch.randn_like(ddf(*tensors, k, 1, stride))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(value_and_gradients(ddf, tensors, grad, (k, 1, stride)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 def test_repeated_call_gives_the_same_bits(device):
     tensors = make(2, 40, (37, 45), dtype=torch.float32, device=device)
     grad = torch.randn_like(tensors[0])
     first, second = (value_and_gradients(ddf, tensors, grad, (3,)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("layout", DENSE, **by_name)
-@pytest.mark.parametrize("k, stride, combine", [(3, 1, "mul"), (3, 2, "mul"), (5, 1, "add")])
-def test_values_that_are_not_finite_stay_where_they_are(k, stride, combine, layout, value, device):
-    size = (11, 21)
-    out_size = [-(-n // stride) for n in size]
-    inner = (out_size[0] // 2, 4)
-    pixels = [(0, 0), (0, out_size[1] - 1), (out_size[0] - 1, 3), inner]
-    for position, tensor in itertools.product(pixels, ("features", "grad")):
-        tensors = make(2, 5, size, k, stride=stride, dtype=torch.float32, device=device)
-        grad = torch.randn(2, 5, *out_size, device=device)
-        {"features": tensors[0], "grad": grad}[tensor][(1, 2, *position)] = value
-        options = (k, 1, stride, combine)
-        tensors, grad = [layout(t) for t in tensors], layout(grad)
-        got = value_and_gradients(ddf, tensors, grad, options)
-        want = value_and_gradients(ddf_reference, tensors, grad, options)
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            bad, may_be_bad = ~g.isfinite(), ~w.isfinite()
-            assert not (bad & ~may_be_bad).any(), (position, tensor, i)
-            # The reference multiplies with the padding too, which spoils gradients of filter taps
-            # that lie in it; a kernel may skip them.
-            if i < 2 or position == inner:
-                assert torch.equal(bad, may_be_bad), (position, tensor, i)
-
-
-def test_a_filter_that_is_not_finite_stays_in_its_pixel(device):
-    for layout in DENSE:
-        x, cf, sf = (layout(t) for t in make(2, 5, (11, 21), device=device))
-        sf[1, :, 5, 8] = float("nan")
-        bad = ddf(x, cf, sf).isnan().nonzero().tolist()
-        assert bad == [[1, c, 5, 8] for c in range(5)]
 
 
 BAD_CALLS = [

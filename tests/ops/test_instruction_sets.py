@@ -1,0 +1,31 @@
+"""The kernels for smaller instruction sets than this processor's, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ddf_cases import smaller_instruction_sets
+
+from ddf_mm.ops import backend_info
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops for cpu")
+@pytest.mark.parametrize("name", smaller_instruction_sets())
+def test_passes_the_same_tests(name):
+    files = [HERE / "test_compiled.py", HERE / "test_sweep.py"]
+    chosen = "cpu and (reference or every or planes or output or finite) or threads"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *files, "-k", chosen],
+        env={**os.environ, "DDF_MM_CPU_ISA": name, "DDF_MM_REQUIRE_OPS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
