@@ -1,6 +1,8 @@
 # One command each; running one again reuses what is installed.
 #   make demo     train, evaluate and draw the digits recipe
 #   make test     the whole test suite (ARGS="-k name" selects)
+#   make test-newer-torch   the tests of the ops with a newer torch than they were compiled with
+#   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
 #   make lint     check the code         make format   rewrite it
 #   make clean    delete what builds and tests leave, not the environment
 PYTHON ?= python3
@@ -8,10 +10,11 @@ VENV ?= .venv
 ARGS ?=
 
 STAMPS := $(VENV)/.stamps
+NEWER_TORCH := $(VENV)-newer-torch
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-newer-torch wheel lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -20,6 +23,16 @@ demo: $(STAMPS)/package
 
 test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
 	"$(VENV)/bin/python" -m pytest $(ARGS)
+
+# The library in ddf_mm/ is the one that the package step compiled; which instruction set runs does
+# not depend on torch.
+test-newer-torch: $(STAMPS)/package $(NEWER_TORCH)/.stamps/newer-torch
+	DDF_MM_REQUIRE_OPS=1 PYTHONPATH=. "$(NEWER_TORCH)/bin/python" -m pytest tests/ops \
+		--ignore=tests/ops/test_instruction_sets.py $(ARGS)
+
+wheel: $(STAMPS)/classification
+	DDF_MM_WITH_OPS=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=release \
+		"$(VENV)/bin/python" -m pip wheel -v --no-build-isolation --no-deps -w dist .
 
 lint: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" check .
@@ -59,3 +72,7 @@ $(STAMPS)/package: setup.py pyproject.toml $(CPP) $(STAMPS)/classification
 $(STAMPS)/detection: requirements/detection.txt $(STAMPS)/classification
 	$(INSTALL) detection
 	@touch $@
+
+$(NEWER_TORCH)/.stamps/newer-torch: requirements/newer-torch.txt requirements/dev.txt
+	PYTHON="$(PYTHON)" VENV="$(NEWER_TORCH)" bash requirements/install.sh newer-torch
+	@mkdir -p $(@D) && touch $@

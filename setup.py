@@ -9,7 +9,11 @@ Environment variables:
         could use; unset, such an install goes on without them.
     FORCE_CUDA: 0 leaves the CUDA ops out; 1 makes an install without them fail; unset, they are
         built when a toolkit matches torch. A visible GPU is never needed.
-    CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS: as for every torch extension.
+    TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``release`` for all GPUs that a release
+        serves.
+    CUDA_HOME, CXX, MAX_JOBS: as for every torch extension.
+    DDF_MM_SANITIZE: what -fsanitize= is to look for in the CPU ops, as in ``address,undefined``;
+        builds no CUDA ops. tests/test_sanitizers.py shows how to load such a library.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +42,8 @@ TORCH_TARGET = (2, 10)
 PYTHON_TARGET = "cp310"
 # Without a GPU to ask: data-centre cards of the last generations, and PTX for those to come.
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+# Turing to Blackwell, and PTX for those to come.
+RELEASE_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The other commands (metadata, sdist) compile nothing, and importing torch takes seconds.
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
@@ -181,7 +188,10 @@ def plan_ops() -> tuple[list[Extension], str]:
 
     toolkit = None
     remark = ""
-    if cuda_sources and switch("FORCE_CUDA") is False:
+    sanitize = os.environ.get("DDF_MM_SANITIZE", "")
+    if sanitize:
+        remark = f"; instrumented by -fsanitize={sanitize}, without CUDA ops"
+    elif cuda_sources and switch("FORCE_CUDA") is False:
         remark = "; no CUDA ops: FORCE_CUDA=0, unset it to build them"
     elif cuda_sources:
         try:
@@ -196,7 +206,9 @@ def plan_ops() -> tuple[list[Extension], str]:
     os.environ["CXX"] = compiler
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit.home)
-        if not torch.cuda.is_available():
+        if os.environ.get("TORCH_CUDA_ARCH_LIST") == "release":
+            os.environ["TORCH_CUDA_ARCH_LIST"] = RELEASE_ARCHS
+        elif not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -209,7 +221,22 @@ def plan_ops() -> tuple[list[Extension], str]:
     # -g0: debug information, which Python's own flags ask for, more than doubles the time.
     # -Wno-psabi: vectors are passed between inlined functions only.
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
-    libraries = [CppExtension("ddf_mm._C", cpu_sources, extra_compile_args={"cxx": cxx}, **common)]
+    link = []
+    if sanitize:
+        link = [f"-fsanitize={sanitize}"]
+        # What takes most of the compiler's time: optimizing beyond -O1, and two checks whose faults
+        # AddressSanitizer sees too.
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        cxx += [*link, "-fno-sanitize=null,object-size"]
+    libraries = [
+        CppExtension(
+            "ddf_mm._C",
+            cpu_sources,
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=link,
+            **common,
+        )
+    ]
     used = f"torch {torch.__version__}, {compiler}"
     if toolkit is None:
         return libraries, f"compiling CPU ops ({used}){remark}"
@@ -244,6 +271,12 @@ def output_also_in(log: Path) -> Iterator[None]:
                 os.close(old)
 
 
+def count_kernels(library: Path) -> int:
+    """CUDA kernels in ``library``, each instantiation of a template for itself."""
+    # Each has a function on the host's side, with one variable whose guard has this name.
+    return len(set(re.findall(rb"_ZGVZL\d+__device_stub__\w+", library.read_bytes())))
+
+
 def build_command() -> type:
     """torch's build_ext; a library that does not compile is left out, unless ops are demanded."""
     from torch.utils.cpp_extension import BuildExtension
@@ -259,6 +292,7 @@ def build_command() -> type:
             handle, name = tempfile.mkstemp(prefix="ddf_mm_build_", suffix=".log")
             os.close(handle)
             log = Path(name)
+            start = time.monotonic()
             try:
                 with output_also_in(log):
                     super().build_extension(ext)
@@ -273,6 +307,10 @@ def build_command() -> type:
                 say(f"compiling {ext.name} failed, installing without it; the log is {log}")
             else:
                 log.unlink()
+                library = Path(self.get_ext_fullpath(ext.name))
+                kernels = f", {count_kernels(library)} kernels" if "cuda" in ext.name else ""
+                seconds = time.monotonic() - start
+                say(f"compiled {ext.name} in {seconds:.0f} s{kernels}")
 
     return BuildOps
 

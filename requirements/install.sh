@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack; the Makefile says which and when.
-# usage: VENV=.venv PYTHON=python3 install.sh venv|toolchain|classification|package|detection|dev
+# usage: VENV=.venv PYTHON=python3 install.sh PART
+# parts: venv toolchain classification package detection dev newer-torch
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -153,6 +154,11 @@ install_detection() {
   use_loadable_opencv
 }
 
+install_newer_torch() {
+  make_venv
+  pip_install -r "$here/newer-torch.txt" -c "$here/dev.txt" pytest hypothesis
+}
+
 case ${1:-} in
   venv) make_venv ;;
   toolchain) check_toolchain ;;
@@ -160,5 +166,6 @@ case ${1:-} in
   package) install_package ;;
   detection) install_detection ;;
   dev) pip_install -r "$here/dev.txt" ;;
+  newer-torch) install_newer_torch ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac

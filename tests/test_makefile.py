@@ -63,7 +63,14 @@ TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
 
 @pytest.mark.parametrize(
     "target, parts",
-    [("demo", DEMO), ("test", TEST), ("lint", ["venv", "dev"]), ("format", ["venv", "dev"])],
+    [
+        ("demo", DEMO),
+        ("test", TEST),
+        ("test-newer-torch", [*DEMO, "newer-torch"]),
+        ("wheel", ["venv", "classification"]),
+        ("lint", ["venv", "dev"]),
+        ("format", ["venv", "dev"]),
+    ],
 )
 def test_installs_what_the_target_needs_once(checkout, target, parts):
     assert make(checkout, target) == parts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -23,10 +24,12 @@ VARIABLES = [
     "CUDA_HOME",
     "CUDA_PATH",
     "CXX",
+    "DDF_MM_SANITIZE",
     "DDF_MM_WITH_OPS",
     "FORCE_CUDA",
     "TORCH_CUDA_ARCH_LIST",
 ]
+COMPILED = r"ddf_mm: compiled ddf_mm\._C in \d+ s"
 # Needs no torch header, so that it compiles in a moment.
 TRIVIAL = "int ddf_mm_test() { return 0; }\n"
 BROKEN = "this is not C++\n"
@@ -88,9 +91,10 @@ def build(
 
 
 def lines_of(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """What the build says of itself, after checking that it succeeded."""
+    """What the build decides, after checking that it succeeded."""
     assert result.returncode == 0, result.stdout
-    return [line for line in result.stdout.splitlines() if line.startswith("ddf_mm: ")]
+    said = [line for line in result.stdout.splitlines() if line.startswith("ddf_mm: ")]
+    return [line for line in said if not re.fullmatch(COMPILED, line)]
 
 
 def wheel_of(project: Path) -> zipfile.ZipFile:
@@ -220,8 +224,10 @@ def test_metadata_and_sdist_do_not_import_torch(project):
 
 def test_compiled_library_serves(project):
     add_source(project, "csrc/cpu/kernel.cpp", STABLE)
-    (line,) = lines_of(build(project))
+    result = build(project)
+    (line,) = lines_of(result)
     assert line.startswith(f"ddf_mm: compiling CPU ops (torch {torch.__version__}, ")
+    assert re.search(COMPILED, result.stdout)
     wheel = wheel_of(project)
     assert "-cp310-abi3-" in wheel.filename
     (name,) = libraries_in(wheel)
@@ -298,6 +304,32 @@ class TestCudaToolkit:
     def test_cpu_build_of_torch(self, setup_module):
         with pytest.raises(setup_module.NoOps, match="torch is a CPU build"):
             setup_module.find_cuda(None)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
+@pytest.mark.parametrize(
+    "given, chosen",
+    [("8.6;8.9+PTX", "8.6;8.9+PTX"), ("release", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")],
+)
+def test_gpus_that_the_environment_names(
+    setup_module, project, monkeypatch, tmp_path, given, chosen
+):
+    add_source(project, "csrc/cuda/a.cu", TRIVIAL)
+    add_source(project, "csrc/cuda/b/c.cu", TRIVIAL)
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", torch.version.cuda)))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    (_, cuda), sentence = setup_module.plan_ops()
+    assert sentence.endswith(f" for {chosen})") and os.environ["TORCH_CUDA_ARCH_LIST"] == chosen
+    assert cuda.sources == ["csrc/cuda/a.cu", "csrc/cuda/b/c.cu"]
+
+
+def test_instrumented_build(setup_module, project, monkeypatch):
+    add_source(project, "csrc/cuda/kernel.cu", TRIVIAL)
+    monkeypatch.setenv("DDF_MM_SANITIZE", "undefined")
+    (library,), sentence = setup_module.plan_ops()
+    assert sentence.endswith("; instrumented by -fsanitize=undefined, without CUDA ops")
+    assert "-fsanitize=undefined" in library.extra_compile_args["cxx"]
+    assert "-fsanitize=undefined" in library.extra_link_args
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")

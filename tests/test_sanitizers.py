@@ -1,0 +1,106 @@
+"""The CPU ops built with AddressSanitizer and UndefinedBehaviorSanitizer pass the sweep.
+
+The build stays in build/sanitized, where the next one compiles only what has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ddf_cases import smaller_instruction_sets
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "sanitized"
+SETS = ["", *smaller_instruction_sets()]  # "" is this processor's own
+in_each_set = pytest.mark.parametrize("instruction_set", SETS, ids=lambda name: name or "own")
+
+# A spatial filter that claims twice the memory that it has.
+READ_TOO_FAR = """
+import numpy as np, torch
+from ddf_mm.ops import ddf
+memory = np.zeros(18 * 35 // 4, np.float32)
+claimed = np.lib.stride_tricks.as_strided(memory, (1, 9, 5, 7), (0, 140, 28, 4))
+ddf(torch.ones(1, 4, 5, 7), None, torch.from_numpy(claimed))
+"""
+# Features that start at no multiple of 4 bytes.
+MISALIGNED = """
+import numpy as np, torch
+from ddf_mm.ops import ddf
+memory = np.zeros(1 + 4 * 4 * 35, np.uint8)
+features = torch.from_numpy(memory[1:].view(np.float32).reshape(1, 4, 5, 7))
+ddf(features, torch.ones(1, 4, 9, 9), None, kernel_size=9, dilation=2, stride=3)
+"""
+
+
+def run(command: list[object], cwd: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> dict[str, object]:
+    """The environment in which Python loads the sanitized ops."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    runtimes = []
+    for name in ("libasan.so", "libstdc++.so"):
+        # Python has neither, and they have to be there before anything allocates or throws.
+        answer = run([*compiler, f"-print-file-name={name}"], ROOT).stdout.strip()
+        if not Path(answer).is_absolute():
+            pytest.skip(f"{compiler[0]} has no {name}")
+        runtimes.append(answer)
+    folders = ["--build-lib", BUILD / "lib", "--build-temp", BUILD / "temp"]
+    result = run(
+        [sys.executable, "setup.py", "-q", "build", *folders],
+        ROOT,
+        DDF_MM_WITH_OPS=1,
+        DDF_MM_SANITIZE="address,undefined",
+    )
+    assert result.returncode == 0, result.stdout
+    return dict(
+        LD_PRELOAD=" ".join(runtimes),
+        # Python and torch do not free everything at exit.
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONPATH=BUILD / "lib",
+        DDF_MM_REQUIRE_OPS=1,
+    )
+
+
+@in_each_set
+def test_passes_the_sweep(sanitized, instruction_set):
+    command = [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "ops" / "test_sweep.py"]
+    # Not in ROOT, whose own ddf_mm would come first.
+    result = run(
+        [*command, "-k", "cpu or threads"], BUILD, **sanitized, DDF_MM_CPU_ISA=instruction_set
+    )
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"\b3 passed", result.stdout), result.stdout
+
+
+@in_each_set
+def test_a_read_out_of_bounds_is_found(sanitized, instruction_set):
+    result = run(
+        [sys.executable, "-c", READ_TOO_FAR], BUILD, **sanitized, DDF_MM_CPU_ISA=instruction_set
+    )
+    assert result.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in result.stdout
+    # The callers of the kernel that read it tell the instruction set.
+    found = set(re.findall(r"ddf::cpu::(avx512|avx2|baseline)::", result.stdout))
+    assert len(found) == 1 and (not instruction_set or found == {instruction_set})
+
+
+def test_undefined_behaviour_is_found(sanitized):
+    result = run([sys.executable, "-c", MISALIGNED], BUILD, **sanitized)
+    assert result.returncode != 0 and "runtime error: load of misaligned address" in result.stdout
