@@ -18,7 +18,7 @@ with contextlib.suppress(ImportError):
         derandomize=True,
         database=None,
         deadline=None,
-        max_examples=200,
+        max_examples=400,
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.register_profile(

@@ -509,7 +509,9 @@ def plot_op(groups: dict[Setting, list[dict]], title: str, path: Path) -> None:
             places = [n + (i - (len(names) - 1) / 2) * width for n in range(len(rows))]
             # Bars grow from 1, upwards where ddf is the faster one.
             bars = axis.bar(places, [h - 1 for h in heights], width, bottom=1, label=name)
-            axis.bar_label(bars, [f"{h:.2g}" for h in heights], fontsize=7, padding=1)
+            axis.bar_label(
+                bars, [f"{h:.2g}" if h < 10 else f"{h:.0f}" for h in heights], fontsize=7, padding=1
+            )
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
         axis.margins(x=0.01, y=0.15)

@@ -324,6 +324,22 @@ def test_compiles_in_one_graph(layout, dynamic, device):
             assert torch.equal(g, w) and g.stride() == w.stride()
 
 
+def test_compiles_with_the_default_backend(device):
+    """Inductor may lay out anew what it hands to the op, and relies on the fake's strides."""
+    torch._dynamo.reset()
+
+    def function(features, channel_filter, spatial_filter):
+        out = ddf(features.relu(), channel_filter, spatial_filter.sigmoid(), stride=2)
+        return out.permute(0, 2, 3, 1) * 2
+
+    tensors = make(channels=6, size=(7, 9), stride=2, groups=2, device=device)
+    x, cf, sf = (channels_last(t) for t in tensors)
+    grad = torch.randn_like(function(x, cf, sf))
+    got = value_and_gradients(torch.compile(function, fullgraph=True), (x, cf, sf), grad, ())
+    want = value_and_gradients(function, (x, cf, sf), grad, ())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 class Filter(torch.nn.Module):
     def forward(self, features, channel_filter, spatial_filter):
         return ddf(features, channel_filter, spatial_filter, stride=2)
