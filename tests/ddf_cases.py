@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops import ddf, ddf_reference
+from ddf_mm.ops import backend_info, ddf, ddf_reference
 
 Inputs = Sequence[Tensor | None]
 
@@ -173,6 +175,16 @@ def check_against_reference(
         shape = ddf_reference(*tensors, *options).shape
     grad = grad_layout(torch.randn(shape, dtype=torch.float64).to(tensors[0]))
     check_against(ddf_reference, tensors, options, grad)
+
+
+def require_compiled(device: str) -> None:
+    """Skips a test where ``device`` has no compiled ops; DDF_MM_REQUIRE_OPS=1 makes that fail."""
+    info = backend_info()
+    if info[device] == "compiled":
+        return
+    if os.environ.get("DDF_MM_REQUIRE_OPS") == "1":
+        pytest.fail(f"DDF_MM_REQUIRE_OPS=1, but {device} has the reference: {info['why']}")
+    pytest.skip(f"no compiled ops for {device}: {info['why']}")
 
 
 def smaller_instruction_sets() -> list[str]:

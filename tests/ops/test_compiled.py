@@ -18,6 +18,7 @@ from ddf_cases import (
     channels_last,
     check_against_reference,
     make,
+    require_compiled,
     value_and_gradients,
 )
 from torch.autograd import forward_ad
@@ -41,11 +42,8 @@ COMBINES = ["mul", "add"]
 
 @pytest.fixture
 def device(device: str) -> str:
-    if INFO[device] == "compiled":
-        return device
-    if os.environ.get("DDF_MM_REQUIRE_OPS") == "1":
-        pytest.fail(f"DDF_MM_REQUIRE_OPS=1, but {device} has the reference: {INFO['why']}")
-    pytest.skip(f"no compiled ops for {device}: {INFO['why']}")
+    require_compiled(device)
+    return device
 
 
 def short(value):

@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddf_cases import smaller_instruction_sets
-
-from ddf_mm.ops import backend_info
+from ddf_cases import require_compiled, smaller_instruction_sets
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops for cpu")
 @pytest.mark.parametrize("name", smaller_instruction_sets())
 def test_passes_the_same_tests(name):
+    require_compiled("cpu")
     files = [HERE / "test_compiled.py", HERE / "test_sweep.py"]
     chosen = "cpu and (reference or every or planes or output or finite) or threads"
     result = subprocess.run(

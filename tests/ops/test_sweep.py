@@ -6,16 +6,23 @@ time (see conftest.py).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from ddf_cases import LAYOUTS, NAMES, by_unfold, check_against, make, value_and_gradients
+from ddf_cases import (
+    LAYOUTS,
+    NAMES,
+    by_unfold,
+    check_against,
+    make,
+    require_compiled,
+    value_and_gradients,
+)
 from torch import Tensor
 
-from ddf_mm.ops import backend_info, ddf, ddf_reference
+from ddf_mm.ops import ddf, ddf_reference
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -113,11 +120,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], str]
     """What computes the operation, and on which device."""
     if request.param == "reference":
         return ddf_reference, "cpu"
-    info = backend_info()
-    if info[request.param] != "compiled":
-        if os.environ.get("DDF_MM_REQUIRE_OPS") == "1":
-            pytest.fail(f"DDF_MM_REQUIRE_OPS=1, but {request.param} has none: {info['why']}")
-        pytest.skip(f"no compiled ops for {request.param}: {info['why']}")
+    require_compiled(request.param)
     return ddf, request.param
 
 
@@ -178,6 +181,12 @@ def test_values_that_are_not_finite_stay_where_they_are(backend, case, where, po
         assert not ((after < before) & ~bad).any(), f"{name} hides a value that is not finite"
 
 
+@pytest.fixture(scope="module")
+def compiled_for_the_cpu() -> None:
+    require_compiled("cpu")
+
+
+@pytest.mark.usefixtures("compiled_for_the_cpu")
 @given(case=cases(least_batch=1))
 def test_any_number_of_threads_gives_the_same_bits(case):
     tensors, grad = case.tensors()
