@@ -21,10 +21,8 @@ void backward_as(const Backward& b, ParallelFor run) {
   if (b.grad_features) {
     if (b.channels_last)
       grad_features_pixels<T, Combine>(b, run);
-    else if (b.geometry.stride == 1)
-      grad_features_planes<T, Combine>(b, run);
     else
-      grad_features_strided_planes<T, Combine>(b, run);
+      grad_features_planes<T, Combine>(b, run);
   }
   if (b.grad_channel || b.grad_spatial) {
     if (b.channels_last)

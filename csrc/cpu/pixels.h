@@ -1,61 +1,67 @@
-// Kernels for channels_last (NHWC) features: vectors run along the channels of one pixel.
+// Kernels for channels_last (NHWC) features: vectors run along the channels of a pixel.
 //
-// For each pixel the taps that lie inside the image are listed, each with a pointer to the pixel it
-// reads and its value of the spatial filter. The channel filter is kept widened, in blocks of one
-// vector of channels with all taps.
+// Pixels of a row that read the same taps make a strip, which shares the list of its taps: where
+// each leads, and the values of the spatial filter. The channel filter is kept widened, in blocks
+// of one vector of channels with all taps.
 #pragma once
 #include "cpu/vectors.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// The taps of one pixel that lie inside the image.
-template <class T>
-struct Taps {
-  explicit Taps(int64_t taps)
-      : pixel(new const T*[taps]), spatial(new Sum<T>[taps]), tap(new int64_t[taps]) {}
-
-  int64_t count = 0;
-  std::unique_ptr<const T*[]> pixel;
-  std::unique_ptr<Sum<T>[]> spatial;
-  std::unique_ptr<int64_t[]> tap;
-
-  void add(const T* at, Sum<T> value, int64_t t) {
-    pixel[count] = at;
-    spatial[count] = value;
-    tap[count++] = t;
-  }
-};
+// Pixels of a whole strip; what is left of a row makes strips of one pixel.
+constexpr int kStrip = 4;
 
 // Along one axis: for each position of a pixel, the taps whose other end lies in the image, and
-// where.
+// where, in the order of where.
 class Reach {
  public:
   struct End {
     int64_t tap, at;
   };
+  struct Strip {
+    int64_t first, count;  // positions `step` apart
+  };
 
   // From an output pixel to the pixels of the features that it reads.
   static Reach to_features(const Geometry& g, int64_t out_size, int64_t size) {
-    return Reach(out_size, g.kernel, [&](int64_t position, int64_t tap) {
+    return Reach(out_size, g.kernel, 1, g.stride, [&](int64_t position, int64_t tap) {
       const int64_t at = position * g.stride + tap * g.dilation - g.padding();
       return at < size ? at : -1;
     });
   }
-  // From a pixel of the features to the output pixels that read it.
+  // From a pixel of the features to the output pixels that read it. Taps are counted backwards.
   static Reach to_output(const Geometry& g, int64_t size, int64_t out_size) {
-    return Reach(size, g.kernel, [&](int64_t position, int64_t tap) {
-      const int64_t from = position + g.padding() - tap * g.dilation;
+    return Reach(size, g.kernel, g.stride, 1, [&](int64_t position, int64_t tap) {
+      const int64_t from = position + g.padding() - (g.kernel - 1 - tap) * g.dilation;
       return from >= 0 && from % g.stride == 0 && from / g.stride < out_size ? from / g.stride : -1;
     });
   }
 
+  // Positions `step` apart lead `advance` apart by the same tap.
+  int64_t step, advance;
+
   const End* begin(int64_t position) const { return ends_.data() + first_[position]; }
   const End* end(int64_t position) const { return ends_.data() + first_[position + 1]; }
 
+  std::vector<Strip> strips() const {
+    const int64_t size = static_cast<int64_t>(first_.size()) - 1;
+    std::vector<Strip> strips;
+    for (int64_t phase = 0; phase < std::min(step, size); ++phase)
+      for (int64_t position = phase; position < size; position += strips.back().count * step) {
+        int64_t count = 1;
+        while (count < kStrip && position + count * step < size &&
+               has_same_taps(position, position + count * step))
+          ++count;
+        strips.push_back({position, count == kStrip ? count : 1});
+      }
+    return strips;
+  }
+
  private:
   template <class F>
-  Reach(int64_t size, int64_t kernel, const F& other_end) {
+  Reach(int64_t size, int64_t kernel, int64_t step, int64_t advance, const F& other_end)
+      : step(step), advance(advance) {
     for (int64_t position = 0; position < size; ++position) {
       first_.push_back(static_cast<int64_t>(ends_.size()));
       for (int64_t tap = 0; tap < kernel; ++tap)
@@ -64,12 +70,30 @@ class Reach {
     first_.push_back(static_cast<int64_t>(ends_.size()));
   }
 
+  bool has_same_taps(int64_t a, int64_t b) const {
+    return std::equal(begin(a), end(a), begin(b), end(b),
+                      [](const End& x, const End& y) { return x.tap == y.tap; });
+  }
+
   std::vector<int64_t> first_;
   std::vector<End> ends_;
 };
 
-// Lists the taps of one pixel. The spatial filter belongs to an output pixel: to this one
-// (own_filter) or to the one at each tap's other end.
+// The taps of a strip that lie inside the image.
+template <class T>
+struct Taps {
+  explicit Taps(int64_t taps)
+      : pixel(new const T*[taps]), spatial(new Sum<T>[taps * kStrip]), tap(new int64_t[taps]) {}
+
+  int64_t count = 0;
+  std::unique_ptr<const T*[]> pixel;  // where each leads from the strip's first pixel
+  int64_t advance = 0;                // from one pixel of the strip to the next
+  std::unique_ptr<Sum<T>[]> spatial;  // [count][pixels of the strip]
+  std::unique_ptr<int64_t[]> tap;
+};
+
+// Lists the taps of strips. The spatial filter belongs to an output pixel: to those of the strip
+// (own_filter) or to the ones that the taps lead to.
 template <class T>
 struct Lister {
   const Geometry& g;
@@ -80,17 +104,26 @@ struct Lister {
   bool own_filter;
   Sum<T> neutral;
 
+  // The taps of P pixels in a row.
+  template <int P>
   DDF_INLINE void list(Taps<T>& taps, const T* image, const T* filter, int64_t row,
                        int64_t column) const {
-    taps.count = 0;
-    const T* own = filter + (own_filter ? row * strides.row + column * strides.column : 0);
+    int64_t u = 0;
+    taps.advance = columns.advance * g.channels;
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
       for (const auto* c = columns.begin(column); c != columns.end(column); ++c) {
         const int64_t t = r->tap * g.kernel + c->tap;
-        const int64_t other = own_filter ? 0 : r->at * strides.row + c->at * strides.column;
-        taps.add(image + (r->at * width + c->at) * g.channels,
-                 spatial ? widen(own[t * strides.tap + other]) : neutral, t);
+        taps.tap[u] = t;
+        taps.pixel[u] = image + (r->at * width + c->at) * g.channels;
+        Sum<T>* to = taps.spatial.get() + u * P;
+        ++u;
+        const T* from =
+            filter + (own_filter ? t * strides.tap + row * strides.row + column * strides.column
+                                 : (g.taps() - 1 - t) * strides.tap + r->at * strides.row +
+                                       c->at * strides.column);
+        for (int p = 0; p < P; ++p) to[p] = spatial ? widen(from[p * strides.column]) : neutral;
       }
+    taps.count = u;
   }
 
   // The spatial filter of a group of an image, as list() takes it.
@@ -100,54 +133,84 @@ struct Lister {
 };
 
 // The channel filter of channels [channel0, channel1) of an image, to[(v * taps + t) * L + lane];
-// lanes behind the last channel are zero.
+// lanes behind the last channel are zero. With reversed, in the order of the mirrored filter.
 template <class T>
 void fill_channel_blocks(Sum<T>* to, const Geometry& g, const T* filter, int64_t image,
-                         int64_t channel0, int64_t channel1, Sum<T> neutral) {
+                         int64_t channel0, int64_t channel1, bool reversed, Sum<T> neutral) {
   constexpr int L = kLanes<Sum<T>>;
-  for (int64_t c = channel0; c < channel1; ++c) {
-    const int64_t v = (c - channel0) / L, lane = (c - channel0) % L;
-    for (int64_t t = 0; t < g.taps(); ++t)
-      to[(v * g.taps() + t) * L + lane] =
-          filter ? widen(filter[(image * g.channels + c) * g.taps() + t]) : neutral;
+  const int64_t taps = g.taps();
+  for (int64_t c = channel0; c < channel1; c += L, to += taps * L) {
+    const int64_t lanes = std::min<int64_t>(L, channel1 - c);
+    const T* from = filter + (image * g.channels + c) * taps;
+    for (int64_t t = 0; t < taps; ++t) {
+      Sum<T>* line = to + (reversed ? taps - 1 - t : t) * L;
+      for (int64_t lane = 0; lane < L; ++lane)
+        line[lane] = lane >= lanes ? 0 : filter ? widen(from[lane * taps + t]) : neutral;
+    }
   }
 }
 
-// out[c] = sum over the listed taps of pixel[c] * (c[t, c] o spatial), for count channels. N is the
-// number of taps when it is all of them and known, else 0.
-template <int N, class T, class Combine>
-DDF_INLINE void filter_pixel(const Taps<T>& taps, int64_t all_taps, int64_t first,
-                             const Sum<T>* channel, T* out, int64_t count) {
+// out[p][c] = sum over the listed taps of pixel[c] * (c[t, c] o spatial[p]) for the P pixels of a
+// strip, out_step apart, and count channels.
+template <int P, class T, class Combine>
+DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
+                             const Sum<T>* channel, T* out, int64_t out_step, int64_t count) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  const int64_t number = N ? N : taps.count;
-  // Copies that no store to memory can change, so that they stay in registers.
-  const T* pixel[N ? N : 1];
-  V spatial[N ? N : 1];
-  if constexpr (N > 0) {
-    DDF_UNROLL
-    for (int u = 0; u < N; ++u) {
-      pixel[u] = taps.pixel[u] + first;
-      spatial[u] = splat<A, L>(taps.spatial[u]);
-    }
-  }
+  const int64_t number = taps.count, advance = taps.advance;
   // wide is an integral constant: a whole vector of channels or the last few.
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
-    const A* block = channel + c * (N ? N : all_taps);
-    V sum{};
-    DDF_UNROLL
+    const A* block = channel + c * all_taps;
+    V sums[P] = {};
     for (int64_t u = 0; u < number; ++u) {
-      if constexpr (N > 0) {
-        sum += load_first<L>(pixel[u] + c, room) *
-               Combine::combine(load<L>(block + u * L), spatial[u]);
-      } else {
-        sum += load_first<L>(taps.pixel[u] + first + c, room) *
-               Combine::combine(load<L>(block + taps.tap[u] * L), splat<A, L>(taps.spatial[u]));
+      const V tap = load<L>(block + taps.tap[u] * L);
+      const T* from = taps.pixel[u] + first + c;
+      const A* spatial = taps.spatial.get() + u * P;
+      DDF_UNROLL
+      for (int p = 0; p < P; ++p)
+        sums[p] += load_first<L>(from + p * advance, room) *
+                   Combine::combine(tap, splat<A, L>(spatial[p]));
+    }
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) store_first<L>(out + p * out_step + c, sums[p], room);
+  };
+  int64_t c = 0;
+  for (; c + L <= count; c += L) filter(c, std::true_type());
+  if (c < count) filter(c, std::false_type());
+}
+
+// The same for all nine taps of a 3x3 filter, where neighbours read the same pixels.
+template <int P, class T, class Combine>
+DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* channel, T* out,
+                              int64_t out_step, int64_t count) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  using V = Vector<A, L>;
+  const int64_t advance = taps.advance;
+  const T* rows[3] = {taps.pixel[0] + first, taps.pixel[3] + first, taps.pixel[6] + first};
+  const A* spatial = taps.spatial.get();
+  const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
+    const int64_t room = decltype(wide)::value ? L : count - c;
+    const A* block = channel + c * 9;
+    V sums[P] = {};
+    DDF_UNROLL
+    for (int r = 0; r < 3; ++r) {
+      V tap[3];
+      DDF_UNROLL
+      for (int x = 0; x < 3; ++x) tap[x] = load<L>(block + (r * 3 + x) * L);
+      DDF_UNROLL
+      for (int q = 0; q < P + 2; ++q) {
+        const V value = load_first<L>(rows[r] + c + q * advance, room);
+        DDF_UNROLL
+        for (int x = 0; x < 3; ++x)
+          if (const int p = q - x; p >= 0 && p < P)
+            sums[p] += value * Combine::combine(tap[x], splat<A, L>(spatial[(r * 3 + x) * P + p]));
       }
     }
-    store_first<L>(out + c, sum, room);
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) store_first<L>(out + p * out_step + c, sums[p], room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
@@ -161,6 +224,9 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = lister.g;
+  const auto strips = lister.columns.strips();
+  const int64_t out_step = lister.columns.step * g.channels;
+  const bool shares = g.kernel == 3 && g.dilation == 1 && g.stride == 1;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(g.taps());
     const int64_t block = round_up(g.group_channels, L) * g.taps();
@@ -173,19 +239,27 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
         for (int64_t group = 0; group < g.groups; ++group)
           fill_channel_blocks(channel + group * block, g, channel_filter, image,
                               group * g.group_channels, (group + 1) * g.group_channels,
-                              A(Combine::kNeutral));
+                              !lister.own_filter, A(Combine::kNeutral));
       filled = image;
-      for (int64_t column = 0; column < columns; ++column)
+      for (const auto& strip : strips)
         for (int64_t group = 0; group < g.groups; ++group) {
           const int64_t first = group * g.group_channels;
-          lister.list(taps, pixels, lister.filter_of(image, group), row, column);
-          T* out = to + (index * columns + column) * g.channels + first;
-          if (g.taps() == 9 && taps.count == 9)
-            filter_pixel<9, T, Combine>(taps, 9, first, channel + group * block, out,
+          const T* filter = lister.filter_of(image, group);
+          T* out = to + (index * columns + strip.first) * g.channels + first;
+          const A* block_of = channel + group * block;
+          if (strip.count == kStrip) {
+            lister.template list<kStrip>(taps, pixels, filter, row, strip.first);
+            if (shares && taps.count == 9)
+              filter_strip3<kStrip, T, Combine>(taps, first, block_of, out, out_step,
+                                                g.group_channels);
+            else
+              filter_strip<kStrip, T, Combine>(taps, g.taps(), first, block_of, out, out_step,
+                                               g.group_channels);
+          } else {
+            lister.template list<1>(taps, pixels, filter, row, strip.first);
+            filter_strip<1, T, Combine>(taps, g.taps(), first, block_of, out, out_step,
                                         g.group_channels);
-          else
-            filter_pixel<0, T, Combine>(taps, g.taps(), first, channel + group * block, out,
-                                        g.group_channels);
+          }
         }
     }
   });
@@ -223,54 +297,66 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
                             static_cast<T*>(b.grad_features), g.height, g.width, run);
 }
 
-// With p = dy * x at each listed tap: ds[t] = sum over the channels of p * c[t], and
-// dc[t, c] += p * s[t] (p alone for Add).
-template <int N, class T, class Combine>
-DDF_INLINE void grad_filters_pixel(const Taps<T>& taps, int64_t all_taps, int64_t first,
-                                   const T* dy, const Sum<T>* channel, Sum<T>* dc, Sum<T>* ds,
-                                   int64_t count) {
+// With p = dy * x at the listed taps u0.. of a strip of P pixels: ds[u][pixel] = sum over the
+// channels of p * c[t], and dc[t, c] += p * s[u][pixel] (p alone for Add). S taps, whose sums stay
+// in registers.
+template <int P, int S, class T, class Combine>
+DDF_INLINE void grad_filters_step(const Taps<T>& taps, int64_t u0, int64_t all_taps, int64_t first,
+                                  const T* dy, int64_t dy_step, const Sum<T>* channel, Sum<T>* dc,
+                                  Sum<T>* ds, int64_t count) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr bool kMul = std::is_same_v<Combine, Mul>;
-  const int64_t number = N ? N : taps.count;
-  // A few taps at a time, so that their sums stay in registers.
-  constexpr int kStep = N ? N : 4;
-  for (int64_t u0 = 0; u0 < number; u0 += kStep) {
-    const int64_t step = N ? N : std::min<int64_t>(kStep, number - u0);
-    V sums[kStep] = {};
-    // Copies that no store to memory can change, so that they stay in registers.
-    const T* pixel[kStep];
-    A spatial[kStep];
-    int64_t tap[kStep];
-    DDF_UNROLL
-    for (int64_t u = 0; u < kStep; ++u) {
-      const int64_t from = u0 + std::min(u, step - 1);
-      pixel[u] = taps.pixel[from] + first;
-      spatial[u] = taps.spatial[from];
-      tap[u] = N ? u : taps.tap[from];
-    }
-    const auto add = [&](int64_t c, auto wide) __attribute__((always_inline)) {
-      const int64_t room = decltype(wide)::value ? L : count - c;
-      const V y = load_first<L>(dy + first + c, room);
-      const int64_t block = c * (N ? N : all_taps);
-      DDF_UNROLL
-      for (int64_t u = 0; u < kStep; ++u) {
-        if (u >= step) break;
-        const int64_t at = block + (N ? u : tap[u]) * L;
-        const V product = y * load_first<L>(pixel[u] + c, room);
-        sums[u] += kMul ? product * load<L>(channel + at) : product;
-        const V weighted = kMul ? product * splat<A, L>(spatial[u]) : product;
-        store<L>(dc + at, load<L>(dc + at) + weighted);
-      }
-    };
-    int64_t c = 0;
-    for (; c + L <= count; c += L) add(c, std::true_type());
-    if (c < count) add(c, std::false_type());
-    DDF_UNROLL
-    for (int64_t u = 0; u < kStep; ++u)
-      if (u < step) ds[u0 + u] = sum_lanes<A, L>(sums[u]);
+  const int64_t advance = taps.advance;
+  // Copies that no store to memory can change.
+  const T* pixel[S];
+  int64_t at[S];
+  A spatial[S * P];
+  for (int u = 0; u < S; ++u) {
+    pixel[u] = taps.pixel[u0 + u] + first;
+    at[u] = taps.tap[u0 + u] * L;
   }
+  std::copy_n(taps.spatial.get() + u0 * P, S * P, spatial);
+  V sums[S * P] = {};
+  // wide is an integral constant: a whole vector of channels or the last few.
+  const auto add = [&](int64_t c, auto wide) __attribute__((always_inline)) {
+    const int64_t room = decltype(wide)::value ? L : count - c;
+    const int64_t block = c * all_taps;
+    V y[P];
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + first + c + p * dy_step, room);
+    DDF_UNROLL
+    for (int u = 0; u < S; ++u) {
+      const V tap = load<L>(channel + block + at[u]);
+      V total = load<L>(dc + block + at[u]);
+      DDF_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const V product = y[p] * load_first<L>(pixel[u] + c + p * advance, room);
+        sums[u * P + p] += kMul ? product * tap : product;
+        total += kMul ? product * splat<A, L>(spatial[u * P + p]) : product;
+      }
+      store<L>(dc + block + at[u], total);
+    }
+  };
+  int64_t c = 0;
+  for (; c + L <= count; c += L) add(c, std::true_type());
+  if (c < count) add(c, std::false_type());
+  sum_lanes_of_each<A, L>(sums, ds + u0 * P);
+}
+
+template <int P, class T, class Combine>
+DDF_INLINE void grad_filters_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
+                                   const T* dy, int64_t dy_step, const Sum<T>* channel, Sum<T>* dc,
+                                   Sum<T>* ds, int64_t count) {
+  constexpr int S = P == 1 ? 4 : 2;
+  int64_t u = 0;
+  for (; u + S <= taps.count; u += S)
+    grad_filters_step<P, S, T, Combine>(taps, u, all_taps, first, dy, dy_step, channel, dc, ds,
+                                        count);
+  for (; u < taps.count; ++u)
+    grad_filters_step<P, 1, T, Combine>(taps, u, all_taps, first, dy, dy_step, channel, dc, ds,
+                                        count);
 }
 
 template <class T, class Combine>
@@ -291,6 +377,7 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
                          true,
                          A(Combine::kNeutral)};
   const auto& strides = b.grad_spatial_strides;
+  const auto strips = lister.columns.strips();
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
   const int64_t maps = g.groups * g.taps(), out_size = g.out_height * g.out_width;
   const bool in_parts = grad_spatial && plan.chunks > 1;
@@ -300,7 +387,7 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     Taps<T> taps(g.taps());
     const int64_t block = round_up(plan.chunk, L) * g.taps();
-    Scratch<A> channel(block), dc(block), ds(g.taps());
+    Scratch<A> channel(block), dc(block), ds(g.taps() * kStrip);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
@@ -308,29 +395,37 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
       const T* filter = lister.filter_of(item.image, item.group);
       std::fill(dc.get(), dc + block, A(0));
       fill_channel_blocks(channel.get(), g, channel_filter, item.image, item.channel0,
-                          item.channel1, A(Combine::kNeutral));
+                          item.channel1, false, A(Combine::kNeutral));
       for (int64_t row = item.row0; row < item.row1; ++row)
-        for (int64_t column = 0; column < g.out_width; ++column) {
-          lister.list(taps, pixels, filter, row, column);
+        for (const auto& strip : strips) {
           const T* dy =
-              grad + ((item.image * g.out_height + row) * g.out_width + column) * g.channels;
-          if (g.taps() == 9 && taps.count == 9)
-            grad_filters_pixel<9, T, Combine>(taps, 9, item.channel0, dy, channel, dc, ds, count);
+              grad + ((item.image * g.out_height + row) * g.out_width + strip.first) * g.channels;
+          const auto filter_strip = [&](auto pixels_of_strip) {
+            constexpr int P = decltype(pixels_of_strip)::value;
+            lister.template list<P>(taps, pixels, filter, row, strip.first);
+            grad_filters_strip<P, T, Combine>(taps, g.taps(), item.channel0, dy, g.channels,
+                                              channel, dc, ds, count);
+          };
+          if (strip.count == kStrip)
+            filter_strip(std::integral_constant<int, kStrip>());
           else
-            grad_filters_pixel<0, T, Combine>(taps, g.taps(), item.channel0, dy, channel, dc, ds,
-                                              count);
+            filter_strip(std::integral_constant<int, 1>());
           if (grad_spatial == nullptr) continue;
-          int64_t u = 0;
-          for (int64_t t = 0; t < g.taps(); ++t) {
-            // Taps outside the image have no gradient.
-            const A value = u < taps.count && taps.tap[u] == t ? ds[u++] : A(0);
-            const int64_t map = item.group * g.taps() + t;
-            if (in_parts)
-              spatial_parts[((item.chunk * g.batch + item.image) * maps + map) * out_size +
-                            row * g.out_width + column] = value;
-            else
-              grad_spatial[item.image * strides.batch + map * strides.tap + row * strides.row +
-                           column * strides.column] = narrow<T>(value);
+          for (int64_t p = 0; p < strip.count; ++p) {
+            int64_t u = 0;
+            const int64_t column = strip.first + p;
+            for (int64_t t = 0; t < g.taps(); ++t) {
+              // Taps outside the image have no gradient.
+              const bool is_inside = u < taps.count && taps.tap[u] == t;
+              const A value = is_inside ? ds[u++ * strip.count + p] : A(0);
+              const int64_t map = item.group * g.taps() + t;
+              if (in_parts)
+                spatial_parts[((item.chunk * g.batch + item.image) * maps + map) * out_size +
+                              row * g.out_width + column] = value;
+              else
+                grad_spatial[item.image * strides.batch + map * strides.tap + row * strides.row +
+                             column * strides.column] = narrow<T>(value);
+            }
           }
         }
       A* to = channel_parts +

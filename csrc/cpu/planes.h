@@ -38,9 +38,13 @@ struct Window {
     // A vector that starts in the row may end behind it.
     pitch =
         std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
-    size = g.stride * g.stride * phase_rows * pitch;
+    // With stride 1, rows of the features start at whole vectors.
+    pitch = round_up(pitch, kLanes<A>);
+    const int64_t lead = g.stride == 1 ? round_up(pad, kLanes<A>) - pad : 0;
+    size = lead + g.stride * g.stride * phase_rows * pitch;
     for (int64_t r = 0; r < rows; ++r)
-      row_offset.push_back(r % g.stride * g.stride * phase_rows * pitch + r / g.stride * pitch);
+      row_offset.push_back(lead + r % g.stride * g.stride * phase_rows * pitch +
+                           r / g.stride * pitch);
     for (int64_t t = 0; t < g.taps(); ++t)
       offset.push_back(row_offset[t / g.kernel * g.dilation] +
                        column_offset(t % g.kernel * g.dilation));
@@ -53,111 +57,117 @@ struct Window {
     return column % g.stride * phase_rows * pitch + column / g.stride;
   }
 
-  // Calls body(index in the window, row of the features, run) for all values that lie in the
-  // features and in the window of the output rows from row0 on.
-  template <class F>
-  DDF_INLINE void for_each_run(int64_t row0, const F& body) const {
-    const int64_t above = row0 * g.stride - g.padding();
-    const int64_t begin = std::max<int64_t>(0, -above), end = std::min(rows, g.height - above);
-    for (int64_t r = begin; r < end; ++r)
-      for (const Run& run : runs) body(row_offset[r] + run.offset, above + r, run);
-  }
-
+  // Copies what the window of the output rows from row0 on holds of a plane.
   template <class T>
   void fill(A* to, const T* plane, int64_t row0) const {
-    for_each_run(row0, [&](int64_t at, int64_t row, const Run& run) {
-      const T* from = plane + row * g.width + run.column;
-      if (g.stride == 1) return load_row(to + at, from, run.count);
-      for (int64_t i = 0; i < run.count; ++i) to[at + i] = widen(from[i * g.stride]);
-    });
-  }
-
-  template <class T>
-  void drain(const A* from, T* plane, int64_t row0) const {
-    for_each_run(row0, [&](int64_t at, int64_t row, const Run& run) {
-      T* to = plane + row * g.width + run.column;
-      for (int64_t i = 0; i < run.count; ++i) to[i * g.stride] = narrow<T>(from[at + i]);
-    });
+    const int64_t above = row0 * g.stride - g.padding();
+    const int64_t begin = std::max<int64_t>(0, -above), end = std::min(rows, g.height - above);
+    if (begin >= end) return;
+    if (g.stride == 1)
+      return load_rows(to + row_offset[begin] + runs[0].offset, pitch,
+                       plane + (above + begin) * g.width, g.width, end - begin, runs[0].count);
+    for (int64_t r = begin; r < end; ++r)
+      for (const Run& run : runs)
+        load_row(to + row_offset[r] + run.offset, plane + (above + r) * g.width + run.column,
+                 run.count, g.stride);
   }
 };
 
-// A tile of the spatial filter of one group, to[t * plane + i * pitch + j], widened.
+// Pixels that filter with the same taps: `stride` apart, from (row, column) on.
+struct Phase {
+  struct Tap {
+    int64_t number;
+    int64_t down, right;  // from pixel (i, j) to the one whose spatial filter it is
+  };
+  int64_t row, column;
+  std::vector<Tap> taps;
+  std::vector<int64_t> x_offset;  // in the window, of each tap
+};
+
+// A tile of a phase's spatial filter in the order in which filter_rows reads it,
+// to[(i * blocks + b) * taps + t][lane] for vector b of row i of `width` pixels. Behind the edges
+// of the filter, which has rows x columns pixels, it is neutral.
 template <class T>
-void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, const T* filter,
-                  const SpatialStrides& strides, int64_t image, int64_t group, int64_t row0,
-                  int64_t row1, Sum<T> neutral) {
-  for (int64_t t = 0; t < g.taps(); ++t)
+void pack_spatial(Sum<T>* to, const std::vector<Phase::Tap>& taps, int64_t width, int64_t row0,
+                  int64_t row1, const T* filter, int64_t rows, int64_t columns,
+                  const SpatialStrides& strides, Sum<T> neutral) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t blocks = ceil_div(width, L), count = static_cast<int64_t>(taps.size());
+  Scratch<A> line(blocks * L);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t right = taps[t].right;
+    const int64_t begin = std::max<int64_t>(0, -right), end = std::min(width, columns - right);
     for (int64_t row = row0; row < row1; ++row) {
-      Sum<T>* line = to + t * plane + (row - row0) * pitch;
-      if (filter == nullptr) {
-        std::fill(line, line + g.out_width, neutral);
-        continue;
-      }
-      const T* from =
-          filter + image * strides.batch + (group * g.taps() + t) * strides.tap + row * strides.row;
-      if (strides.column == 1)
-        load_row(line, from, g.out_width);
-      else
-        for (int64_t j = 0; j < g.out_width; ++j) line[j] = widen(from[j * strides.column]);
+      const int64_t from = row + taps[t].down;
+      std::fill(line.get(), line + blocks * L, neutral);
+      if (filter && from >= 0 && from < rows && begin < end)
+        load_row(line + begin,
+                 filter + taps[t].number * strides.tap + from * strides.row +
+                     (begin + right) * strides.column,
+                 end - begin, strides.column);
+      for (int64_t b = 0; b < blocks; ++b)
+        store<L>(to + (((row - row0) * blocks + b) * count + t) * L, load<L>(line + b * L));
     }
+  }
 }
 
-// Taps of NC channels side by side, to[t * NC + n]; with reversed, in the order of the mirrored
-// filter.
-template <int NC, class T>
-void fill_channel(Sum<T>* to, const T* filter, int64_t taps, bool reversed, Sum<T> neutral) {
-  for (int64_t t = 0; t < taps; ++t)
-    for (int n = 0; n < NC; ++n)
-      to[t * NC + n] =
-          filter == nullptr ? neutral : widen(filter[n * taps + (reversed ? taps - 1 - t : t)]);
-}
-
-// out[n][i, j] = sum_t x[n][x_offset[t] + i, j] * (c[t, n] o s[s_offset[t] + i, j]) for NC channels
-// and J vectors from column j on.
-template <class T, class Combine, int NC, int J>
-DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const int64_t* s_offset,
-                               const Sum<T>* x, int64_t x_size, const Sum<T>* s, const Sum<T>* c,
-                               T* out, int64_t out_size, int64_t room) {
+// out[n][r, j] = sum_t x[n][x_offset[t] + r * pitch + j] * (c[t, n] o s[r][t][j]) for one vector
+// of R rows and NC channels. The output has room for so many values from out on.
+template <class T, class Combine, int R, int NC>
+DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<T>* x,
+                               int64_t pitch, int64_t x_size, const Sum<T>* s, int64_t s_row,
+                               const Sum<T>* c, T* out, int64_t width, int64_t out_size,
+                               int64_t room) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  V sums[NC][J] = {};
+  V sums[R * NC] = {};
   for (int64_t t = 0; t < taps; ++t) {
-    V spatial[J];
-    DDF_UNROLL
-    for (int j = 0; j < J; ++j) spatial[j] = load<L>(s + s_offset[t] + j * L);
+    const A* from = x + x_offset[t];
+    const V spatial = load<L>(s + t * L), spatial2 = load<L>(s + (R - 1) * s_row + t * L);
     DDF_UNROLL
     for (int n = 0; n < NC; ++n) {
       const V channel = splat<A, L>(c[t * NC + n]);
-      const A* from = x + n * x_size + x_offset[t];
-      DDF_UNROLL
-      for (int j = 0; j < J; ++j)
-        sums[n][j] += load<L>(from + j * L) * Combine::combine(channel, spatial[j]);
+      sums[n] += load<L>(from + n * x_size) * Combine::combine(channel, spatial);
+      if constexpr (R == 2)
+        sums[NC + n] += load<L>(from + n * x_size + pitch) * Combine::combine(channel, spatial2);
     }
   }
-  DDF_UNROLL
-  for (int n = 0; n < NC; ++n) DDF_UNROLL
-  for (int j = 0; j < J; ++j) store_first<L>(out + n * out_size + j * L, sums[n][j], room - j * L);
+  const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
+    DDF_UNROLL
+    for (int r = 0; r < R; ++r) DDF_UNROLL
+    for (int n = 0; n < NC; ++n)
+      store_first<L>(out + n * out_size + r * width, sums[r * NC + n],
+                     decltype(is_whole)::value ? L : room - r * width);
+  };
+  // One branch for all of them: compilers would put a sum off until its branch, and spill.
+  if (room - (R - 1) * width >= L)
+    store_sums(std::true_type());
+  else
+    store_sums(std::false_type());
 }
 
 // Filters rows of NC channels. A vector that runs over the end of its row is overwritten by the
-// next row; the last ones of the tile store just what is theirs.
+// next row, which is why a pair of rows starts at its end; the last ones of the tile store just
+// what is theirs.
 template <class T, class Combine, int NC>
-void filter_rows(const Geometry& g, int64_t rows, int64_t width, const int64_t* x_offset,
-                 int64_t x_pitch, const Sum<T>* x, int64_t x_size, const int64_t* s_offset,
-                 int64_t s_pitch, const Sum<T>* s, const Sum<T>* c, T* out, int64_t out_size) {
-  constexpr int L = kLanes<Sum<T>>;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t j = 0;
-    for (; j + L < width; j += 2 * L)
-      filter_vectors<T, Combine, NC, 2>(g.taps(), x_offset, s_offset, x + i * x_pitch + j, x_size,
-                                        s + i * s_pitch + j, c, out + i * width + j, out_size,
-                                        (rows - i) * width - j);
-    if (j < width)
-      filter_vectors<T, Combine, NC, 1>(g.taps(), x_offset, s_offset, x + i * x_pitch + j, x_size,
-                                        s + i * s_pitch + j, c, out + i * width + j, out_size,
-                                        (rows - i) * width - j);
-  }
+void filter_rows(int64_t taps, int64_t rows, int64_t width, const int64_t* x_offset, int64_t pitch,
+                 const Sum<T>* x, int64_t x_size, const Sum<T>* s, const Sum<T>* c, T* out,
+                 int64_t out_size) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t blocks = ceil_div(width, L), s_row = blocks * taps * L;
+  const auto filter = [&](int64_t i, auto count) __attribute__((always_inline)) {
+    constexpr int R = decltype(count)::value;
+    for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++)
+      filter_vectors<T, Combine, R, NC>(
+          taps, x_offset, x + i * pitch + b * L, pitch, x_size, s + i * s_row + b * taps * L, s_row,
+          c, out + i * width + b * L, width, out_size, (rows - i) * width - b * L);
+  };
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2) filter(i, std::integral_constant<int, 2>());
+  if (i < rows) filter(i, std::integral_constant<int, 1>());
 }
 
 // Calls body with the number of channels as a constant: four at a time, then one by one.
@@ -168,141 +178,137 @@ void for_each_channels(int64_t begin, int64_t end, const F& body) {
   for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
 }
 
-template <class T, class Combine>
-void forward_planes(const Forward& f, ParallelFor run) {
-  using A = Sum<T>;
-  const Geometry& g = f.geometry;
-  const int64_t pitch = round_up(g.out_width, kLanes<A>);
-  const Plan plan(g, g.taps() * pitch * static_cast<int64_t>(sizeof(A)));
-  const auto* features = static_cast<const T*>(f.features);
-  const auto* channel_filter = static_cast<const T*>(f.channel_filter);
-  const auto* spatial_filter = static_cast<const T*>(f.spatial_filter);
-  auto* output = static_cast<T*>(f.output);
-  const int64_t out_size = g.out_height * g.out_width;
-
-  parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    const Window<A> window(g, plan.rows);
-    const int64_t plane = plan.rows * pitch;
-    Scratch<A> spatial(g.taps() * plane), channel(g.taps() * 4);
-    std::vector<int64_t> s_offset(static_cast<size_t>(g.taps()));
-    for (int64_t t = 0; t < g.taps(); ++t) s_offset[t] = t * plane;
-    for (int64_t index = begin; index < end; ++index) {
-      const auto item = plan.item(g, index);
-      // Padding differs from tile to tile.
-      Scratch<A> x(4 * window.size);
-      fill_spatial(spatial.get(), plane, pitch, g, spatial_filter, f.spatial_strides, item.image,
-                   item.group, item.row0, item.row1, A(Combine::kNeutral));
-      for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto count) {
-        constexpr int NC = decltype(count)::value;
-        const int64_t first = item.image * g.channels + c;
-        fill_channel<NC>(channel.get(),
-                         channel_filter ? channel_filter + first * g.taps() : nullptr, g.taps(),
-                         false, A(Combine::kNeutral));
-        for (int n = 0; n < NC; ++n)
-          window.fill(x + n * window.size, features + (first + n) * g.height * g.width, item.row0);
-        filter_rows<T, Combine, NC>(g, item.row1 - item.row0, g.out_width, window.offset.data(),
-                                    window.pitch, x, window.size, s_offset.data(), pitch, spatial,
-                                    channel, output + first * out_size + item.row0 * g.out_width,
-                                    out_size);
-      });
+// Rows of a phase, of NC channels, to where they belong among those of the other phases.
+template <int NC, class T>
+void spread_rows(const T* from, int64_t from_size, int64_t rows, int64_t width, const Phase& phase,
+                 int64_t step, int64_t row0, T* to, int64_t to_height, int64_t to_width) {
+  const int64_t count = ceil_div(to_width - phase.column, step);
+  for (int n = 0; n < NC; ++n)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = (row0 + i) * step + phase.row;
+      if (row >= to_height) break;
+      T* line = to + (n * to_height + row) * to_width + phase.column;
+      const T* values = from + n * from_size + i * width;
+      for (int64_t j = 0; j < count; ++j) line[j * step] = values[j];
     }
-  });
 }
 
-// Stride 1: the same filtering of the output's gradient with the mirrored filter, each tap of which
-// reads the spatial filter where it reads the gradient.
+// Both directions: filters `from`, whose windows g describes, for the pixels of every phase of
+// `to`, which has to_height x to_width pixels, step apart in a phase.
 template <class T, class Combine>
-void grad_features_planes(const Backward& b, ParallelFor run) {
-  using A = Sum<T>;
-  const Geometry& g = b.geometry;
-  const int64_t pitch = round_up(g.out_width, kLanes<A>) + (g.kernel - 1) * g.dilation;
-  const Plan plan(g, g.taps() * pitch * static_cast<int64_t>(sizeof(A)));
-  const auto* grad = static_cast<const T*>(b.grad);
-  const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
-  auto* grad_features = static_cast<T*>(b.grad_features);
-  const int64_t size = g.height * g.width;
-
-  parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    const Window<A> window(g, plan.rows);
-    Scratch<A> channel(g.taps() * 4);
-    std::vector<int64_t> s_offset(static_cast<size_t>(g.taps()));
-    for (int64_t t = 0; t < g.taps(); ++t)
-      s_offset[t] = (g.taps() - 1 - t) * window.size + window.offset[t];
-    for (int64_t index = begin; index < end; ++index) {
-      const auto item = plan.item(g, index);
-      Scratch<A> x(4 * window.size), spatial(g.taps() * window.size);
-      const int64_t above = std::max<int64_t>(item.row0 - g.padding(), 0);
-      const int64_t below = std::min(item.row1 + g.padding(), g.height);
-      const int64_t inside = window.row_offset[above - (item.row0 - g.padding())] + g.padding();
-      fill_spatial(spatial + inside, window.size, window.pitch, g, spatial_filter,
-                   b.spatial_strides, item.image, item.group, above, below, A(Combine::kNeutral));
-      for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto count) {
-        constexpr int NC = decltype(count)::value;
-        const int64_t first = item.image * g.channels + c;
-        fill_channel<NC>(channel.get(),
-                         channel_filter ? channel_filter + first * g.taps() : nullptr, g.taps(),
-                         true, A(Combine::kNeutral));
-        for (int n = 0; n < NC; ++n)
-          window.fill(x + n * window.size, grad + (first + n) * size, item.row0);
-        filter_rows<T, Combine, NC>(g, item.row1 - item.row0, g.width, window.offset.data(),
-                                    window.pitch, x, window.size, s_offset.data(), window.pitch,
-                                    spatial, channel,
-                                    grad_features + first * size + item.row0 * g.width, size);
-      });
-    }
-  });
-}
-
-// Any stride: every output pixel adds to the window of a whole plane, one channel at a time.
-template <class T, class Combine>
-void grad_features_strided_planes(const Backward& b, ParallelFor run) {
+void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& window,
+                   const std::vector<Phase>& phases, const T* from, const T* channel_filter,
+                   int64_t all_taps, const T* spatial_filter, int64_t spatial_height,
+                   int64_t spatial_width, const SpatialStrides& strides, T* to, int64_t to_height,
+                   int64_t to_width, int64_t step, ParallelFor run) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
-  using V = Vector<A, L>;
-  Geometry g = b.geometry;
-  const int64_t pitch = round_up(g.out_width, L), plane = g.out_height * pitch;
-  const auto* grad = static_cast<const T*>(b.grad);
-  const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
-  auto* grad_features = static_cast<T*>(b.grad_features);
-  Plan plan(g, 1);
-  plan.tiles = 1;
-  plan.rows = g.out_height;
-  plan.items = g.batch * g.groups * plan.chunks;
+  const int64_t tile_size = plan.rows * round_up(g.out_width, L), to_size = to_height * to_width;
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    const Window<A> window(g, g.out_height);
-    Scratch<A> spatial(g.taps() * plane), dy(plane), dx(window.size);
+    Scratch<A> spatial(tile_size * all_taps), channel(all_taps * 4), x(4 * window.size);
+    Scratch<T> part(step > 1 ? 4 * tile_size : 0);
+    int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
-      fill_spatial(spatial.get(), plane, pitch, g, spatial_filter, b.spatial_strides, item.image,
-                   item.group, 0, g.out_height, A(Combine::kNeutral));
-      for (int64_t c = item.channel0; c < item.channel1; ++c) {
-        const int64_t first = item.image * g.channels + c;
-        const T* from = grad + first * g.out_height * g.out_width;
-        for (int64_t i = 0; i < g.out_height; ++i)
-          load_row(dy + i * pitch, from + i * g.out_width, g.out_width);
-        std::fill(dx.get(), dx + window.size, A(0));
-        for (int64_t t = 0; t < g.taps(); ++t) {
-          const A tap =
-              channel_filter ? widen(channel_filter[first * g.taps() + t]) : A(Combine::kNeutral);
-          const V channel = splat<A, L>(tap);
-          for (int64_t i = 0; i < g.out_height; ++i) {
-            A* to = dx + window.offset[t] + i * window.pitch;
-            const A* s = spatial + t * plane + i * pitch;
-            for (int64_t j = 0; j < g.out_width; j += L)
-              store<L>(to + j, load<L>(to + j) + load<L>(dy + i * pitch + j) *
-                                                     Combine::combine(channel, load<L>(s + j)));
-          }
-        }
-        // The features behind the last window get no gradient.
-        T* to = grad_features + first * g.height * g.width;
-        std::fill(to, to + g.height * g.width, narrow<T>(A(0)));
-        window.drain(dx.get(), to, 0);
+      const int64_t rows = item.row1 - item.row0;
+      // Other rows of the window lie outside the image.
+      if (item.row0 != padded_for) std::fill(x.get(), x + 4 * window.size, A(0));
+      padded_for = item.row0;
+      const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
+                                             item.group * all_taps * strides.tap
+                                       : nullptr;
+      A* packed = spatial;
+      for (const Phase& phase : phases) {
+        pack_spatial(packed, phase.taps, g.out_width, item.row0, item.row1, filter, spatial_height,
+                     spatial_width, strides, A(Combine::kNeutral));
+        packed += tile_size * static_cast<int64_t>(phase.taps.size());
       }
+      for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto number) {
+        constexpr int NC = decltype(number)::value;
+        const int64_t first = item.image * g.channels + c;
+        for (int n = 0; n < NC; ++n)
+          window.fill(x + n * window.size, from + (first + n) * g.height * g.width, item.row0);
+        const A* packed = spatial;
+        for (const Phase& phase : phases) {
+          const int64_t count = static_cast<int64_t>(phase.taps.size());
+          for (int64_t t = 0; t < count; ++t)
+            for (int n = 0; n < NC; ++n)
+              channel[t * NC + n] =
+                  channel_filter
+                      ? widen(channel_filter[(first + n) * all_taps + phase.taps[t].number])
+                      : A(Combine::kNeutral);
+          T* plane = to + first * to_size;
+          const bool is_dense = step == 1;
+          filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), window.pitch,
+                                      x, window.size, packed, channel,
+                                      is_dense ? plane + item.row0 * to_width : part.get(),
+                                      is_dense ? to_size : tile_size);
+          if (!is_dense)
+            spread_rows<NC>(part.get(), tile_size, rows, g.out_width, phase, step, item.row0, plane,
+                            to_height, to_width);
+          packed += tile_size * count;
+        }
+      });
     }
   });
+}
+
+// What a tile of the spatial filter takes per row.
+template <class T>
+int64_t spatial_row_bytes(int64_t width, int64_t taps) {
+  return taps * round_up(width, kLanes<Sum<T>>) * static_cast<int64_t>(sizeof(Sum<T>));
+}
+
+template <class T, class Combine>
+void forward_planes(const Forward& f, ParallelFor run) {
+  const Geometry& g = f.geometry;
+  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.taps()));
+  const Window<Sum<T>> window(g, plan.rows);
+  Phase phase{0, 0, {}, window.offset};
+  for (int64_t t = 0; t < g.taps(); ++t) phase.taps.push_back({t, 0, 0});
+  filter_planes<T, Combine>(g, plan, window, {phase}, static_cast<const T*>(f.features),
+                            static_cast<const T*>(f.channel_filter), g.taps(),
+                            static_cast<const T*>(f.spatial_filter), g.out_height, g.out_width,
+                            f.spatial_strides, static_cast<T*>(f.output), g.out_height, g.out_width,
+                            1, run);
+}
+
+// Every pixel of the features gathers from the output's pixels that read it, which by some of the
+// taps are none: its phase, which is its place within the stride, says by which.
+template <class T, class Combine>
+void grad_features_planes(const Backward& b, ParallelFor run) {
+  const Geometry& g = b.geometry;
+  // The windows of the output's gradient from which the pixels of a phase gather.
+  const int64_t reach = ceil_div(g.padding(), g.stride);
+  Geometry windows = g;
+  windows.height = g.out_height;
+  windows.width = g.out_width;
+  windows.out_height = ceil_div(g.height, g.stride);
+  windows.out_width = ceil_div(g.width, g.stride);
+  windows.kernel = 2 * reach + 1;
+  windows.dilation = windows.stride = 1;
+  const Plan plan(windows, spatial_row_bytes<T>(windows.out_width, g.taps()));
+  const Window<Sum<T>> window(windows, plan.rows);
+  std::vector<Phase> phases;
+  for (int64_t row = 0; row < std::min(g.stride, g.height); ++row)
+    for (int64_t column = 0; column < std::min(g.stride, g.width); ++column) {
+      Phase phase{row, column, {}, {}};
+      for (int64_t t = 0; t < g.taps(); ++t) {
+        const int64_t down = row + g.padding() - t / g.kernel * g.dilation;
+        const int64_t right = column + g.padding() - t % g.kernel * g.dilation;
+        if (down % g.stride || right % g.stride) continue;
+        phase.taps.push_back({t, down / g.stride, right / g.stride});
+        phase.x_offset.push_back(
+            window.offset[(down / g.stride + reach) * windows.kernel + right / g.stride + reach]);
+      }
+      phases.push_back(phase);
+    }
+  filter_planes<T, Combine>(windows, plan, window, phases, static_cast<const T*>(b.grad),
+                            static_cast<const T*>(b.channel_filter), g.taps(),
+                            static_cast<const T*>(b.spatial_filter), g.out_height, g.out_width,
+                            b.spatial_strides, static_cast<T*>(b.grad_features), g.height, g.width,
+                            g.stride, run);
 }
 
 // Adds up partial sums [parts][count], in order.
@@ -345,6 +351,32 @@ void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
   });
 }
 
+// A tile of the spatial filter of one group, to[t * plane + i * pitch + j], widened.
+template <class T>
+void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, const T* filter,
+                  const SpatialStrides& strides, int64_t image, int64_t group, int64_t row0,
+                  int64_t row1, Sum<T> neutral) {
+  for (int64_t t = 0; t < g.taps(); ++t)
+    for (int64_t row = row0; row < row1; ++row) {
+      Sum<T>* line = to + t * plane + (row - row0) * pitch;
+      if (filter == nullptr)
+        std::fill(line, line + g.out_width, neutral);
+      else
+        load_row(line,
+                 filter + image * strides.batch + (group * g.taps() + t) * strides.tap +
+                     row * strides.row,
+                 g.out_width, strides.column);
+    }
+}
+
+// Taps of NC channels side by side, to[t * NC + n].
+template <int NC, class T>
+void fill_channel(Sum<T>* to, const T* filter, int64_t taps, Sum<T> neutral) {
+  for (int64_t t = 0; t < taps; ++t)
+    for (int n = 0; n < NC; ++n)
+      to[t * NC + n] = filter == nullptr ? neutral : widen(filter[n * taps + t]);
+}
+
 // Both filter gradients of a tile, for NC channels: with p = dy * x at each tap,
 // grad_spatial[t] += p * c[t] and grad_channel[t] += p * s[t] (p alone for Add).
 template <class T, class Combine, int NC>
@@ -382,7 +414,9 @@ void grad_filter_rows(const Geometry& g, int64_t rows, const Window<Sum<T>>& win
       for (int64_t j = 0; j < whole; j += L) add(j, std::true_type());
       if (whole < g.out_width) add(whole, std::false_type());
     }
-    for (int n = 0; n < NC; ++n) dc[n * g.taps() + t] = sum_lanes<A, L>(sums[n]);
+    A totals[NC];
+    sum_lanes_of_each<A, L>(sums, totals);
+    for (int n = 0; n < NC; ++n) dc[n * g.taps() + t] = totals[n];
   }
 }
 
@@ -391,7 +425,8 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
   using A = Sum<T>;
   const Geometry& g = b.geometry;
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
-  const Plan plan(g, g.taps() * pitch * static_cast<int64_t>(sizeof(A)));
+  // All taps read the same features and gradients of four channels, out of the nearest cache.
+  const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)));
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
@@ -421,12 +456,11 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
         const int64_t first = item.image * g.channels + c;
         fill_channel<NC>(channel.get(),
                          channel_filter ? channel_filter + first * g.taps() : nullptr, g.taps(),
-                         false, A(Combine::kNeutral));
+                         A(Combine::kNeutral));
         for (int n = 0; n < NC; ++n) {
           window.fill(x + n * window.size, features + (first + n) * g.height * g.width, item.row0);
-          for (int64_t i = 0; i < rows; ++i)
-            load_row(dy + n * plane + i * pitch,
-                     grad + (first + n) * out_size + (item.row0 + i) * g.out_width, g.out_width);
+          load_rows(dy + n * plane, pitch, grad + (first + n) * out_size + item.row0 * g.out_width,
+                    g.out_width, rows, g.out_width);
         }
         A* to = channel_parts + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
         grad_filter_rows<T, Combine, NC>(g, rows, window, x, dy, plane, pitch, plane, spatial,

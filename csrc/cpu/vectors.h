@@ -10,6 +10,13 @@
 #else
 #define DDF_UNROLL _Pragma("GCC unroll 16")
 #endif
+// The lanes of a and b, counted through both, with the numbers that follow.
+#if defined(__clang__) || __GNUC__ >= 12
+#define DDF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DDF_SHUFFLE(a, b, ...) \
+  __builtin_shuffle(a, b, Vector<IntegerOf<sizeof(a[0])>, sizeof(a) / sizeof(a[0])>{__VA_ARGS__})
+#endif
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
@@ -20,6 +27,9 @@ struct VectorOf {
 };
 template <class A, int N>
 using Vector = typename VectorOf<A, N>::type;
+
+template <int kBytes>
+using IntegerOf = std::conditional_t<kBytes == 8, int64_t, int32_t>;
 
 // Values a vector holds of a type that sums are kept in.
 template <class A>
@@ -85,7 +95,8 @@ DDF_INLINE T narrow(Sum<T> x) {
 
 template <class A, int N>
 DDF_INLINE Vector<A, N> splat(A value) {
-  return Vector<A, N>{} + value;
+  // Not a sum, which would make -0 a 0 and so costs an addition.
+  return value - Vector<A, N>{};
 }
 
 // N elements from memory of any alignment.
@@ -174,36 +185,82 @@ DDF_INLINE auto first_lanes(int64_t count) {
   return index < splat<A, N>(static_cast<A>(count));
 }
 
-template <class A, int N>
-DDF_INLINE A sum_lanes(Vector<A, N> v) {
-  A lanes[N];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int half = N / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Lane i is a's where bit H of i is not set and b's where it is, of index i with that bit cleared
+// (set, for kUpper).
+template <int H, bool kUpper, class V, int... I>
+DDF_INLINE V pick_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int kN = sizeof...(I);
+  return DDF_SHUFFLE(a, b, ((I & H ? kN : 0) + (kUpper ? I | H : I & ~H))...);
 }
 
-// count elements, widened. The last vector overlaps the one before it.
+// to[i] = the sum of the lanes of v[i], for K vectors, K a power of two: log2(K) rounds halve the
+// number of vectors, each with twice as many of the sums.
+template <class A, int L, int K, int H = 1>
+DDF_INLINE void sum_lanes_of_each(const Vector<A, L> (&v)[K], A* to) {
+  if constexpr (K > 1 && H < L) {
+    Vector<A, L> halves[K / 2];
+    constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
+    DDF_UNROLL
+    for (int k = 0; k < K / 2; ++k)
+      halves[k] = pick_lanes<H, false>(v[2 * k], v[2 * k + 1], kLanesOf) +
+                  pick_lanes<H, true>(v[2 * k], v[2 * k + 1], kLanesOf);
+    sum_lanes_of_each<A, L, K / 2, 2 * H>(halves, to);
+  } else if constexpr (H == L) {
+    for (int k = 0; k < K; ++k) store<L>(to + k * L, v[k]);
+  } else {
+    A lanes[L];
+    std::memcpy(lanes, &v[0], sizeof(lanes));
+    for (int half = L / 2; half >= H; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    std::copy_n(lanes, H, to);
+  }
+}
+
+// Lanes first, first + 2, ... of a and b.
+template <int kFirst, class V, int... I>
+DDF_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
+  return DDF_SHUFFLE(a, b, (2 * I + kFirst)...);
+}
+
+// Rows of count elements, widened. The last vector of a row overlaps the one before it.
 template <class T>
-DDF_INLINE void load_row(Sum<T>* to, const T* from, int64_t count) {
+DDF_INLINE void load_rows(Sum<T>* to, int64_t to_pitch, const T* from, int64_t from_pitch,
+                          int64_t rows, int64_t count) {
   constexpr int kN = kLanes<Sum<T>>;
-  constexpr int kHalf = kN / 2;
   // Conversion from Half takes whole vectors.
-  constexpr bool kHalves = kHalf > 1 && !std::is_same_v<T, Half>;
-  if (count >= kN) {
-    for (int64_t i = 0; i + kN <= count; i += kN) store<kN>(to + i, load<kN>(from + i));
-    if (count % kN) store<kN>(to + count - kN, load<kN>(from + count - kN));
-    return;
-  }
-  if constexpr (kHalves) {
-    if (count >= kHalf) {
-      const auto last = load<kHalf>(from + count - kHalf);
-      store<kHalf>(to, load<kHalf>(from));
-      store<kHalf>(to + count - kHalf, last);
-      return;
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+  constexpr int kHalf = std::is_same_v<T, Half> ? kN : std::max(kN / 2, 1);
+  const auto for_each_row = [&](const auto& load_one) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < rows; ++i) load_one(to + i * to_pitch, from + i * from_pitch);
+  };
+  if (count >= kN)
+    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+      for (int64_t i = 0; i + kN <= count; i += kN) store<kN>(line + i, load<kN>(values + i));
+      if (count % kN) store<kN>(line + count - kN, load<kN>(values + count - kN));
+    });
+  else if (count >= kHalf)
+    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+      const auto last = load<kHalf>(values + count - kHalf);
+      store<kHalf>(line, load<kHalf>(values));
+      store<kHalf>(line + count - kHalf, last);
+    });
+  else
+    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) line[i] = widen(values[i]);
+    });
+}
+
+// count elements that lie `step` apart, widened.
+template <class T>
+DDF_INLINE void load_row(Sum<T>* to, const T* from, int64_t count, int64_t step) {
+  constexpr int kN = kLanes<Sum<T>>;
+  if (step == 1) return load_rows(to, 0, from, 0, 1, count);
+  int64_t i = 0;
+  if (step == 2)
+    // The element behind the last one may not be there.
+    for (; i + kN < count; i += kN)
+      store<kN>(to + i, every_other<0>(load<kN>(from + 2 * i), load<kN>(from + 2 * i + kN),
+                                       std::make_integer_sequence<int, kN>()));
+  for (; i < count; ++i) to[i] = widen(from[i * step]);
 }
 
 // How the two filters combine into one weight.
@@ -225,16 +282,23 @@ struct Add {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Scratch memory of one work item.
+// Zeros, until something is written, at whole cache lines.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(new A[static_cast<size_t>(count)]()) {}
-  A* get() { return data_.get(); }
-  operator A*() { return data_.get(); }
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(::operator new(static_cast<size_t>(count) * sizeof(A), kLine))) {
+    std::fill(data_, data_ + count, A{});
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(data_, kLine); }
+  A* get() { return data_; }
+  operator A*() { return data_; }
 
  private:
-  std::unique_ptr<A[]> data_;
+  static constexpr std::align_val_t kLine{64};
+  A* data_;
 };
 
 // Runs body(begin, end) in parallel.
