@@ -152,10 +152,15 @@ def prepare(cfg: Config) -> None:
             part.init_cfg = None
     if "pretrained" in cfg.model:
         cfg.model.pretrained = None
+    for part in dicts_with(cfg.model, "type"):
+        if part.type == "MMSyncBN":  # works in distributed training only
+            part.type = "BN"
     for part in dicts_with(cfg.model, "batch_augments"):  # pads to the recipe's image size
         part.batch_augments = None
     for part in dicts_with(cfg.model, "max_per_img"):
         part.max_per_img = min(part.max_per_img, 30)
+    for part in dicts_with(cfg.model, "num_proposals"):
+        part.num_proposals = min(part.num_proposals, 30)
     for part in dicts_with(cfg.model, "num"):  # samplers
         part.num = min(part.num, 32)
     if "num_queries" in cfg.model:  # more than small images have pixels
@@ -182,7 +187,8 @@ def run(toolbox: str, config: str, swap: str, image_size: tuple[int, int] = IMAG
     prepare(cfg)
     init_default_scope(toolbox)
     importlib.import_module(f"{toolbox}.models")
-    MessageHub.get_current_instance().update_info("iter", 0)
+    for key in ("epoch", "iter"):  # some heads ask how far the training is
+        MessageHub.get_current_instance().update_info(key, 0)
     torch.manual_seed(0)
     np.random.seed(0)
     model, data = {"mmdet": mmdet_model_and_data, "mmseg": mmseg_model_and_data}[toolbox](
@@ -238,7 +244,8 @@ def mmdet_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.M
     ]
     for sample in data["data_samples"]:
         sample.gt_instances.labels.clamp_(max=num_classes - 1)
-        sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes)
+        if not getattr(model, "with_rpn", True):
+            sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes)
         if rescaled:
             size = [round(-(-side // 32) * 32 * rescaled[0]) for side in image_size]
             sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, *size, dtype=torch.uint8))

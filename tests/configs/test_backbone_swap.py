@@ -1,0 +1,102 @@
+"""Stock configs of mmdet and mmseg build, learn and predict with DDF in their ResNet-50.
+
+The complete table, with the `add` combination and `dcn` for every config, is written by
+tools/analysis/check_backbone_swap.py into docs/backbone_swap.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+spec = importlib.util.spec_from_file_location(
+    "check_backbone_swap", ROOT / "tools" / "analysis" / "check_backbone_swap.py"
+)
+tool = importlib.util.module_from_spec(spec)
+sys.modules["check_backbone_swap"] = tool  # where dataclasses look up the module of a class
+spec.loader.exec_module(tool)
+
+# What cannot run here whatever the backbone; docs/backbone_swap.md tells more.
+IMPOSSIBLE = {
+    "carafe": "carafe_forward_impl: implementation for device cpu not found",
+    "grounding_dino": "fairscale",
+    "guided_anchoring": "masked_im2col_forward_impl: implementation for device cpu not found",
+    "mask2former_vis": "Only support the 4 dims when use",
+    "nas_fcos": "batch_norm eps must be positive",
+}
+# Folders whose models are those of another folder, trained on other data or for longer.
+SAME_MODELS = {
+    "albu_example",
+    "cityscapes",
+    "deepfashion",
+    "instaboost",
+    "legacy_1.x",
+    "lvis",
+    "objects365",
+    "openimages",
+    "pascal_voc",
+    "resnet_strikes_back",
+    "seesaw_loss",
+    "selfsup_pretrain",
+    "simple_copy_paste",
+    "sort",
+    "strong_baselines",
+    "v3det",
+    "wider_face",
+}
+MMSEG = (
+    "ann deeplabv3 emanet fastfcn fcn knet mask2former maskformer point_rend psanet sem_fpn upernet"
+).split()
+# One of each kind for the other two swaps.
+FEW = ("mask_rcnn", "retinanet", "deformable_detr", "deeplabv3")
+
+
+def cases() -> list:
+    found = []
+    for toolbox in ("mmdet", "mmseg"):
+        for config in tool.resnet50_configs(toolbox):
+            family = config.split("/")[0]
+            wanted = family in MMSEG if toolbox == "mmseg" else family not in SAME_MODELS
+            found += [(toolbox, config, "mul")] if wanted else []
+            if family in FEW:
+                found += [(toolbox, config, "add"), (toolbox, config, "dcn")]
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """For images this small a second thread mostly waits, dearly so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_enough_families_are_covered():
+    families = {(toolbox, config.split("/")[0]) for toolbox, config, _ in CASES}
+    possible = [toolbox for toolbox, family in families if family not in IMPOSSIBLE]
+    assert possible.count("mmdet") >= 40
+    assert possible.count("mmseg") >= 10
+    assert {swap for _, _, swap in CASES} == {"mul", "add", "dcn"}
+
+
+@pytest.mark.parametrize("toolbox, config, swap", CASES)
+def test_swapped(toolbox, config, swap):
+    outcome = tool.check(toolbox, config, swap)
+    family = config.split("/")[0]
+    if family in IMPOSSIBLE:
+        assert IMPOSSIBLE[family] in outcome.error
+        assert tool.check(toolbox, config, "none").error == outcome.error
+    else:
+        assert not outcome.error
