@@ -77,29 +77,36 @@ def config_folder(toolbox: str) -> Path:
     return Path(get_installed_path(toolbox)) / ".mim" / "configs"
 
 
-def resnet50_configs(toolbox: str) -> Iterator[str]:
-    """One config of each installed family whose backbone is a ResNet-50.
+def families(toolbox: str) -> list[str]:
+    """The folders of configs that hold configs of ResNet-50, by their names."""
+    folders = {path.parent for path in config_folder(toolbox).glob("*/*r50*.py")}
+    return sorted(folder.name for folder in folders)
+
+
+def resnet50_config(toolbox: str, family: str) -> str | None:
+    """The shortest-named config of a family whose backbone is the ResNet-50 of the toolbox.
 
     Args:
         toolbox: ``'mmdet'`` or ``'mmseg'``.
+        family: one of its folders of configs.
 
-    Yields:
-        Paths within the toolbox's folder of configs, the family being the first part.
+    Returns:
+        The path within the toolbox's folder of configs, or None if the family has ResNets of
+        its own only.
     """
     root = config_folder(toolbox)
-    for family in sorted(path.name for path in root.iterdir() if path.name != "_base_"):
-        paths = sorted((root / family).glob("*r50*.py"), key=lambda p: (len(p.name), p.name))
-        if family in PREFERRED:
-            paths.insert(0, root / family / PREFERRED[family])
-        for path in paths:
-            try:
-                model = Config.fromfile(path).get("model", {})
-            except FileNotFoundError:  # a base that is not packaged
-                continue
-            backbone = model.get("detector", model).get("backbone", {})
-            if backbone.get("type") in ("ResNet", "ResNetV1c") and backbone.get("depth") == 50:
-                yield f"{family}/{path.name}"
-                break
+    paths = sorted((root / family).glob("*r50*.py"), key=lambda p: (len(p.name), p.name))
+    if family in PREFERRED:
+        paths.insert(0, root / family / PREFERRED[family])
+    for path in paths:
+        try:
+            model = Config.fromfile(path).get("model", {})
+        except FileNotFoundError:  # a base that is not packaged
+            continue
+        backbone = model.get("detector", model).get("backbone", {})
+        if backbone.get("type") in ("ResNet", "ResNetV1c") and backbone.get("depth") == 50:
+            return f"{family}/{path.name}"
+    return None
 
 
 def swapped(toolbox: str, config: str, swap: str) -> Config:
@@ -357,15 +364,16 @@ def main() -> None:
     """Check the configs and write the table."""
     args = parse_args()
     MMLogger.get_instance("mmengine", log_level="ERROR")
-    configs = [
-        (toolbox, config)
+    jobs = [
+        (toolbox, config, swap)
         for toolbox in args.toolbox
-        for config in resnet50_configs(toolbox)
-        if args.family is None or config.split("/")[0] in args.family
+        for family in families(toolbox)
+        if args.family is None or family in args.family
+        if (config := resnet50_config(toolbox, family)) is not None
+        for swap in args.swap
     ]
-    if not configs:
+    if not jobs:
         raise cli.UserError(f"--family {args.family} names no folder with a ResNet-50 config")
-    jobs = [(toolbox, config, swap) for toolbox, config in configs for swap in args.swap]
     text = table([check(*job) for job in track(jobs, "Swapping")])
     versions = f"torch {torch.__version__}, mmcv {version('mmcv')}, mmengine {version('mmengine')}"
     text = HEADER.format(size=" x ".join(map(str, IMAGE_SIZE)), versions=versions) + text
