@@ -96,6 +96,18 @@ def test_swapped(toolbox, family, swap):
         assert not outcome.error
 
 
+@pytest.mark.parametrize(
+    "family, head",
+    [("retinanet", "bbox_head"), ("fcos", "bbox_head"), ("mask_rcnn", "roi_head.mask_head")],
+)
+def test_conv_cfg_of_heads(family, head):
+    cfg = tool.swapped("mmdet", tool.resnet50_config("mmdet", family), "none")
+    cfg.merge_from_dict({f"model.{head}.conv_cfg": dict(type="ddf_mm.DDF")})
+    model = tool.run("mmdet", cfg)
+    assert len(tool.ddf_layers(model)) >= 4
+    assert not tool.ddf_layers(model.backbone)
+
+
 def test_enough_families_are_covered():
     possible = [toolbox for toolbox, family in FAMILIES if family not in IMPOSSIBLE]
     assert possible.count("mmdet") >= 40

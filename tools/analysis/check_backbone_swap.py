@@ -36,7 +36,7 @@ IMAGE_SIZE = (97, 129)
 SWAPS = {
     "mul": "_base_.ddf_resnet",
     "add": "_base_.ddf_resnet",
-    "dcn": "dict(dcn=dict({delete}type='DDF'), stage_with_dcn=(False, True, True, True))",
+    "dcn": "dict(dcn=dict({delete}type='ddf_mm.DDF'), stage_with_dcn=(False, True, True, True))",
     # The config as it is, to tell its own faults from the swap's.
     "none": "dict()",
 }
@@ -52,7 +52,7 @@ HEADER = """# Configs that run with DDF
 Written by `tools/analysis/check_backbone_swap.py`: one ResNet-50 config of each family of configs
 that is installed, swapped as [backbones.md](backbones.md) says and run with random weights on two
 images of {size} pixels (three times that where a model needs it), on a CPU: loss, backward pass,
-prediction. `mul` and `add`: the backbone is DDFResNet-50. `dcn`: `dcn=dict(type="DDF")` in the last
+prediction. `mul` and `add`: the backbone is DDFResNet-50. `dcn`: `dcn=dict(type="ddf_mm.DDF")` in the last
 three stages of the stock ResNet-50. Of models that wrap a detector, the detector is run.
 
 {versions}.
@@ -178,19 +178,18 @@ def prepare(cfg: Config) -> None:
         cfg.model.teacher_config = str(config_folder("mmdet").parent / cfg.model.teacher_config)
 
 
-def run(toolbox: str, config: str, swap: str, image_size: tuple[int, int] = IMAGE_SIZE) -> str:
-    """Builds a swapped config's model, runs loss, backward pass and prediction.
+def run(toolbox: str, cfg: Config, image_size: tuple[int, int] = IMAGE_SIZE) -> nn.Module:
+    """Builds a config's model, runs loss, backward pass and prediction.
 
     Of a model that wraps a detector (for tracking or semi-supervised learning) it is the
     detector that runs.
 
     Returns:
-        The name of the model's class.
+        The model.
 
     Raises:
         Exception: whatever does not work.
     """
-    cfg = swapped(toolbox, config, swap)
     prepare(cfg)
     init_default_scope(toolbox)
     importlib.import_module(f"{toolbox}.models")
@@ -203,9 +202,7 @@ def run(toolbox: str, config: str, swap: str, image_size: tuple[int, int] = IMAG
     )
     model = revert_sync_batchnorm(model)
     model.init_weights()  # some parameters are uninitialized memory until then
-    packs = [m for m in model.backbone.modules() if isinstance(m, ddf_mm.layers.DDFPack)]
-    if not packs and swap != "none":
-        raise RuntimeError("the backbone has no DDF layer")
+    packs = ddf_layers(model)
 
     model.train()
     total, _ = model.parse_losses(model(**model.data_preprocessor(data, True), mode="loss"))
@@ -221,7 +218,12 @@ def run(toolbox: str, config: str, swap: str, image_size: tuple[int, int] = IMAG
         results = model(**model.data_preprocessor(one, False), mode="predict")
     if len(results) != 1:
         raise RuntimeError(f"{len(results)} predictions for 1 image")
-    return type(model).__name__
+    return model
+
+
+def ddf_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that filter with DDF."""
+    return [m for m in model.modules() if isinstance(m, ddf_mm.layers.DDFPack)]
 
 
 def mmdet_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
@@ -281,19 +283,21 @@ def mmseg_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.M
 def check(toolbox: str, config: str, swap: str) -> Outcome:
     """Runs a config, once more on larger images if it fails, and notes what came of it."""
     start = time.perf_counter()
-    model, error = "", ""
+    name, error = "", ""
     for factor in (1, 3):
         size = tuple(factor * side for side in IMAGE_SIZE)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = run(toolbox, config, swap, size)
+                model = run(toolbox, swapped(toolbox, config, swap), size)
+            if swap != "none" and not ddf_layers(model.backbone):
+                raise RuntimeError("the backbone has no DDF layer")
         except Exception as exception:
             error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
         else:
-            error = ""
+            name, error = type(model).__name__, ""
             break
-    return Outcome(toolbox, config, swap, model, error, time.perf_counter() - start)
+    return Outcome(toolbox, config, swap, name, error, time.perf_counter() - start)
 
 
 def reason(outcome: Outcome) -> str:
@@ -353,7 +357,7 @@ def parse_args() -> argparse.Namespace:
         choices=["mul", "add", "dcn"],
         default=["mul", "add", "dcn"],
         help="the backbone by DDFResNet-50 of that combination, or the 3x3 convolutions of the "
-        "stock backbone's last three stages by dcn=dict(type='DDF')",
+        "stock backbone's last three stages by dcn=dict(type='ddf_mm.DDF')",
     )
     parser.add_argument("--family", nargs="+", help="folders of configs; default: all")
     parser.add_argument("--out", type=Path, help="Markdown file to write; default: print it")
