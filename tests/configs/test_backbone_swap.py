@@ -108,6 +108,44 @@ def test_conv_cfg_of_heads(family, head):
     assert not tool.ddf_layers(model.backbone)
 
 
+NECK = dict(type="ddf_mm.DDFUpFPN", guidance=True)
+# UPerHead without its pooling pyramid: the fusion in the neck, the rest in a stock head.
+FUSION = dict(
+    auxiliary_head=dict(in_channels=64),
+    neck=dict(
+        NECK,
+        in_channels=[256, 512, 1024, 2048],
+        out_channels=64,
+        num_outs=4,
+        norm_cfg=dict(type="BN"),
+        act_cfg=dict(type="ReLU"),
+    ),
+    decode_head=dict(
+        type="FCNHead",
+        input_transform="resize_concat",
+        in_channels=[64, 64, 64, 64],
+        in_index=[0, 1, 2, 3],
+        channels=64,
+        num_convs=1,
+        concat_input=False,
+        num_classes=19,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "toolbox, family, changes",
+    [("mmdet", "fcos", dict(neck=NECK)), ("mmseg", "upernet", FUSION)],
+)
+def test_neck_by_name(toolbox, family, changes):
+    cfg = tool.swapped(toolbox, tool.resnet50_config(toolbox, family), "none")
+    if family == "upernet":
+        cfg.model.pop("decode_head")
+    cfg.merge_from_dict(dict(model=changes))
+    model = tool.run(toolbox, cfg)
+    assert len(model.neck.upsample_modules) == len(model.neck.lateral_convs) - 1
+
+
 def test_enough_families_are_covered():
     possible = [toolbox for toolbox, family in FAMILIES if family not in IMPOSSIBLE]
     assert possible.count("mmdet") >= 40

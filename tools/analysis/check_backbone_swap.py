@@ -52,8 +52,8 @@ HEADER = """# Configs that run with DDF
 Written by `tools/analysis/check_backbone_swap.py`: one ResNet-50 config of each family of configs
 that is installed, swapped as [backbones.md](backbones.md) says and run with random weights on two
 images of {size} pixels (three times that where a model needs it), on a CPU: loss, backward pass,
-prediction. `mul` and `add`: the backbone is DDFResNet-50. `dcn`: `dcn=dict(type="ddf_mm.DDF")` in the last
-three stages of the stock ResNet-50. Of models that wrap a detector, the detector is run.
+prediction. `mul` and `add`: the backbone is DDFResNet-50. `dcn`: DDF by `dcn` in the last three
+stages of the stock ResNet-50. Of models that wrap a detector, the detector is run.
 
 {versions}.
 
