@@ -1,8 +1,11 @@
-"""``tools/train.py`` and ``tools/test.py`` on stock mmdet and mmseg configs with a DDF backbone."""
+"""Our tools, and mmdet's and mmseg's own, on configs with a DDF backbone and neck."""
 
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.fileio import load
+from mmengine.utils import get_installed_path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,11 +24,24 @@ _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 model = dict(
     backbone=dict(_delete_=True, type="ddf_mm.DDFResNet", depth=26, base_channels=8,
                   out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
+    neck=dict(type="ddf_mm.DDFUpFPN", in_channels=[32, 64, 128, 256], out_channels=16,
+              guidance=True),
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
     # Two iterations teach no confidence.
     test_cfg=dict(score_thr=0.0),
 )
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="TestTimeAug", transforms=[
+        [dict(type="Resize", scale=(97, 65), keep_ratio=True)],
+        [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)],
+        [dict(type="LoadAnnotations", with_bbox=True)],
+        [dict(type="PackDetInputs",
+              meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip",
+                         "flip_direction"))],
+    ]),
+]
+custom_hooks = [dict(type="EMAHook")]
 data_root = "data/"
 metainfo = dict(classes=("square", "disc"))
 train_pipeline = [
@@ -43,9 +60,9 @@ test_pipeline = [
 ]
 dataset = dict(data_root=data_root, ann_file="annotations.json", data_prefix=dict(img="images/"),
                metainfo=metainfo)
-train_dataloader = dict(batch_size=2, num_workers=0,
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False,
                         dataset=dict(pipeline=train_pipeline, **dataset))
-val_dataloader = dict(batch_size=1, num_workers=0,
+val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False,
                       dataset=dict(pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations.json")
@@ -62,18 +79,18 @@ model = dict(
     backbone=dict(_delete_=True, type="ddf_mm.DDFResNet", depth=26, base_channels=8,
                   out_indices=(0, 1, 2, 3), strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4),
                   contract_dilation=True, norm_cfg=norm_cfg),
-    decode_head=dict(in_channels=256, channels=16, num_classes=2, norm_cfg=norm_cfg),
-    auxiliary_head=dict(in_channels=128, channels=16, num_classes=2, norm_cfg=norm_cfg),
+    decode_head=dict(in_channels=256, channels=16, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=128, channels=16, norm_cfg=norm_cfg),
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs"),
 ]
-dataset = dict(type="BaseSegDataset", data_root="data/", img_suffix=".png",
+dataset = dict(data_root="data/", img_suffix=".png", seg_map_suffix=".png",
                data_prefix=dict(img_path="images", seg_map_path="masks"),
-               metainfo=dict(classes=("ground", "thing"), palette=[[0, 0, 0], [255, 255, 255]]),
-               pipeline=train_pipeline, _delete_=True)
-train_dataloader = dict(batch_size=2, num_workers=0, dataset=dataset)
-val_dataloader = dict(batch_size=1, num_workers=0, dataset=dataset)
+               pipeline=train_pipeline)
+loader = dict(num_workers=0, persistent_workers=False, dataset=dataset)
+train_dataloader = dict(batch_size=2, **loader)
+val_dataloader = dict(batch_size=1, **loader)
 test_dataloader = val_dataloader
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
@@ -140,11 +157,40 @@ def test_mmdet(work):
     options = ["--out", "det/predictions.pkl", "--show-dir", "shown"]
     assert "coco/bbox_mAP" in run(work, "test.py", *test, *options)
     assert len(load(work / "det" / "predictions.pkl")) == 4
+    assert "coco/bbox_mAP" in run(work, "test.py", *test, "--tta")
     assert len(list((work / "det").glob("*/shown/*.png"))) == 4
     if not torch.cuda.is_available():
         refused = start(work, "test.py", *test, "--amp")
         assert refused.returncode == 2
         assert "test.py: error: --amp cannot test mmdet models on a CPU" in refused.stderr
+
+
+def test_mmdet_resumes_distributed(work):
+    """Two processes over gloo; what they resume has the averaged weights of EMAHook, too."""
+    pytest.importorskip("mmdet")
+    work_dir = ["--work-dir", "ddp"]
+    run(work, "train.py", "detection.py", *work_dir)
+    saved = torch.load(work / "ddp" / "epoch_1.pth", weights_only=False)
+    assert saved["ema_state_dict"]["steps"] == 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    done = subprocess.run(
+        [
+            *("bash", ROOT / "tools" / "dist_train.sh", "detection.py", "2", *work_dir),
+            *("--resume", "--cfg-options", "train_cfg.max_epochs=2"),
+        ],
+        cwd=work,
+        env=dict(os.environ, PYTHON=sys.executable, PORT=port, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = torch.load(work / "ddp" / "epoch_2.pth", weights_only=False)
+    # Four pictures, two in a batch, two processes: one iteration more.
+    assert resumed["meta"]["iter"] == saved["meta"]["iter"] + 1 == 3
+    assert resumed["ema_state_dict"]["steps"] == 3
 
 
 def test_mmseg(work):
@@ -165,3 +211,47 @@ def test_mmseg(work):
     assert "mIoU" in out
     assert len(list((work / "seg" / "predictions").glob("*.png"))) == 4
     assert len(list((work / "seg" / "shown").rglob("*.png"))) == 4
+
+
+# ------------------------------------------------------------------ the toolboxes' own tools
+
+
+@pytest.fixture
+def run_theirs(work, monkeypatch, capfd):
+    """Runs a tool of a toolbox in this process, where the toolbox is imported already."""
+
+    def run_tool(toolbox: str, tool: str, *arguments: str) -> str:
+        path = Path(get_installed_path(toolbox)) / ".mim" / "tools" / tool
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        capfd.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return "".join(capfd.readouterr())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run_tool
+    torch.set_num_threads(threads)
+
+
+def test_mmdet_own_tools(work, run_theirs):
+    pytest.importorskip("mmdet")
+    run_theirs("mmdet", "train.py", "detection.py", "--work-dir", "own")
+    saved = ["detection.py", "own/epoch_1.pth", "--work-dir", "own"]
+    assert "coco/bbox_mAP" in run_theirs("mmdet", "test.py", *saved)
+    assert "Flops: " in run_theirs("mmdet", "analysis_tools/get_flops.py", "detection.py")
+    browse = "analysis_tools/browse_dataset.py"
+    run_theirs("mmdet", browse, "detection.py", "--output-dir", "browsed", "--not-show")
+    assert len(list((work / "browsed").rglob("*.png"))) == 4
+
+
+def test_mmseg_own_tools(work, run_theirs):
+    pytest.importorskip("mmseg")
+    run_theirs("mmseg", "train.py", "segmentation.py", "--work-dir", "own_seg")
+    saved = ["segmentation.py", "own_seg/iter_2.pth", "--work-dir", "own_seg"]
+    assert "mIoU" in run_theirs("mmseg", "test.py", *saved)
+    flops = ["segmentation.py", "--shape", "65", "97"]
+    assert "Flops: " in run_theirs("mmseg", "analysis_tools/get_flops.py", *flops)
+    browse = ["segmentation.py", "--output-dir", "browsed_seg", "--not-show"]
+    run_theirs("mmseg", "misc/browse_dataset.py", *browse)
+    assert len(list((work / "browsed_seg").rglob("*.png"))) == 4

@@ -1,0 +1,6 @@
+_base_ = [
+    "./faster-rcnn_r50_ddfup-fpn_1x_coco.py",
+    "../_base_/backbones/ddf-mul-resnet50.py",
+]
+
+model = dict(backbone=_base_.ddf_resnet)

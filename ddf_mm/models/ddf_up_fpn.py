@@ -1,0 +1,259 @@
+"""Feature pyramid whose top-down path upsamples with DDF-Up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmengine.model import BaseModule, ModuleList
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ddf_mm.layers import DDFUpPack
+from ddf_mm.ops.checks import check_int
+
+EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
+# What DDFUpFPN itself decides for its upsamplers.
+_OWN_UPSAMPLE_ARGUMENTS = ("in_channels", "scale_factor", "joint_channels")
+
+
+@MODELS.register_module()
+class DDFUpFPN(BaseModule):
+    """FPN (arXiv 1612.03144) with :class:`~ddf_mm.layers.DDFUpPack` in its top-down path.
+
+    Takes the arguments of mmdet's and mmseg's FPN and names its parameters as they do, so that
+    their checkpoints load; what is new is ``upsample_modules``. Needs mmengine and mmcv only.
+
+    A level may have any size that strides make of the one below it. The upsampled features are
+    cropped to the lateral where its size is no multiple of the scale factor, and grow by their
+    own border first where a stride without padding rounded that size down.
+
+    Args:
+        in_channels: channels of each input, finest first.
+        out_channels: channels of every output.
+        num_outs: number of outputs.
+        start_level: first input that is used.
+        end_level: last input that is used, -1 for the last there is. mmseg's FPN counts to the
+            input after it, which is understood from ``num_outs``. Extra outputs need the last.
+        add_extra_convs: make the outputs beyond the inputs by strided convolutions on the last
+            input (``'on_input'``, or ``True``), lateral (``'on_lateral'``) or output
+            (``'on_output'``); ``False``: by max pooling of the last output.
+        relu_before_extra_convs: apply ReLU before each extra convolution but the first.
+        no_norm_on_lateral: leave the norm of the lateral convolutions out.
+        conv_cfg: config of the convolutions.
+        norm_cfg: config of the norm layers.
+        act_cfg: config of the activation after each convolution.
+        upsample_cfg: further arguments of DDFUpPack, for example
+            ``dict(kernel_combine='add', head=4)``.
+        init_cfg: mmengine's initialization config. The upsamplers start in their own way.
+        scale_factor: ratio of the sizes of adjacent levels, finest first; an int holds for all.
+        guidance: whether the spatial filters of an upsampler are made from the lateral that its
+            result is added to, each subpixel's from its own pixels, instead of from the features
+            that it upsamples.
+        extra_convs_on_inputs: the name of mmseg's FPN for the meaning of
+            ``add_extra_convs=True``: on the input or, if ``False``, on the output.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    Example:
+        >>> neck = DDFUpFPN([8, 16, 32], 4, num_outs=4, guidance=True)
+        >>> sizes = [(8, 25, 39), (16, 13, 20), (32, 7, 10)]
+        >>> [tuple(x.shape) for x in neck([torch.randn(2, *size) for size in sizes])]
+        [(2, 4, 25, 39), (2, 4, 13, 20), (2, 4, 7, 10), (2, 4, 4, 5)]
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int,
+        start_level: int = 0,
+        end_level: int = -1,
+        add_extra_convs: bool | str = False,
+        relu_before_extra_convs: bool = False,
+        no_norm_on_lateral: bool = False,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = None,
+        upsample_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = dict(  # noqa: B006
+            type="Xavier", layer="Conv2d", distribution="uniform"
+        ),
+        *,
+        scale_factor: int | Sequence[int] = 2,
+        guidance: bool = False,
+        extra_convs_on_inputs: bool = True,
+    ) -> None:
+        super().__init__(init_cfg)
+        if not isinstance(in_channels, (list, tuple)):
+            raise TypeError(
+                "in_channels must be a list or tuple, the channels of each input, got "
+                f"{type(in_channels).__name__}"
+            )
+        for channels in in_channels:
+            check_int("in_channels", channels, 1)
+        check_int("out_channels", out_channels, 1)
+        check_int("num_outs", num_outs, 1)
+        check_int("start_level", start_level, 0)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_ins = len(in_channels)
+        self.num_outs = num_outs
+        self.start_level = start_level
+        self.end_level = end_level
+        self.backbone_end_level = _end(self.num_ins, num_outs, start_level, end_level)
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.no_norm_on_lateral = no_norm_on_lateral
+        if add_extra_convs is True:
+            add_extra_convs = "on_input" if extra_convs_on_inputs else "on_output"
+        if add_extra_convs is not False and add_extra_convs not in EXTRA_CONVS_SOURCES:
+            raise ValueError(
+                f"add_extra_convs must be a bool or one of {EXTRA_CONVS_SOURCES}, got "
+                f"{add_extra_convs!r}"
+            )
+        self.add_extra_convs = add_extra_convs
+        self.guidance = guidance
+
+        levels = range(start_level, self.backbone_end_level)
+        common = dict(conv_cfg=conv_cfg, act_cfg=act_cfg, inplace=False)
+        # Plain ModuleLists, as in FPN: mmengine's would let each ConvModule initialize itself
+        # after, and against, this module's init_cfg.
+        self.lateral_convs = nn.ModuleList(
+            ConvModule(
+                in_channels[i],
+                out_channels,
+                1,
+                norm_cfg=None if no_norm_on_lateral else norm_cfg,
+                **common,
+            )
+            for i in levels
+        )
+        common.update(norm_cfg=norm_cfg, padding=1)
+        self.fpn_convs = nn.ModuleList(
+            ConvModule(out_channels, out_channels, 3, **common) for _ in levels
+        )
+        if add_extra_convs:
+            for i in range(num_outs - len(levels)):
+                on_input = i == 0 and add_extra_convs == "on_input"
+                channels = in_channels[self.backbone_end_level - 1] if on_input else out_channels
+                self.fpn_convs.append(ConvModule(channels, out_channels, 3, stride=2, **common))
+
+        upsample_cfg = dict(upsample_cfg or {})
+        if unfit := [name for name in (*_OWN_UPSAMPLE_ARGUMENTS, "mode") if name in upsample_cfg]:
+            raise ValueError(
+                "upsample_cfg holds further arguments of DDFUpPack, got "
+                f"{', '.join(unfit)}; scale_factor and guidance are arguments of DDFUpFPN itself"
+            )
+        # mmengine's ModuleList, so that the upsamplers initialize themselves after init_cfg.
+        self.upsample_modules = ModuleList(
+            DDFUpPack(
+                out_channels,
+                scale_factor=factor,
+                joint_channels=out_channels if guidance else -1,
+                **upsample_cfg,
+            )
+            for factor in _scale_factors(scale_factor, len(levels) - 1)
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Builds the pyramid.
+
+        Args:
+            inputs: one ``Tensor[B, in_channels[i], H_i, W_i]`` a level, finest first.
+
+        Returns:
+            ``num_outs`` tensors of ``out_channels`` channels, the first ones of the sizes of the
+            inputs that are used.
+
+        Raises:
+            ValueError: another number of inputs, or sizes that ``scale_factor`` does not fit.
+        """
+        if len(inputs) != self.num_ins:
+            raise ValueError(
+                f"inputs must hold a tensor for each of in_channels, {self.num_ins}, got "
+                f"{len(inputs)}"
+            )
+        used = inputs[self.start_level : self.backbone_end_level]
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, used, strict=True)]
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + self._upsample(i, laterals[i], laterals[i - 1])
+
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
+        if self.add_extra_convs and self.num_outs > len(outs):
+            sources = dict(on_input=used[-1], on_lateral=laterals[-1], on_output=outs[-1])
+            outs.append(self.fpn_convs[len(outs)](sources[self.add_extra_convs]))
+        while len(outs) < self.num_outs:
+            if not self.add_extra_convs:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                continue
+            x = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
+            outs.append(self.fpn_convs[len(outs)](x))
+        return tuple(outs)
+
+    def _upsample(self, i: int, x: Tensor, lateral: Tensor) -> Tensor:
+        """Upsamples used level ``i`` to the size of the lateral below it."""
+        upsample = self.upsample_modules[i - 1]
+        s = upsample.scale_factor
+        height, width = lateral.shape[2:]
+        rows, columns = -(-height // s), -(-width // s)
+        missing = (rows - x.shape[2], columns - x.shape[3])
+        # Strided layers round sizes up with padding, down without.
+        if not all(
+            0 <= m <= min(1, size % s) for m, size in zip(missing, (height, width), strict=True)
+        ):
+            level = self.start_level + i
+            raise ValueError(
+                f"scale_factor {s} does not fit inputs {level - 1} and {level}, of sizes "
+                f"{height} x {width} and {x.shape[2]} x {x.shape[3]}: give scale_factor as a list "
+                "of the ratios of adjacent levels, finest first"
+            )
+        if any(missing):
+            x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+        excess = (rows * s - height, columns * s - width)
+        joint_x = lateral if self.guidance else None
+        if self.guidance and any(excess):
+            # The values of the padding make filters of pixels that the crop below drops.
+            joint_x = F.pad(lateral, (0, excess[1], 0, excess[0]))
+        return upsample(x, joint_x)[:, :, :height, :width]
+
+
+def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
+    """The input after the last one that is used; checks the numbers of levels."""
+    if end_level == -1:
+        end = num_ins
+    else:
+        check_int("end_level", end_level, 0)
+        # mmdet's FPN counts to the last level, mmseg's to the one after it; neither takes the
+        # numbers of outputs that the other does.
+        end = end_level if num_outs == end_level - start_level else end_level + 1
+    if not start_level < end <= num_ins:
+        raise ValueError(
+            f"start_level and end_level must leave levels of the {num_ins} inputs, got "
+            f"start_level {start_level}, end_level {end_level}"
+        )
+    levels = end - start_level
+    if num_outs < levels or (end < num_ins and num_outs > levels):
+        needed = f"at least {levels}" if end == num_ins else f"{levels}"
+        raise ValueError(
+            f"num_outs must be {needed} for {num_ins} inputs, start_level {start_level} and "
+            f"end_level {end_level}, got {num_outs}"
+        )
+    return end
+
+
+def _scale_factors(scale_factor: int | Sequence[int], steps: int) -> list[int]:
+    """The scale factor of each step between used levels."""
+    if isinstance(scale_factor, (list, tuple)):
+        factors = list(scale_factor)
+        if len(factors) != steps:
+            raise ValueError(
+                "scale_factor must be an int or have one value for each two adjacent levels that "
+                f"are used, {steps}, got {scale_factor!r}"
+            )
+    else:
+        factors = [scale_factor] * steps
+    for factor in factors:
+        check_int("scale_factor", factor, 1)
+    return factors

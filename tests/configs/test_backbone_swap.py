@@ -1,0 +1,152 @@
+"""Stock configs of mmdet and mmseg build, learn and predict with DDF in their ResNet-50.
+
+The complete table, with the `add` combination and `dcn` for every config, is written by
+tools/analysis/check_backbone_swap.py into docs/backbone_swap.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+spec = importlib.util.spec_from_file_location(
+    "check_backbone_swap", ROOT / "tools" / "analysis" / "check_backbone_swap.py"
+)
+tool = importlib.util.module_from_spec(spec)
+sys.modules["check_backbone_swap"] = tool  # where dataclasses look up the module of a class
+spec.loader.exec_module(tool)
+
+# What cannot run here whatever the backbone; docs/backbone_swap.md tells more.
+IMPOSSIBLE = {
+    "carafe": "carafe_forward_impl: implementation for device cpu not found",
+    "grounding_dino": "fairscale",
+    "guided_anchoring": "masked_im2col_forward_impl: implementation for device cpu not found",
+    "mask2former_vis": "Only support the 4 dims when use",
+    "nas_fcos": "batch_norm eps must be positive",
+}
+# Folders whose models are those of another folder, trained on other data or for longer.
+SAME_MODELS = {
+    "albu_example",
+    "cityscapes",
+    "deepfashion",
+    "instaboost",
+    "legacy_1.x",
+    "lvis",
+    "objects365",
+    "openimages",
+    "pascal_voc",
+    "resnet_strikes_back",
+    "seesaw_loss",
+    "selfsup_pretrain",
+    "simple_copy_paste",
+    "sort",
+    "strong_baselines",
+    "v3det",
+    "wider_face",
+}
+MMSEG = {
+    "ann",
+    "deeplabv3",
+    "emanet",
+    "fastfcn",
+    "fcn",
+    "knet",
+    "mask2former",
+    "maskformer",
+    "point_rend",
+    "psanet",
+    "sem_fpn",
+    "upernet",
+}
+# One of each kind for the other two swaps.
+FEW = ("mask_rcnn", "retinanet", "deformable_detr", "deeplabv3")
+FAMILIES = [("mmdet", family) for family in tool.families("mmdet") if family not in SAME_MODELS]
+FAMILIES += [("mmseg", family) for family in tool.families("mmseg") if family in MMSEG]
+CASES = [(toolbox, family, "mul") for toolbox, family in FAMILIES]
+CASES += [(*case, swap) for case in FAMILIES if case[1] in FEW for swap in ("add", "dcn")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """For images this small a second thread mostly waits, dearly so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("toolbox, family, swap", CASES)
+def test_swapped(toolbox, family, swap):
+    config = tool.resnet50_config(toolbox, family)
+    if config is None:
+        pytest.skip("has ResNets of its own only")
+    outcome = tool.check(toolbox, config, swap)
+    if family in IMPOSSIBLE:
+        assert IMPOSSIBLE[family] in outcome.error
+        assert tool.check(toolbox, config, "none").error == outcome.error
+    else:
+        assert not outcome.error
+
+
+@pytest.mark.parametrize(
+    "family, head",
+    [("retinanet", "bbox_head"), ("fcos", "bbox_head"), ("mask_rcnn", "roi_head.mask_head")],
+)
+def test_conv_cfg_of_heads(family, head):
+    cfg = tool.swapped("mmdet", tool.resnet50_config("mmdet", family), "none")
+    cfg.merge_from_dict({f"model.{head}.conv_cfg": dict(type="ddf_mm.DDF")})
+    model = tool.run("mmdet", cfg)
+    assert len(tool.ddf_layers(model)) >= 4
+    assert not tool.ddf_layers(model.backbone)
+
+
+NECK = dict(type="ddf_mm.DDFUpFPN", guidance=True)
+# UPerHead without its pooling pyramid: the fusion in the neck, the rest in a stock head.
+FUSION = dict(
+    auxiliary_head=dict(in_channels=64),
+    neck=dict(
+        NECK,
+        in_channels=[256, 512, 1024, 2048],
+        out_channels=64,
+        num_outs=4,
+        norm_cfg=dict(type="BN"),
+        act_cfg=dict(type="ReLU"),
+    ),
+    decode_head=dict(
+        type="FCNHead",
+        input_transform="resize_concat",
+        in_channels=[64, 64, 64, 64],
+        in_index=[0, 1, 2, 3],
+        channels=64,
+        num_convs=1,
+        concat_input=False,
+        num_classes=19,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "toolbox, family, changes",
+    [("mmdet", "fcos", dict(neck=NECK)), ("mmseg", "upernet", FUSION)],
+)
+def test_neck_by_name(toolbox, family, changes):
+    cfg = tool.swapped(toolbox, tool.resnet50_config(toolbox, family), "none")
+    if family == "upernet":
+        cfg.model.pop("decode_head")
+    cfg.merge_from_dict(dict(model=changes))
+    model = tool.run(toolbox, cfg)
+    assert len(model.neck.upsample_modules) == len(model.neck.lateral_convs) - 1
+
+
+def test_enough_families_are_covered():
+    possible = [toolbox for toolbox, family in FAMILIES if family not in IMPOSSIBLE]
+    assert possible.count("mmdet") >= 40
+    assert possible.count("mmseg") >= 10
