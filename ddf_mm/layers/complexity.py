@@ -1,0 +1,27 @@
+"""What mmengine's complexity analysis counts for the compiled op."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
+
+from ddf_mm.ops.flops import count_taps
+
+_DDF = "ddf_mm::ddf"
+
+
+def _count_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    kernel_size = inputs[3].toIValue()
+    return Counter(ddf=count_taps(get_shape(outputs[0]), kernel_size))
+
+
+def register() -> None:
+    """Add the op to the tables of ``get_model_complexity_info`` and the analyzers below it.
+
+    mmengine has no public way to extend them for all analyzers to come.
+    """
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_DDF] = _count_flops
+    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_DDF] = generic_activation_jit("ddf")
