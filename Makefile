@@ -2,6 +2,7 @@
 #   make demo     train, evaluate and draw the digits recipe
 #   make test     the whole test suite (ARGS="-k name" selects)
 #   make lint     check the code         make format   rewrite it
+#   make docs     build the site of docs/ in build/docs
 #   make clean    delete what builds and tests leave, not the environment
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ STAMPS := $(VENV)/.stamps
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -25,6 +26,11 @@ lint: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	$(if $(CPP),"$(VENV)/bin/clang-format" --dry-run -Werror $(CPP))
+
+# -W: a broken link or docstring is an error.
+docs: $(STAMPS)/package $(STAMPS)/dev
+	"$(VENV)/bin/python" -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 format: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" check --fix .
@@ -44,7 +50,7 @@ $(STAMPS)/toolchain: | $(STAMPS)/venv
 	$(INSTALL) toolchain
 	@touch $@
 
-$(STAMPS)/dev: requirements/dev.txt | $(STAMPS)/venv
+$(STAMPS)/dev: requirements/dev.txt requirements/docs.txt | $(STAMPS)/venv
 	$(INSTALL) dev
 	@touch $@
 
