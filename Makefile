@@ -4,6 +4,7 @@
 #   make test-newer-torch   the tests of the ops with a newer torch than they were compiled with
 #   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
 #   make lint     check the code         make format   rewrite it
+#   make docs     build the site of docs/ in build/docs
 #   make clean    delete what builds and tests leave, not the environment
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ NEWER_TORCH := $(VENV)-newer-torch
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-newer-torch wheel lint format clean
+.PHONY: demo test test-newer-torch wheel docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -39,6 +40,11 @@ lint: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" format --check .
 	$(if $(CPP),"$(VENV)/bin/clang-format" --dry-run -Werror $(CPP))
 
+# -W: a broken link or docstring is an error.
+docs: $(STAMPS)/package $(STAMPS)/dev
+	"$(VENV)/bin/python" -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 format: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" check --fix .
 	"$(VENV)/bin/ruff" format .
@@ -57,7 +63,7 @@ $(STAMPS)/toolchain: | $(STAMPS)/venv
 	$(INSTALL) toolchain
 	@touch $@
 
-$(STAMPS)/dev: requirements/dev.txt | $(STAMPS)/venv
+$(STAMPS)/dev: requirements/dev.txt requirements/docs.txt | $(STAMPS)/venv
 	$(INSTALL) dev
 	@touch $@
 

@@ -89,6 +89,7 @@ def test_demo_then_test_installs_the_rest(checkout):
         ("requirements/classification.txt", ["classification", "package", "detection"]),
         ("requirements/detection.txt", ["detection"]),
         ("requirements/dev.txt", ["dev"]),
+        ("requirements/docs.txt", ["dev"]),
         ("setup.py", ["package"]),
         ("pyproject.toml", ["package"]),
     ],

@@ -1,4 +1,4 @@
-"""The README's Python is run as written, and its links and commands lead somewhere."""
+"""The Python of README and docs is run as written; their links and commands lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from mmengine.registry import MODELS, init_default_scope
 import ddf_mm  # noqa: F401  (resolves `mmseg::` and `ddf_mm::` bases)
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-CONFIGS = [block for block in BLOCKS if "_base_" in block]
-SNIPPETS = [block for block in BLOCKS if "_base_" not in block]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
+CONFIGS = [block for block in BLOCKS if "_base_" in block.values[0]]
+SNIPPETS = [block for block in BLOCKS if "_base_" not in block.values[0]]
 
 
 def test_there_are_snippets_and_configs():
-    assert len(SNIPPETS) >= 3 and len(CONFIGS) >= 2
+    assert len(SNIPPETS) >= 8 and len(CONFIGS) >= 2
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
@@ -43,9 +49,11 @@ def test_configs_build(text, tmp_path):
     assert type(model.backbone).__name__ == "DDFResNet"
 
 
-def test_links_and_tools_exist():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    targets += re.findall(r"(?<![\w/])((?:tools|configs)/[\w./-]+\.(?:py|sh))", README)
-    assert len(targets) > 5
-    missing = [target for target in targets if not (ROOT / target).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_tools_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)\)", text)
+    tools = re.findall(r"(?<![\w/])((?:tools|configs)/[\w./-]+\.(?:py|sh))", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [tool for tool in tools if not (ROOT / tool).exists()]
     assert not missing

@@ -4,11 +4,12 @@ The functions change the config in place, so that the config which the runner du
 folder is the one that ran.
 """
 
-import contextlib
 import datetime
+import errno
 import os
 import os.path as osp
 import pickle
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -22,9 +23,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
-from mmengine.utils import digit_version
-from mmengine.utils.dl_utils import TORCH_VERSION
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import distributed as dist
 
 from ddf_mm.engine.cli import UserError
@@ -51,6 +50,13 @@ _LAUNCHERS = {
         "mpirun of Open MPI, with MASTER_ADDR set",
     ),
 }
+
+
+# How torch names what it refuses to unpickle.
+_REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", re.IGNORECASE)
+_WEIGHTS_ONLY_PREAMBLE = re.compile(
+    r"Weights only load failed\..*?WeightsUnpickler error: ", re.DOTALL
+)
 
 
 def load_config(
@@ -364,35 +370,41 @@ def _set_rendezvous_variables(launcher: str) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def load_from_local_file(filename: str, map_location=None) -> dict:
-    """mmengine's loader of local checkpoints, with an error that names the file if it is none.
+def load_from_local_file(filename: str, map_location=None, more_types: Sequence[type] = ()) -> dict:
+    """Load a local checkpoint without running code that it holds.
 
-    torch >= 2.6 loads tensors only, unless told which other types are harmless; the official
-    mmengine does not tell it about those that its own checkpoints hold.
+    Tensors and the few harmless types that checkpoints of mmengine hold are read. mmengine's own
+    loader falls back on unpickling anything.
 
     Args:
         filename (str): Path of the checkpoint.
         map_location: As :func:`torch.load` takes it.
+        more_types (Sequence[type]): Harmless types to allow besides those of mmengine.
 
     Returns:
         dict: The checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UserError: If it is not a checkpoint.
+        UserError: If it is not a checkpoint, or holds something else that a pickle would run.
     """
-    allowed = contextlib.nullcontext()
-    if digit_version(TORCH_VERSION) >= digit_version("2.6.0"):
-        allowed = torch.serialization.safe_globals(_checkpoint_types())
+    path = osp.expanduser(filename)
+    if not osp.isfile(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
+    allowed = torch.serialization.safe_globals([*_checkpoint_types(), *more_types])
     try:
         with allowed:
-            checkpoint = load_from_local(filename, map_location)
-    except FileNotFoundError:
-        raise
-    # What torch raises depends on how the file is broken: an unknown format, a truncated
-    # archive, an empty file or a pickle of something else.
-    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
+    except Exception as error:
+        refused = _REFUSED_GLOBAL.search(str(error))
+        if refused:
+            raise UserError(
+                f"{filename!r} was not loaded: it holds {refused[1]}, which could run code; "
+                "checkpoints may hold tensors, numbers and text only"
+            ) from error
+        message = _WEIGHTS_ONLY_PREAMBLE.sub("", str(error)).strip()
+        reason = message.splitlines() or [type(error).__name__]
         raise UserError(
             f"{filename!r} is not a checkpoint that torch can read: {reason[0]}"
         ) from error

@@ -1,25 +1,27 @@
-"""Makes mmengine's ``get_model_complexity_info`` count the operation.
+"""What mmengine's complexity analysis counts for the compiled op."""
 
-It counts PyTorch's own ops only, and leaves others out. The toolboxes' ``get_flops.py`` use it.
-"""
+from __future__ import annotations
 
-from math import prod
+from collections import Counter
+from typing import Any
 
 from mmengine.analysis import complexity_analysis
-from mmengine.analysis.jit_analysis import Handle
 from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 
+from ddf_mm.ops.flops import count_taps
 
-def _ddf_flops(inputs: list, outputs: list) -> int:
-    """A multiply-add for each tap of each output, as mmengine counts a convolution's."""
+_DDF = "ddf_mm::ddf"
+
+
+def _count_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     kernel_size = inputs[3].toIValue()
-    return prod(get_shape(outputs[0])) * kernel_size**2
+    return Counter(ddf=count_taps(get_shape(outputs[0]), kernel_size))
 
 
-def _register(table: str, handle: Handle) -> None:
-    # mmengine has no public way to add to what its analyzers know from the start.
-    getattr(complexity_analysis, table, {})["ddf_mm::ddf"] = handle
+def register() -> None:
+    """Add the op to the tables of ``get_model_complexity_info`` and the analyzers below it.
 
-
-_register("_DEFAULT_SUPPORTED_FLOP_OPS", _ddf_flops)
-_register("_DEFAULT_SUPPORTED_ACT_OPS", generic_activation_jit())
+    mmengine has no public way to extend them for all analyzers to come.
+    """
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_DDF] = _count_flops
+    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_DDF] = generic_activation_jit("ddf")

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -258,7 +259,30 @@ def test_getattr_of_a_checkpoint_reaches_statistics_only(tmp_path):
         torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\x03\x04" + bytes(100)])
+class _Program:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))]
+)
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, save):
+    path, made = tmp_path / "a.pth", tmp_path / "made"
+    save(dict(state_dict=dict(weight=_Program(str(made)))), path)
+    with pytest.raises(UserError, match=r"a.pth' was not loaded: it holds \w+.mkdir, which could"):
+        launch.load_from_local_file(str(path))
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage" * 100, b"root:x:0:0\n", b"PK\x03\x04" + bytes(100)]
+)
 def test_unreadable_checkpoint(tmp_path, content):
     path = tmp_path / "a.pth"
     path.write_bytes(content)

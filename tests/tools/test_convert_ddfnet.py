@@ -1,0 +1,336 @@
+"""tools/convert_ddfnet.py, against the official network written with torchvision and unfold."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import nn
+from torchvision.models import resnet50, resnet101
+
+from ddf_mm.engine import conversion
+from ddf_mm.engine.cli import UserError
+from ddf_mm.models import DDFResNet
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location(
+        "convert_ddfnet", ROOT / "tools" / "convert_ddfnet.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+convert_ddfnet = load_tool()
+
+
+class OfficialFilterNorm(nn.Module):
+    def __init__(self, filters, learned):
+        super().__init__()
+        gain = math.sqrt(2) / 3
+        self.std = nn.Parameter(torch.randn(filters * 9) * gain) if learned else gain
+
+    def forward(self, x):
+        b = x.shape[0]
+        if isinstance(self.std, nn.Parameter):
+            taps = x.reshape(b, -1, 9)
+            scale = self.std.reshape(1, -1, 9)
+        else:
+            taps = x.reshape(b, 9, *x.shape[2:]).movedim(1, -1)
+            scale = self.std
+        normed = (taps - taps.mean(-1, keepdim=True)) / (taps.std(-1, keepdim=True) + 1e-10)
+        normed = normed * scale
+        return normed if isinstance(self.std, nn.Parameter) else normed.movedim(-1, 1)
+
+
+class OfficialPack(nn.Module):
+    """The official layer, in its names, on the unfold formula."""
+
+    def __init__(self, channels, stride, combine):
+        super().__init__()
+        self.stride, self.combine = stride, combine
+        squeezed = max(int(channels * 0.2), 1)
+        self.spatial_branch = nn.Sequential(
+            nn.Conv2d(channels, 9, 1, stride=stride), OfficialFilterNorm(1, learned=False)
+        )
+        self.channel_branch = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, squeezed, 1),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, channels * 9, 1),
+            OfficialFilterNorm(channels, learned=True),
+        )
+
+    def forward(self, x):
+        spatial = self.spatial_branch(x)[:, None]
+        channel = self.channel_branch(x)[..., None, None]
+        patches = F.unfold(x, 3, padding=1, stride=self.stride)
+        patches = patches.reshape(*x.shape[:2], 9, *spatial.shape[-2:])
+        weight = channel * spatial if self.combine == "mul" else channel + spatial
+        return (patches * weight).sum(2)
+
+
+def official(combine, make=resnet50):
+    """A network with statistics as training leaves them."""
+    torch.manual_seed(0)
+    model = make()
+    for module in list(model.modules()):
+        if hasattr(module, "conv2"):
+            conv = module.conv2
+            module.conv2 = OfficialPack(conv.in_channels, conv.stride[0], combine)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(conversion._natural_images(4, 3, 96))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {combine: official(combine) for combine in conversion.COMBINES}
+
+
+@pytest.fixture(scope="module")
+def state_dict(networks):
+    return networks["mul"].state_dict()
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert_ddfnet.py", *map(str, arguments)])
+    convert_ddfnet.main()
+
+
+def classifier(depth, combine):
+    return MODELS.build(
+        dict(
+            type="mmpretrain.ImageClassifier",
+            backbone=dict(type="DDFResNet", depth=depth, kernel_combine=combine),
+            neck=dict(type="mmpretrain.GlobalAveragePooling"),
+            head=dict(type="mmpretrain.LinearClsHead", num_classes=1000, in_channels=2048),
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("combine", conversion.COMBINES)
+def test_logits_equal_the_official_ones(networks, combine, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mmpretrain")
+    src, dst = tmp_path / "weights.pth", tmp_path / "ddf.pth"
+    torch.save(networks[combine].state_dict(), src)
+    run(monkeypatch, src, dst)
+    printed = capsys.readouterr().out
+    assert f"DDF-ResNet50, {combine} (from the batch statistics" in printed
+    assert "16,843,748" in printed
+    assert hashlib.sha256(dst.read_bytes()).hexdigest() in printed
+
+    checkpoint = torch.load(dst, weights_only=True)
+    assert checkpoint["meta"]["backbone"]["kernel_combine"] == combine
+    model = classifier(50, combine)
+    model.load_state_dict(checkpoint["state_dict"])
+    # In float64: the random weights amplify the rounding of float32 to 1e-3 of logits around 10.
+    images = torch.randn(2, 3, 97, 128, dtype=torch.float64)
+    with torch.no_grad():
+        expected = copy.deepcopy(networks[combine]).double()(images)
+        found = model.double()(images)
+    assert expected.std() > 1
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_file_starts_a_detector(state_dict, tmp_path, monkeypatch):
+    src, dst = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "ddf.pth"
+    torch.save(state_dict, src)
+    run(monkeypatch, src, dst)
+    init_cfg = dict(type="Pretrained", checkpoint=str(dst), prefix="backbone.")
+    backbone = DDFResNet(50, frozen_stages=1, norm_eval=True, init_cfg=init_cfg)
+    backbone.init_weights()
+    loaded = backbone.state_dict()
+    assert all(torch.equal(loaded[name], state_dict[name]) for name in loaded)
+
+
+def test_backbone_only(state_dict, tmp_path, monkeypatch):
+    src, dst = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "ddf.pth"
+    torch.save(state_dict, src)
+    run(monkeypatch, src, dst, "--backbone-only", "--hash-name")
+    (written,) = tmp_path.glob("ddf-*.pth")
+    assert written.stem == "ddf-" + hashlib.sha256(written.read_bytes()).hexdigest()[:8]
+    DDFResNet(50).load_state_dict(torch.load(written, weights_only=True)["state_dict"])
+
+
+def test_training_checkpoint(state_dict, tmp_path):
+    """timm's, of a distributed training: prefixes, options, a running average."""
+    averaged = {f"module.{name}": value + 1 for name, value in state_dict.items()}
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(
+        dict(
+            epoch=3,
+            arch="ddf_add_resnet50",
+            state_dict={f"module.{name}": value for name, value in state_dict.items()},
+            state_dict_ema=averaged,
+            optimizer=dict(state={}, param_groups=[dict(lr=0.1)]),
+            args=argparse.Namespace(model="ddf_add_resnet50", lr=0.1),
+            metric=79.1,
+        ),
+        path,
+    )
+    for weights, expected, is_average in [
+        ("auto", averaged["module.bn1.weight"], True),
+        ("ema", averaged["module.bn1.weight"], True),
+        ("model", state_dict["bn1.weight"], False),
+    ]:
+        network = conversion.read_official(str(path), weights)
+        assert network.averaged is is_average
+        assert torch.equal(network.weights["bn1.weight"], expected)
+    assert conversion.find_combine(network, path.name)[0] == "add"
+    with pytest.raises(UserError, match=r"--kernel-combine is needed: .* disagree"):
+        conversion.find_combine(network, "ddf-mul-resnet50.pth")
+
+
+def test_without_a_running_average(state_dict, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(dict(state_dict=state_dict, epoch=1), path)
+    assert not conversion.read_official(str(path)).averaged
+    with pytest.raises(UserError, match=r"lacks weights under 'state_dict_ema' or .*'epoch'"):
+        conversion.read_official(str(path), "ema")
+
+
+@pytest.mark.parametrize("name, combine", [("ddf_mul_resnet50-1a2b.pth", "mul"), ("x.pth", None)])
+def test_combine_of_name(name, combine):
+    assert conversion.combine_of_name(name) == combine
+
+
+def test_untrained_statistics_say_nothing(tmp_path):
+    weights = DDFResNet(26).state_dict()
+    torch.save(weights, tmp_path / "a.pth")
+    network = conversion.read_official(str(tmp_path / "a.pth"))
+    with pytest.raises(UserError, match="have seen no batch"):
+        conversion.find_combine(network, "a.pth")
+
+
+def test_other_depths_and_sizes_are_found():
+    """The network's arguments come from the sizes of its weights."""
+    for arguments in [
+        dict(depth=101),
+        dict(depth=152, in_channels=4),
+        dict(depth=26, base_channels=32, stem_channels=16, head=2, kernel_size=5, se_ratio=0.5),
+    ]:
+        with torch.device("meta"):
+            weights = DDFResNet(**arguments).state_dict()
+        found = conversion._arguments_of(weights, "a.pth")
+        assert {name: found[name] for name in arguments} == arguments
+        conversion._require_equal_names(weights, found, "a.pth")
+
+
+def drop(weights):
+    del weights["layer3.2.bn2.weight"]
+
+
+def add(weights):
+    weights["layer1.0.se.conv.weight"] = torch.ones(1)
+
+
+def resize(weights):
+    weights["layer2.0.conv1.weight"] = torch.ones(3, 3)
+
+
+def shorten(weights):
+    for name in [name for name in weights if name.startswith("layer3.5.")]:
+        del weights[name]
+
+
+def plain(weights):
+    weights.clear()
+    with torch.device("meta"):
+        weights.update({n: torch.zeros(v.shape) for n, v in resnet101().state_dict().items()})
+
+
+def convert_again(weights):
+    for name in list(weights):
+        weights[f"backbone.{name}"] = weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop, r"DDF-ResNet50: missing: layer3.2.bn2.weight"),
+        (add, r"unexpected: layer1.0.se.conv.weight"),
+        (resize, r"of another size: layer2.0.conv1.weight \(3, 3\) instead of \(128, 256, 1, 1\)"),
+        (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet knows 26: \(2, 2, 2, 2\)"),
+        (plain, r"holds no DDF-ResNet: it lacks 'layer1.0.conv2.spatial_branch.0.weight'"),
+        (convert_again, r"is no official checkpoint: its names start with 'backbone.'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_does_not_fit_is_refused(state_dict, tmp_path, monkeypatch, change, message):
+    weights = dict(state_dict)
+    change(weights)
+    src, dst = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "ddf.pth"
+    torch.save(weights, src)
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, src, dst)
+    assert list(tmp_path.iterdir()) == [src]
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    src, made = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "made"
+    torch.save(dict(state_dict=dict(weight=Attack(str(made)))), src)
+    with pytest.raises(UserError, match="which could run code"):
+        run(monkeypatch, src, tmp_path / "ddf.pth")
+    assert not made.exists()
+
+
+def test_paths(state_dict, tmp_path, monkeypatch):
+    src = tmp_path / "ddf_mul_resnet50.pth"
+    torch.save(state_dict, src)
+    with pytest.raises(UserError, match=r"src 'no.pth' is not a file"):
+        run(monkeypatch, "no.pth", tmp_path / "a.pth")
+    with pytest.raises(UserError, match="in a folder that does not exist"):
+        run(monkeypatch, src, tmp_path / "no" / "a.pth")
+    existing = tmp_path / "a.pth"
+    existing.write_text("mine")
+    with pytest.raises(UserError, match="exists; --overwrite replaces it"):
+        run(monkeypatch, src, existing)
+    assert existing.read_text() == "mine"
+    run(monkeypatch, src, existing, "--overwrite")
+    assert "state_dict" in torch.load(existing, weights_only=True)
+
+
+def test_config(state_dict, tmp_path, monkeypatch):
+    pytest.importorskip("mmpretrain")
+    src = tmp_path / "ddf_mul_resnet50.pth"
+    torch.save(state_dict, src)
+    configs = ROOT / "configs" / "classification"
+    run(
+        monkeypatch,
+        src,
+        tmp_path / "a.pth",
+        "--config",
+        configs / "ddf-mul-resnet50_8xb128_in1k.py",
+    )
+    for config, message in [
+        ("ddf-add-resnet50_8xb128_in1k.py", "kernel_combine='add', the checkpoint one with"),
+        ("ddf-mul-resnet101_8xb128_in1k.py", "depth=101, the checkpoint one with depth=50"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, src, tmp_path / "b.pth", "--config", configs / config)
+    assert not (tmp_path / "b.pth").exists()

@@ -1,0 +1,71 @@
+"""tools/analysis/get_flops.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddf_mm.ops import backend_info
+
+pytestmark = pytest.mark.skipif(
+    backend_info()["cpu"] != "compiled", reason="the formula in plain PyTorch has no FLOP count"
+)
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    tool = ROOT / "tools" / "analysis" / "get_flops.py"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, tool, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """The table's cells after the first, by the first."""
+    lines = [line.strip("│ ").split("│") for line in printed.splitlines() if "│" in line]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+
+
+def test_classification_table():
+    """Figures of ResNet: He et al. count 3.8 and 7.6 GMAC with the stride on the first 1x1."""
+    pytest.importorskip("mmpretrain")
+    folder = CONFIGS / "classification"
+    done = run(
+        folder / "ddf-mul-resnet50_8xb128_in1k.py", folder / "ddf-add-resnet101_8xb128_in1k.py"
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(done.stdout) == {
+        "ddf-mul-resnet50_8xb128_in1k": ["224x224", "16.84 M", "2.27", "0.012", "0.55"],
+        "with ResNet-50": ["224x224", "25.56 M", "4.09", "0.000", "1.00"],
+        "ddf-add-resnet101_8xb128_in1k": ["224x224", "28.15 M", "4.03", "0.020", "0.52"],
+        "with ResNet-101": ["224x224", "44.55 M", "7.80", "0.000", "1.00"],
+    }
+
+
+def test_options():
+    pytest.importorskip("mmpretrain")
+    config = CONFIGS / "classification" / "ddf-mul-resnet26_digits.py"
+    done = run(config, "--shape", "32", "--no-resnet")
+    assert done.returncode == 0, done.stderr
+    ((name, cells),) = rows(done.stdout).items()
+    assert name == "ddf-mul-resnet26_digits"
+    assert cells[0] == "32x32"
+    for arguments, message in [
+        (["no.py"], "config 'no.py' is not a file"),
+        ([config, "--shape", "0"], "--shape takes one or two positive numbers, got [0]"),
+        ([config, "--shape", "1", "2", "3"], "--shape takes one or two positive numbers"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
