@@ -7,6 +7,10 @@
 
 namespace ddf::cuda {
 
+// For arguments of generic lambdas, which are then compiled once for each.
+using True = std::true_type;
+using False = std::false_type;
+
 // The type that sums are kept in.
 template <typename T>
 struct AccumulateType {

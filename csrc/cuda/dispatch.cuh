@@ -107,6 +107,19 @@ bool launch_window3(const Arguments<T>& a, const char* name, Launch&& launch) {
   }
 }
 
+inline Strips strips_of(const Geometry& g) {
+  Strips strips;
+  strips.per_row = ceil_div(g.width, kStripColumns);
+  strips.columns = ceil_div(g.width, strips.per_row);
+  strips.rows = ceil_div(g.height, kStripRows);
+  const int64_t quads = g.group_channels / kStripChannels;
+  strips.chunks = ceil_div(quads, kStripThreads);
+  strips.lanes = ceil_div(quads, strips.chunks);
+  // Narrow groups leave threads over: shared memory has no room for the strips of all.
+  strips.per_block = std::min(kStripThreads / strips.lanes, 16);
+  return strips;
+}
+
 // Runs window3_channels_last where it serves the call; says whether it did.
 template <bool Mirrored, typename T, typename Launch>
 bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launch&& launch) {
@@ -114,16 +127,18 @@ bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launc
     return false;
   } else {
     const Geometry& g = a.geometry;
-    const int64_t strips = ceil_div(g.width, kStripColumns);
-    const int64_t count = g.batch * g.height * strips * (g.channels / kStripChannels);
-    const bool fits =
-        has_3x3_windows(g) && g.group_channels % kStripChannels == 0 && count <= kMaxElements &&
-        reads_channels_by_four(Mirrored ? a.grad : a.features) && reads_channels_by_four(a.result);
+    const bool fits = has_3x3_windows(g) && g.group_channels % kStripChannels == 0 &&
+                      reads_channels_by_four(Mirrored ? a.grad : a.features) &&
+                      reads_channels_by_four(a.result);
     if (!fits) return false;
+    const Strips strips = strips_of(g);
+    const int64_t count = g.batch * g.groups * strips.per_row * strips.rows;
+    const int64_t blocks = ceil_div(count, strips.per_block) * strips.chunks;
+    if (blocks > kMaxBlocks) return false;
     const auto kernel = a.mul ? window3_channels_last<T, true, Mirrored>
                               : window3_channels_last<T, false, Mirrored>;
-    launch(name, kernel, ceil_div(count, kStripThreads), kStripThreads, 0, a,
-           static_cast<int>(strips));
+    launch(name, kernel, blocks, kStripThreads, sizeof(float) * kStripFloats * strips.per_block, a,
+           strips);
     return true;
   }
 }

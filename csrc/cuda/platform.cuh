@@ -2,6 +2,7 @@
 // load and store, so that the host build of the tests can check each one.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -76,6 +77,16 @@ DDF_DEVICE void store4(BFloat16* p, const float* from) {
   const __nv_bfloat162 high = __floats2bfloat162_rn(from[2], from[3]);
   *reinterpret_cast<uint2*>(p) =
       make_uint2(reinterpret_cast<const unsigned&>(low), reinterpret_cast<const unsigned&>(high));
+}
+
+// Four floats of shared memory, 16-byte aligned.
+DDF_DEVICE void load_shared4(float* to, const float* p) {
+  const float4 four = *reinterpret_cast<const float4*>(p);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+DDF_DEVICE void store_shared4(float* p, const float* from) {
+  *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
 }
 
 }  // namespace ddf::cuda

@@ -288,6 +288,14 @@ def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
     assert "window3<" in host.last_kernels
 
 
+@pytest.mark.parametrize("channels, size", [(520, (3, 2)), (8, (7, 35)), (132, (2, 17))], ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_channels_last_kernel_with_chunks_and_strips(host, name, channels, size):
+    """More quadruples of channels than a block has threads, fewer than that, and a few left over."""
+    check(host, name, make(channels=channels, size=size, layout=torch.channels_last))
+    assert "window3_channels_last<" in host.last_kernels
+
+
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("offset", [1, 4])
 def test_views(host, name, offset):
