@@ -7,7 +7,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "filter_grads3.cuh"
+#include "backward3.cuh"
+#include "filter_grads.cuh"
 #include "generic.cuh"
 #include "window3.cuh"
 #include "window3_channels_last.cuh"
@@ -71,7 +72,22 @@ bool reads_channels_by_four(const View<T>& tensor) {
          aligned_by_four(tensor, {tensor.batch_stride, tensor.row_stride, tensor.column_stride});
 }
 
-// Whether the 3 x 3 kernels know these windows.
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
+
+// Calls function(kernel, stride) with the windows of the call as constants, if there are kernels
+// compiled for them; says whether it and the function did.
+template <typename Function>
+bool with_windows(const Geometry& g, Function&& function) {
+  if (g.dilation != 1) return false;
+  if (g.kernel == 3 && g.stride == 1) return function(Constant<3>{}, Constant<1>{});
+  if (g.kernel == 3 && g.stride == 2) return function(Constant<3>{}, Constant<2>{});
+  if (g.kernel == 5 && g.stride == 1) return function(Constant<5>{}, Constant<1>{});
+  if (g.kernel == 7 && g.stride == 1) return function(Constant<7>{}, Constant<1>{});
+  return false;
+}
+
+// Whether the kernels for 3 x 3 windows of stride 1 serve these.
 inline bool has_3x3_windows(const Geometry& g) {
   return g.kernel == 3 && g.dilation == 1 && g.stride == 1;
 }
@@ -184,57 +200,145 @@ void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
                launch);
 }
 
-// Runs filter_grads3 where it serves the call; says whether it did.
+// Splits the channels of a group when there would be too few blocks for a large GPU.
+template <typename T>
+void split_channels(FilterSums<T>& filters, const Geometry& g, int64_t most) {
+  int64_t slab = std::min(g.group_channels, most);
+  const auto blocks = [&] {
+    return g.batch * g.groups * filters.tiles * ceil_div(g.group_channels, slab);
+  };
+  while (slab > 64 && blocks() < 512) slab = ceil_div(slab, 2);
+  filters.slab = slab;
+  filters.splits = ceil_div(g.group_channels, slab);
+}
+
+// The tensors that a call is to fill; their data is null where they are not wanted.
+template <typename T>
+struct Gradients {
+  View<T> features, channel_filter, spatial_filter;
+};
+
+// Makes room for the parts, calls launch_parts(filters), and adds the parts.
+template <typename T, typename Allocate, typename Launch, typename LaunchParts>
+void launch_sums(FilterSums<T> filters, const Geometry& g, const Gradients<T>& to,
+                 Allocate&& allocate, Launch&& launch, LaunchParts&& launch_parts) {
+  const int64_t taps = g.kernel * g.kernel;
+  const int64_t channel_values = g.batch * g.channels * taps;
+  const int64_t spatial_values = g.batch * g.groups * taps * g.out_height * g.out_width;
+  filters.channel_parts =
+      to.channel_filter.data == nullptr ? nullptr : allocate(filters.tiles * channel_values);
+  filters.grad_spatial = to.spatial_filter;
+  filters.spatial_parts = nullptr;
+  if (filters.splits > 1 && to.spatial_filter.data != nullptr) {
+    filters.spatial_parts = allocate(filters.splits * spatial_values);
+  }
+  launch_parts(filters);
+  const auto sum = [&](const char* name, const View<T>& result, const float* parts, int64_t values,
+                       int64_t channels, int64_t rows, int64_t columns, int count) {
+    if (parts == nullptr) return;
+    launch(name, sum_parts<T>, ceil_div(values, kLanes), kSumThreads, sizeof(float) * kSumThreads,
+           result, parts, values, static_cast<int>(channels), static_cast<int>(rows),
+           static_cast<int>(columns), count);
+  };
+  sum("ddf grad_channel, sum of parts", to.channel_filter, filters.channel_parts, channel_values,
+      g.channels, g.kernel, g.kernel, filters.tiles);
+  sum("ddf grad_spatial, sum of parts", to.spatial_filter, filters.spatial_parts, spatial_values,
+      g.groups * taps, g.out_height, g.out_width, filters.splits);
+}
+
+// Runs backward3 where it serves the call; says whether it did.
 template <typename T, typename Allocate, typename Launch>
-bool launch_filter_grads3(Arguments<T> a, const View<T>& grad_channel, const View<T>& grad_spatial,
-                          Allocate&& allocate, Launch&& launch) {
+bool launch_backward3(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate,
+                      Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
     const Geometry& g = a.geometry;
-    const bool fits = has_3x3_windows(g) && has_rows(a.grad) && has_rows(a.features) &&
-                      has_rows(a.spatial_filter) && has_rows(grad_spatial);
+    a.result = to.features;
+    const bool fits =
+        has_3x3_windows(g) && has_rows(a.grad) && has_rows(a.features) && has_rows(a.result);
     if (!fits) return false;
-    const int tiles = ceil_div(g.height * ceil_div(g.width, kLanePixels), kLanes);
-    const int64_t blocks = g.batch * g.groups * tiles;
+    FilterSums<T> filters{};
+    filters.tiles =
+        ceil_div(ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns), kLanes);
+    split_channels(filters, g, kBackwardSlab);
+    const int64_t blocks = g.batch * g.groups * filters.tiles * filters.splits;
     if (blocks > kMaxBlocks) return false;
-    const bool vector = g.width % 4 == 0 && reads_by_four(a.features) && reads_by_four(a.grad) &&
-                        reads_by_four(a.spatial_filter) && reads_by_four(grad_spatial);
-    const int64_t values = g.batch * g.channels * kFilterTaps;
-    float* const partials = grad_channel.data == nullptr ? nullptr : allocate(tiles * values);
-    a.result = grad_spatial;
-    const auto kernel =
-        a.mul ? (vector ? filter_grads3<T, true, true> : filter_grads3<T, true, false>)
-              : (vector ? filter_grads3<T, false, true> : filter_grads3<T, false, false>);
-    launch("ddf filter gradients, 3x3", kernel, blocks, kFilterThreads,
-           sizeof(float) * kFilterSharedFloats, a, partials, tiles);
-    if (partials != nullptr) {
-      launch("ddf grad_channel, 3x3", sum_partials<T>, ceil_div(values, kLanes), kSumThreads,
-             sizeof(float) * kSumThreads, grad_channel, partials, g.batch, g.channels, tiles);
-    }
+    const bool vector = g.width % 4 == 0 && reads_by_four(a.grad) && reads_by_four(a.features) &&
+                        reads_by_four(a.result);
+    const size_t shared =
+        sizeof(float) * std::max(kBackwardTapStride * filters.slab, kBackwardSumFloats);
+    const auto kernel = a.mul ? (vector ? backward3<T, true, true> : backward3<T, true, false>)
+                              : (vector ? backward3<T, false, true> : backward3<T, false, false>);
+    launch_sums(filters, g, to, allocate, launch, [&](const FilterSums<T>& ready) {
+      launch("ddf backward, 3x3", kernel, blocks, kBackwardThreads, shared, a, ready);
+    });
     return true;
   }
 }
 
-// Writes the gradients whose views are not null. allocate(n) makes room for n floats that lives
-// until the kernels are done.
+// Runs filter_grads where it serves the call; says whether it did.
 template <typename T, typename Allocate, typename Launch>
-void launch_filter_grads(Arguments<T> a, const View<T>& grad_channel, const View<T>& grad_spatial,
-                         Allocate&& allocate, Launch&& launch) {
-  if (launch_filter_grads3(a, grad_channel, grad_spatial, allocate, launch)) return;
+bool launch_filter_grads_of_rows(const Arguments<T>& a, const Gradients<T>& to, Allocate&& allocate,
+                                 Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    if (!has_rows(a.grad) || !has_rows(a.features) || !has_rows(a.spatial_filter)) return false;
+    return with_windows(g, [&](auto kernel_size, auto stride) {
+      constexpr int kKernel = decltype(kernel_size)::value;
+      constexpr int kStride = decltype(stride)::value;
+      FilterSums<T> filters{};
+      filters.tiles = ceil_div(g.out_height * ceil_div(g.out_width, kLaneOutputs), kLanes);
+      split_channels(filters, g, g.group_channels);
+      const int64_t blocks = g.batch * g.groups * filters.tiles * filters.splits;
+      if (blocks > kMaxBlocks) return false;
+      const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 && reads_by_four(a.features) &&
+                          reads_by_four(a.grad) && reads_by_four(a.spatial_filter);
+      const auto kernel = a.mul ? (vector ? filter_grads<T, kKernel, kStride, true, true>
+                                          : filter_grads<T, kKernel, kStride, true, false>)
+                                : (vector ? filter_grads<T, kKernel, kStride, false, true>
+                                          : filter_grads<T, kKernel, kStride, false, false>);
+      launch_sums(filters, g, to, allocate, launch, [&](const FilterSums<T>& ready) {
+        launch("ddf filter gradients", kernel, blocks, filter_threads(kKernel),
+               sizeof(float) * filter_shared_floats(kKernel), a, ready);
+      });
+      return true;
+    });
+  }
+}
+
+template <typename T, typename Allocate, typename Launch>
+void launch_filter_grads(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate,
+                         Launch&& launch) {
+  if (launch_filter_grads_of_rows(a, to, allocate, launch)) return;
   const Geometry& g = a.geometry;
-  if (grad_channel.data != nullptr) {
-    a.result = grad_channel;
+  if (to.channel_filter.data != nullptr) {
+    a.result = to.channel_filter;
     const int channel_lanes = is_channels_last(a.features) ? kChannelLanes : 1;
     const int64_t blocks = g.batch * ceil_div(g.channels, channel_lanes) * g.kernel * g.kernel;
     launch("ddf grad_channel", grad_channel_generic<T>, blocks, kGenericThreads,
            sizeof(Accumulate<T>) * kGenericThreads, a, channel_lanes);
   }
-  if (grad_spatial.data != nullptr) {
-    a.result = grad_spatial;
+  if (to.spatial_filter.data != nullptr) {
+    a.result = to.spatial_filter;
     launch_boxes(a, "ddf grad_spatial", grad_spatial_generic<T>, g.groups * g.kernel * g.kernel,
                  g.out_height, g.out_width, launch);
   }
+}
+
+// Fills the gradients that are wanted. allocate(n) makes room for n floats that lives until the
+// kernels are done.
+template <typename T, typename Allocate, typename Launch>
+void launch_backward(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate, Launch&& launch) {
+  const bool wants_filters = to.channel_filter.data != nullptr || to.spatial_filter.data != nullptr;
+  if (to.features.data != nullptr) {
+    if (wants_filters && launch_backward3(a, to, allocate, launch)) return;
+    a.result = to.features;
+    launch_grad_features(a, launch);
+  }
+  if (wants_filters) launch_filter_grads(a, to, allocate, launch);
 }
 
 }  // namespace ddf::cuda

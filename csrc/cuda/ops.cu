@@ -152,21 +152,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
     const Launcher launch(features);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
-    if (grad_features.numel() > 0) {
-      a.result = writable_view_of<T>(grad_features);
-      launch_grad_features(a, launch);
-    }
-    if (grad_channel.numel() > 0 || grad_spatial.numel() > 0) {
-      Tensor scratch;
-      const auto allocate = [&](int64_t floats) {
-        scratch = torch::stable::new_empty(features, {floats}, ScalarType::Float);
-        return static_cast<float*>(scratch.mutable_data_ptr());
-      };
-      const auto view = [](const Tensor& t) {
-        return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
-      };
-      launch_filter_grads(a, view(grad_channel), view(grad_spatial), allocate, launch);
-    }
+    // The caching allocator hands a block on to later work of the same stream only, so these may
+    // go before the kernels are done.
+    std::vector<Tensor> scratch;
+    const auto allocate = [&](int64_t floats) {
+      scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
+      return static_cast<float*>(scratch.back().mutable_data_ptr());
+    };
+    const auto view = [](const Tensor& t) {
+      return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
+    };
+    launch_backward(a, {view(grad_features), view(grad_channel), view(grad_spatial)}, allocate,
+                    launch);
   });
   return {grad_features, grad_channel, grad_spatial};
 }
