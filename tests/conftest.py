@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+
+# tests/ops needs torch alone.
+HAS_MMENGINE = importlib.util.find_spec("mmengine") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +33,12 @@ def device(request: pytest.FixtureRequest) -> str:
 def _isolation():
     """Fixed random numbers, no scope or verbose logger left behind by another test."""
     torch.manual_seed(0)
+    if not HAS_MMENGINE:
+        yield
+        return
+    from mmengine.logging import MMLogger
+    from mmengine.registry import DefaultScope
+
     MMLogger.get_instance("mmengine").setLevel("WARNING")
     scopes = dict(DefaultScope._instance_dict)
     yield
