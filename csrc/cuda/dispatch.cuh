@@ -1,5 +1,6 @@
 // Which kernel serves a call, and with how many blocks. `launch(name, kernel, blocks, threads,
-// shared_bytes, arguments...)` starts a kernel: on a device in ops.cu, on the host in the tests.
+// shared_bytes, arguments...)` starts a kernel: on a device in launcher.cuh, on the host in the
+// tests.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -9,13 +10,13 @@
 
 #include "backward3.cuh"
 #include "filter_grads.cuh"
+#include "filter_grads_channels_last.cuh"
 #include "generic.cuh"
 #include "window3.cuh"
 #include "window3_channels_last.cuh"
 
 namespace ddf::cuda {
 
-constexpr int64_t kMaxBlocks = INT32_MAX;
 // Elements that one launch of a generic kernel writes.
 constexpr int64_t kMaxElements = INT32_MAX;
 
@@ -212,12 +213,6 @@ void split_channels(FilterSums<T>& filters, const Geometry& g, int64_t most) {
   filters.splits = ceil_div(g.group_channels, slab);
 }
 
-// The tensors that a call is to fill; their data is null where they are not wanted.
-template <typename T>
-struct Gradients {
-  View<T> features, channel_filter, spatial_filter;
-};
-
 // Makes room for the parts, calls launch_parts(filters), and adds the parts.
 template <typename T, typename Allocate, typename Launch, typename LaunchParts>
 void launch_sums(FilterSums<T> filters, const Geometry& g, const Gradients<T>& to,
@@ -309,10 +304,56 @@ bool launch_filter_grads_of_rows(const Arguments<T>& a, const Gradients<T>& to, 
   }
 }
 
+// Runs filter_grads_channels_last where it serves the call; says whether it did.
+template <typename T, typename Allocate, typename Launch>
+bool launch_filter_grads_channels_last(const Arguments<T>& a, const Gradients<T>& to,
+                                       Allocate&& allocate, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    if (g.group_channels % kQuadChannels != 0 || !reads_channels_by_four(a.grad) ||
+        !reads_channels_by_four(a.features)) {
+      return false;
+    }
+    return with_windows(g, [&](auto kernel_size, auto stride) {
+      constexpr int kKernel = decltype(kernel_size)::value;
+      constexpr int kStride = decltype(stride)::value;
+      Quads quads;
+      quads.per_row = ceil_div(g.out_width, kTileOutputColumns);
+      quads.columns = ceil_div(g.out_width, quads.per_row);
+      quads.rows = ceil_div(g.out_height, kTileOutputRows);
+      const int64_t count = g.group_channels / kQuadChannels;
+      // The widest that leaves the fewest lanes without channels.
+      quads.lanes = kLanes;
+      for (const int lanes : {16, 8}) {
+        if (ceil_div(count, lanes) * lanes < ceil_div(count, quads.lanes) * quads.lanes) {
+          quads.lanes = lanes;
+        }
+      }
+      FilterSums<T> filters{};
+      filters.tiles = quads.per_row * quads.rows;
+      filters.slab = quads.lanes * kQuadChannels;
+      filters.splits = ceil_div(count, quads.lanes);
+      const int64_t warps = g.batch * g.groups * ceil_div(filters.tiles, kLanes / quads.lanes);
+      const int64_t blocks = ceil_div(warps, tile_warps(kKernel)) * filters.splits;
+      if (blocks > kMaxBlocks) return false;
+      const auto kernel = a.mul ? filter_grads_channels_last<T, kKernel, kStride, true>
+                                : filter_grads_channels_last<T, kKernel, kStride, false>;
+      launch_sums(filters, g, to, allocate, launch, [&](const FilterSums<T>& ready) {
+        launch("ddf filter gradients, channels_last", kernel, blocks, quad_threads(kKernel),
+               sizeof(float) * quad_shared_floats(kKernel), a, ready, quads);
+      });
+      return true;
+    });
+  }
+}
+
 template <typename T, typename Allocate, typename Launch>
 void launch_filter_grads(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate,
                          Launch&& launch) {
   if (launch_filter_grads_of_rows(a, to, allocate, launch)) return;
+  if (launch_filter_grads_channels_last(a, to, allocate, launch)) return;
   const Geometry& g = a.geometry;
   if (to.channel_filter.data != nullptr) {
     a.result = to.channel_filter;

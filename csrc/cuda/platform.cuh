@@ -11,7 +11,8 @@
 #define DDF_DEVICE __device__ __forceinline__
 #define DDF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DDF_UNROLL _Pragma("unroll")
-#define DDF_UNROLL_3 _Pragma("unroll 3")
+#define DDF_STRING(text) #text
+#define DDF_UNROLL_BY(count) _Pragma(DDF_STRING(unroll count))
 #define DDF_UNROLL_NOT _Pragma("unroll 1")
 // The dynamic shared memory of the block, 16-byte aligned, as an array of `type`.
 #define DDF_SHARED(type, name)                                      \
@@ -26,6 +27,7 @@ using BFloat16 = __nv_bfloat16;
 DDF_DEVICE int thread_index() { return threadIdx.x; }
 DDF_DEVICE int64_t block_index() { return blockIdx.x; }
 DDF_DEVICE void sync_threads() { __syncthreads(); }
+DDF_DEVICE void sync_warp() { __syncwarp(); }
 // The value of the lane whose index differs in the bits of `mask`; every lane takes part.
 DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -27,15 +27,41 @@ struct FilterSums {
     return channel_parts + ((tile * g.batch + batch) * g.channels + channel) * g.kernel * g.kernel;
   }
 
+  // A sum of grad_spatial's place, and those to its right: one of the two is null.
+  struct Place {
+    T* result;
+    float* part;
+    int64_t column_stride;
+
+    DDF_DEVICE void store(float sum) const {
+      if (part == nullptr) {
+        cuda::store(result, sum);
+      } else {
+        cuda::store(part, sum);
+      }
+    }
+    DDF_DEVICE void advance() {
+      if (part == nullptr) {
+        result += column_stride;
+      } else {
+        ++part;
+      }
+    }
+  };
+
+  DDF_DEVICE Place spatial_at(const Geometry& g, int64_t split, int64_t batch, int64_t plane,
+                              int row, int column) const {
+    if (spatial_parts == nullptr) {
+      return {grad_spatial.at(batch, plane, row, column), nullptr, grad_spatial.column_stride};
+    }
+    const int64_t planes = g.groups * g.kernel * g.kernel;
+    const int64_t line = ((split * g.batch + batch) * planes + plane) * g.out_height + row;
+    return {nullptr, spatial_parts + line * g.out_width + column, 1};
+  }
+
   DDF_DEVICE void store_spatial(const Geometry& g, int64_t split, int64_t batch, int64_t plane,
                                 int row, int column, float sum) const {
-    if (spatial_parts == nullptr) {
-      store(grad_spatial.at(batch, plane, row, column), sum);
-    } else {
-      const int64_t planes = g.groups * g.kernel * g.kernel;
-      const int64_t line = ((split * g.batch + batch) * planes + plane) * g.out_height + row;
-      store(spatial_parts + line * g.out_width + column, sum);
-    }
+    spatial_at(g, split, batch, plane, row, column).store(sum);
   }
 };
 

@@ -155,7 +155,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
   const int strip_end = place.left + strips.columns;
   const int end = strip_end < width ? strip_end : width;
   // Unrolled by the columns of the window, so that columns change their role and not their place.
-  DDF_UNROLL_3
+  DDF_UNROLL_BY(3)
   for (int column = place.left; column < end; ++column) {
     load_column(window[2], column + 1 < width);
     if (!Mirrored || (rows_inside && column > 0 && column + 1 < width)) {

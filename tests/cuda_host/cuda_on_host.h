@@ -26,7 +26,7 @@
 #define DDF_DEVICE inline
 #define DDF_KERNEL(...) void
 #define DDF_UNROLL
-#define DDF_UNROLL_3
+#define DDF_UNROLL_BY(count)
 #define DDF_UNROLL_NOT
 #define DDF_SHARED(type, name) \
   type* const name = reinterpret_cast<type*>(::ddf::host::machine().shared_memory())
@@ -295,6 +295,8 @@ using BFloat16 = c10::BFloat16;
 inline int thread_index() { return host::machine().thread(); }
 inline int64_t block_index() { return host::machine().block(); }
 inline void sync_threads() { host::machine().barrier(); }
+// Threads of a warp wait for each other as in a shuffle.
+inline void sync_warp() { host::machine().shuffle_xor(0.f, 0); }
 inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
 
 template <typename T>

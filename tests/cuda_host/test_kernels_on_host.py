@@ -299,6 +299,34 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
+    for which in ("both", "channel", "spatial"):
+        # Strips of 17 and of 9 columns; 8 lanes with 6 quadruples of channels.
+        tensors = make(1, 48, (2, 17), k, 2, stride, which, False, dtype, torch.channels_last)
+        names = served(tensors)[2:]
+        got = host.run_several(names, *tensors, k, 1, stride, combine)
+        for name, result in zip(names, got, strict=True):
+            compare(name, result, tensors, k, 1, stride, combine)
+        assert "filter_grads_channels_last<" in host.last_kernels
+        assert f", {k}, {stride}{flags(combine == 'mul')}" in host.last_kernels
+
+
+# Channels for 32, 16 and 8 lanes, for two warps, and a quadruple alone.
+@pytest.mark.parametrize(
+    "channels, size", [(128, (9, 3)), (64, (3, 18)), (160, (4, 4)), (4, (1, 4))]
+)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients_channels_last_of_lanes(host, k, stride, channels, size):
+    tensors = make(2, channels, size, k, stride=stride, layout=torch.channels_last)
+    got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
+    for name, result in zip(PASSES[2:], got, strict=True):
+        compare(name, result, tensors, k, 1, stride, "mul")
+    assert "filter_grads_channels_last<" in host.last_kernels
+
+
 @pytest.mark.parametrize("size", [(1, 1), (12, 36), (9, 20)], ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_of_a_pixel_and_of_several_tiles(host, k, stride, size):
