@@ -14,6 +14,7 @@
 #include "generic.cuh"
 #include "window3.cuh"
 #include "window3_channels_last.cuh"
+#include "window_quads.cuh"
 
 namespace ddf::cuda {
 
@@ -160,6 +161,43 @@ bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launc
   }
 }
 
+// Runs window_quads where it serves the call; says whether it did.
+template <bool Mirrored, typename T, typename Launch>
+bool launch_window_quads(const Arguments<T>& a, const char* name, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const View<const T>& input = Mirrored ? a.grad : a.features;
+    const bool rows = has_rows(input) && has_rows(a.result);
+    const bool quads = g.group_channels % kWindowChannels == 0 && reads_channels_by_four(input) &&
+                       reads_channels_by_four(a.result);
+    if (!rows && !quads) return false;
+    return with_windows(g, [&](auto kernel_size, auto stride) {
+      constexpr int kKernel = decltype(kernel_size)::value;
+      constexpr int kStride = decltype(stride)::value;
+      if constexpr ((kKernel == 3 && kStride == 1) || (Mirrored && kStride != 1)) {
+        return false;
+      } else {
+        const int tiles = ceil_div(g.out_height * ceil_div(g.out_width, kQuadOutputs), kBlockQuads);
+        const int slabs = ceil_div(g.group_channels, kBlockChannels);
+        const int64_t blocks = g.batch * g.groups * tiles * slabs;
+        if (blocks > kMaxBlocks) return false;
+        const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 && reads_by_four(input) &&
+                            reads_by_four(a.result);
+        const auto kernel = a.mul
+                                ? (rows ? window_quads<T, kKernel, kStride, true, Mirrored, false>
+                                        : window_quads<T, kKernel, kStride, true, Mirrored, true>)
+                                : (rows ? window_quads<T, kKernel, kStride, false, Mirrored, false>
+                                        : window_quads<T, kKernel, kStride, false, Mirrored, true>);
+        launch(name, kernel, blocks, kQuadThreads, sizeof(float) * window_quads_floats(kKernel), a,
+               tiles, slabs, vector);
+        return true;
+      }
+    });
+  }
+}
+
 // Launches a generic kernel for [batch, channels, rows, columns] results, in several boxes if they
 // are too many for one.
 template <typename T, typename Kernel, typename Launch>
@@ -188,6 +226,7 @@ template <typename T, typename Launch>
 void launch_forward(const Arguments<T>& a, Launch&& launch) {
   if (launch_window3<false>(a, "ddf forward, 3x3", launch)) return;
   if (launch_window3_channels_last<false>(a, "ddf forward, 3x3 channels_last", launch)) return;
+  if (launch_window_quads<false>(a, "ddf forward, quads", launch)) return;
   const Geometry& g = a.geometry;
   launch_boxes(a, "ddf forward", forward_generic<T>, g.channels, g.out_height, g.out_width, launch);
 }
@@ -196,6 +235,7 @@ template <typename T, typename Launch>
 void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
   if (launch_window3<true>(a, "ddf grad_features, 3x3", launch)) return;
   if (launch_window3_channels_last<true>(a, "ddf grad_features, 3x3 channels_last", launch)) return;
+  if (launch_window_quads<true>(a, "ddf grad_features, quads", launch)) return;
   const Geometry& g = a.geometry;
   launch_boxes(a, "ddf grad_features", grad_features_generic<T>, g.channels, g.height, g.width,
                launch);

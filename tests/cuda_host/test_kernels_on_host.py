@@ -299,6 +299,38 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
+    rows = layout == torch.contiguous_format
+    for which, size in (
+        ("both", (3, 8)),
+        ("both", (5, 9)),
+        ("channel", (2, 9)),
+        ("spatial", (3, 9)),
+    ):
+        # In rows, 3 channels a group fill a quadruple in part.
+        tensors = make(1, 6 if rows else 16, size, k, 2, stride, which, False, dtype, layout)
+        for name in PASSES[: 3 - stride]:
+            check(host, name, tensors, k, 1, stride, combine)
+            assert "window_quads<" in host.last_kernels
+            assert f", {k}, {stride}{flags(combine == 'mul', name != 'forward', not rows)}" in (
+                host.last_kernels
+            )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60))], ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, layout):
+    tensors = make(1, channels, size, k, stride=stride, layout=layout)
+    for name in PASSES[: 3 - stride]:
+        check(host, name, tensors, k, 1, stride)
+        assert "window_quads<" in host.last_kernels
+
+
 @pytest.mark.parametrize("combine", ["mul", "add"])
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
