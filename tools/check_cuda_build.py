@@ -1,14 +1,16 @@
 """Compile the CUDA kernels for every architecture; print registers and spills as a table.
 
-    python tools/check_cuda_build.py [--arch 80 90 ...] [--jobs N]
+    python tools/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots]
 
-Needs nvcc and torch's headers, no GPU. A register spill is a fault, unless SPILLS names the kernel
-with the reason: the exit status is then 1.
+Needs nvcc and torch's headers, no GPU. --slots also counts, by cuobjdump, the instructions of each
+kernel's loop for one of its outputs: all that stand there, also those of branches for borders. The
+exit status is 1 if a kernel spills registers, unless SPILLS names it with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +25,16 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
+# Outputs (pixels of one channel) that one round of a kernel's hot loop makes, by its template
+# arguments; a part of an output where the loop serves one row of taps.
+OUTPUTS = {
+    "window3": lambda: 8,
+    "window3_channels_last": lambda: 3 * 8,
+    "backward3": lambda: 8,
+    "window_quads": lambda k, stride: 16 / k,
+    "filter_grads": lambda k, stride: 4 / (1 if k == 3 else k),
+    "filter_grads_channels_last": lambda k, stride: k * 4 / (1 if k == 3 else k),
+}
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 # Kernel and architecture to the reason why it may spill.
@@ -44,18 +56,70 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def compile_for(nvcc: str, arch: str, folder: str) -> tuple[str, float]:
-    """What ptxas says of the kernels for sm_``arch``, and the seconds it took."""
+def find_cuobjdump(nvcc: str) -> str:
+    # Triton, which comes with torch, has one too.
+    triton = importlib.util.find_spec("triton")
+    places = [str(Path(nvcc).parent), str(Path(nvcc).resolve().parent)]
+    if triton is not None and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which("cuobjdump", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if found is None:
+        raise SystemExit("check_cuda_build.py: error: no cuobjdump beside nvcc, for --slots")
+    return found
+
+
+@dataclass(frozen=True)
+class Compiled:
+    report: str  # of ptxas
+    code: str  # SASS, if asked for
+    seconds: float
+
+
+def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folder: str) -> Compiled:
+    """Compiles the kernels of ``source`` for sm_``arch``; ``cuobjdump`` to get their code."""
     include = Path(torch.__file__).parent / "include"
+    cubin = f"{folder}/{source.stem}_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
     command += [*COMMON_NVCC_FLAGS, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{CSRC}", "-isystem", str(include)]
-    command += [str(CSRC / "cuda" / "ops.cu"), "-o", f"{folder}/ops_{arch}.cubin"]
+    command += [f"-I{CSRC}", "-isystem", str(include), str(source), "-o", cubin]
     start = time.perf_counter()
     run = subprocess.run(command, text=True, capture_output=True, check=False)
     if run.returncode != 0:
-        raise SystemExit(f"check_cuda_build.py: error: sm_{arch} does not compile:\n{run.stderr}")
-    return run.stderr, time.perf_counter() - start
+        raise SystemExit(
+            f"check_cuda_build.py: error: {source.name} does not compile for sm_{arch}:\n"
+            f"{run.stderr}"
+        )
+    seconds = time.perf_counter() - start
+    code = ""
+    if cuobjdump:
+        dump = [cuobjdump, "-sass", cubin]
+        code = subprocess.run(dump, text=True, capture_output=True, check=True).stdout
+    return Compiled(run.stderr, code, seconds)
+
+
+def hot_loops(code: str) -> dict[str, int]:
+    """Mangled name of each kernel to the instructions of its longest loop without inner loops."""
+    lengths = {}
+    for function in re.split(r"\n\s*Function : ", code)[1:]:
+        name, body = function.split("\n", 1)
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)
+        lines = [(int(address, 16), text) for address, text in found]
+        # Behind the last exit stand pieces of code that were moved out of line.
+        end = max((address for address, text in lines if "EXIT" in text), default=0)
+        loops = set()
+        for address, text in lines:
+            target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            if target and int(target.group(1), 16) < address < end:
+                loops.add((int(target.group(1), 16), address))
+        lengths[name] = max(
+            (
+                sum(first <= address <= last for address, _ in lines)
+                for first, last in loops
+                if not any((first, last) != o and first <= o[0] and o[1] <= last for o in loops)
+            ),
+            default=0,
+        )
+    return lengths
 
 
 def usages(report: str) -> dict[str, Usage]:
@@ -71,22 +135,63 @@ def usages(report: str) -> dict[str, Usage]:
     }
 
 
-def readable(name: str) -> str:
-    """A kernel's name and template arguments, as in ``window3<float, mul=1, ...>``."""
-    match = re.fullmatch(r"_ZN3ddf4cuda\d+(\w+?)I(.+?)EEv.*", name)
-    if match is None:
-        return name
-    kernel, arguments = match.groups()
-    types = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
-    type_name = next(types[t] for t in types if arguments.startswith(t))
-    flags = re.findall(r"Lb([01])", arguments)
-    meanings = {
-        "window3": ("mul", "mirrored", "vector"),
-        "window3_channels_last": ("mul", "mirrored"),
-        "filter_grads3": ("mul", "vector"),
-    }
-    named = zip(meanings.get(kernel, ()), flags, strict=True)
-    return f"{kernel}<{', '.join([type_name, *(n for n, on in named if on == '1')])}>"
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's template arguments, as its mangled name tells them."""
+
+    name: str
+    dtype: str
+    numbers: tuple[int, ...]
+    flags: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, mangled: str) -> Kernel | None:
+        match = re.fullmatch(r"_ZN3ddf4cuda\d+(\w+?)I(.+?)EEv.*", mangled)
+        if match is None:
+            return None
+        name, arguments = match.groups()
+        types = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
+        dtype = next(types[t] for t in types if arguments.startswith(t))
+        numbers = tuple(map(int, re.findall(r"Li(\d+)", arguments)))
+        flags = tuple(flag == "1" for flag in re.findall(r"Lb([01])", arguments))
+        return cls(name, dtype, numbers, flags)
+
+    def __str__(self) -> str:
+        """As in ``window3<float, mul, vector>``."""
+        meanings = {
+            "window3": ("mul", "mirrored", "vector"),
+            "window3_channels_last": ("mul", "mirrored"),
+            "backward3": ("mul", "vector"),
+            "window_quads": ("mul", "mirrored", "channels_last"),
+            "filter_grads": ("mul", "vector"),
+            "filter_grads_channels_last": ("mul",),
+        }
+        named = zip(meanings.get(self.name, ()), self.flags, strict=True)
+        windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]
+        return f"{self.name}<{', '.join([self.dtype, *windows, *(n for n, on in named if on)])}>"
+
+    def slots(self, instructions: int) -> float | None:
+        """Of one output, given those of one round of the loop; None where it varies."""
+        outputs = OUTPUTS.get(self.name)
+        return instructions / outputs(*self.numbers) if outputs else None
+
+
+def readable(mangled: str) -> str:
+    return str(Kernel.of(mangled) or mangled)
+
+
+def print_slots(codes: dict[str, str]) -> None:
+    """One line a kernel with the slots of one output, for each architecture's code."""
+    tables = []
+    for code in codes.values():
+        kernels = [(Kernel.of(name), count) for name, count in hot_loops(code).items()]
+        slots = [(str(k), k.slots(count)) for k, count in kernels if k is not None]
+        tables.append({name: value for name, value in slots if value is not None})
+    width = max(map(len, tables[0]))
+    print("\ninstructions of the loop for one output")
+    print("kernel".ljust(width), *(f"sm_{arch}".rjust(8) for arch in codes))
+    for kernel in sorted(tables[0]):
+        print(kernel.ljust(width), *(f"{table[kernel]:8.1f}" for table in tables))
 
 
 def main() -> int:
@@ -96,14 +201,25 @@ def main() -> int:
     parser.add_argument(
         "--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="architectures compiled at once")
+    parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
+    parser.add_argument("--slots", action="store_true", help="count instructions too")
     args = parser.parse_args()
     nvcc = find_nvcc()
+    cuobjdump = find_cuobjdump(nvcc) if args.slots else None
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda arch: compile_for(nvcc, arch, folder), args.arch))
-    seconds = [run[1] for run in runs]
+        runs = {
+            arch: [
+                pool.submit(compile_for, nvcc, cuobjdump, arch, source, folder)
+                for source in sources
+            ]
+            for arch in args.arch
+        }
+        compiled = {arch: [run.result() for run in runs[arch]] for arch in args.arch}
+    seconds = [sum(c.seconds for c in compiled[arch]) for arch in args.arch]
     tables = [
-        {readable(name): usage for name, usage in usages(report).items()} for report, _ in runs
+        {readable(name): usage for c in compiled[arch] for name, usage in usages(c.report).items()}
+        for arch in args.arch
     ]
     kernels = sorted(tables[0])
     if not kernels:
@@ -124,6 +240,8 @@ def main() -> int:
         print(kernel.ljust(width), *cells)
     print("seconds".ljust(width), *(f"{s:.0f}".rjust(8) for s in seconds))
     print(f"{len(kernels)} kernels, {len(args.arch)} architectures")
+    if args.slots:
+        print_slots({arch: "".join(c.code for c in compiled[arch]) for arch in args.arch})
     for (kernel, arch), reason in SPILLS.items():
         print(f"allowed: {kernel} on sm_{arch}: {reason}")
     for fault in faults:

@@ -1,43 +1,131 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA device, in one command: build the ops for the GPU present, run every
-# CUDA test, look for invalid accesses and races, and time the operation. gpu_check.sh [OUT]
+# Everything that wants a CUDA device: gpu_check.sh [build] [test] [sanitize] [bench] [OUT]
 #
-# OUT (default: benchmarks) receives gpu_check.txt, with the device and the versions, and the
-# timings as JSON. From the environment: PYTHON. Stops with the first failure's status.
-set -euo pipefail
+#   build     compiles the ops for the GPU present, with all cores
+#   test      runs every CUDA test: the cases of the CPU, strided and huge tensors, streams,
+#             autocast, graph capture, gradcheck
+#   sanitize  runs small cases of every kernel under compute-sanitizer
+#   bench     times the operation and writes a table of it
+#
+# Without a stage, all of them. A failure does not stop what follows: the last lines say what
+# failed, and the exit status is then 1. OUT (default: benchmarks) receives gpu_check_STAGE.txt,
+# which begins with the date, the device and the versions, and from bench the timings as JSON and
+# gpu_check.md. From the environment: PYTHON, CUDA_HOME, MAX_JOBS.
+set -uo pipefail
 
 TOOLS=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname -- "$TOOLS")
 PYTHON=${PYTHON:-python}
-mkdir -p "${1:-$ROOT/benchmarks}"
+
+stages=()
+while [[ "${1:-}" =~ ^(build|test|sanitize|bench)$ ]]; do
+    stages+=("$1")
+    shift
+done
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize bench)
+if [ $# -gt 1 ]; then
+    echo "gpu_check.sh: error: one OUT at most, after the stages, got: $*" >&2
+    exit 2
+fi
+mkdir -p "${1:-$ROOT/benchmarks}" || exit 2
 OUT=$(cd -- "${1:-$ROOT/benchmarks}" && pwd)
-cd "$ROOT"
+cd "$ROOT" || exit 2
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-"$PYTHON" - << 'END' | tee "$OUT/gpu_check.txt"
+# Two lines: what every report begins with, and the GPU's compute capability.
+about=$("$PYTHON" - << 'END'
 import datetime
+import platform
 import sys
 
 import torch
 
 if not torch.cuda.is_available():
     sys.exit("gpu_check.sh: error: torch sees no CUDA device")
-print(f"{datetime.date.today()}  {torch.cuda.get_device_name()}  torch {torch.__version__}")
+print(
+    f"{datetime.date.today()}  {torch.cuda.get_device_name()}  torch {torch.__version__}  "
+    f"CUDA {torch.version.cuda}  Python {platform.python_version()}"
+)
+print("{}.{}".format(*torch.cuda.get_device_capability()))
 END
+) || exit 1
 
-DDF_MM_WITH_OPS=1 FORCE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
-DDF_MM_REQUIRE_OPS=1 "$PYTHON" -m pytest -q -m cuda tests/ops | tee -a "$OUT/gpu_check.txt"
+failures=()
+# attempt NAME COMMAND...: runs it into the stage's report and remembers a failure under NAME.
+attempt() {
+    local name=$1
+    shift
+    echo "== $name: $*" | tee -a "$report"
+    "$@" 2>&1 | tee -a "$report" || failures+=("$stage: $name")
+}
 
-SANITIZER=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
-for tool in memcheck racecheck synccheck; do
-    echo "== compute-sanitizer $tool" | tee -a "$OUT/gpu_check.txt"
-    "$SANITIZER" --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest -q -m cuda \
-        tests/ops/test_ddf.py -k "loop and 3-dilation1-stride1" 2>&1 | tee -a "$OUT/gpu_check.txt"
-done
+build() {
+    DDF_MM_WITH_OPS=1 FORCE_CUDA=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+        TORCH_CUDA_ARCH_LIST="${about##*$'\n'}" \
+        attempt "compiling" "$PYTHON" setup.py -q build_ext --inplace
+}
 
-for dtype in float32 bfloat16; do
-    for pass in "" --backward; do
-        "$PYTHON" "$TOOLS/benchmark.py" op --device cuda --dtype "$dtype" $pass \
-            --json "$OUT/op_cuda_$dtype${pass/--/_}.json" | tee -a "$OUT/gpu_check.txt"
+has_pytest() {
+    "$PYTHON" -c "import pytest" 2> /dev/null && return
+    attempt "pytest is not there: pip install pytest" false
+    return 1
+}
+
+test_() {
+    has_pytest || return
+    local parallel=()
+    if "$PYTHON" -c "import xdist" 2> /dev/null; then parallel=(-n 4); fi
+    DDF_MM_REQUIRE_OPS=1 attempt "CUDA tests" \
+        "$PYTHON" -m pytest -q -m cuda tests/ops "${parallel[@]}"
+}
+
+sanitize() {
+    has_pytest || return
+    local sanitizer
+    sanitizer=$(PATH="${CUDA_HOME:-/usr/local/cuda}/bin:$PATH" command -v compute-sanitizer) || {
+        attempt "compute-sanitizer is not there: set CUDA_HOME to a CUDA toolkit" false
+        return
+    }
+    local tool
+    for tool in memcheck racecheck synccheck; do
+        # Without torch's cache every tensor is an allocation of its own, whose end memcheck sees.
+        DDF_MM_REQUIRE_OPS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "$tool" \
+            "$sanitizer" --tool "$tool" --error-exitcode 1 \
+            "$PYTHON" -m pytest -q -m cuda tests/ops/test_compiled.py -k small_cases
     done
+}
+
+bench() {
+    # Large enough not to fit a GPU's cache, from ResNet and FPN.
+    local shapes=(2,256,200,304 32,256,56,56 32,512,28,28 128,64,56,56)
+    local options dtype pass name reports=()
+    for options in "" "--kernel-size 5" "--stride 2"; do
+        for dtype in float32 bfloat16; do
+            for pass in "" --backward; do
+                name="op cuda $dtype $options $pass"
+                name=$(tr -cs '[:alnum:]\n' _ <<< "${name//--/}")
+                # shellcheck disable=SC2086
+                attempt "${name%_}" "$PYTHON" "$TOOLS/benchmark.py" op --device cuda \
+                    --shapes "${shapes[@]}" --dtype "$dtype" $options $pass \
+                    --json "$OUT/${name%_}.json"
+                [ ! -f "$OUT/${name%_}.json" ] || reports+=("$OUT/${name%_}.json")
+            done
+        done
+    done
+    [ ${#reports[@]} -eq 0 ] || attempt "table" \
+        "$PYTHON" "$TOOLS/analysis/benchmark_table.py" "${reports[@]}" --out "$OUT/gpu_check.md"
+}
+
+for stage in "${stages[@]}"; do
+    report=$OUT/gpu_check_$stage.txt
+    echo "${about%%$'\n'*}" | tee "$report"
+    case $stage in
+        test) test_ ;;
+        *) "$stage" ;;
+    esac
 done
+
+for failure in "${failures[@]}"; do
+    echo "gpu_check.sh: error: failed: $failure" >&2
+done
+[ ${#failures[@]} -eq 0 ]

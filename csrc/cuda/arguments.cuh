@@ -7,6 +7,13 @@
 
 namespace ddf::cuda {
 
+// For arguments of generic lambdas, which are then compiled once for each.
+using True = std::true_type;
+using False = std::false_type;
+
+// CUDA's limit for one launch.
+constexpr int64_t kMaxBlocks = INT32_MAX;
+
 // The type that sums are kept in.
 template <typename T>
 struct AccumulateType {
@@ -40,6 +47,12 @@ struct Arguments {
   View<const T> channel_filter;
   View<const T> spatial_filter;
   View<T> result;  // the one tensor that the kernel writes
+};
+
+// The tensors that a call is to fill; their data is null where they are not wanted.
+template <typename T>
+struct Gradients {
+  View<T> features, channel_filter, spatial_filter;
 };
 
 }  // namespace ddf::cuda

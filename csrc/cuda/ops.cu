@@ -1,5 +1,4 @@
 // The CUDA kernels of the operators whose schemas are in ../ops.cpp.
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.cuh"
+#include "launcher.cuh"
 #include "tensors.h"
 
 namespace ddf::cuda {
@@ -18,28 +17,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-class Launcher {
- public:
-  explicit Launcher(const Tensor& tensor) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  template <typename... Parameters, typename... Given>
-  void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
-                  size_t shared_bytes, const Given&... given) const {
-    STD_TORCH_CHECK(blocks <= kMaxBlocks, name, ": the tensors need ", blocks,
-                    " blocks, CUDA allows ", kMaxBlocks);
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream_>>>(given...);
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, name,
-                    ": the kernel did not start: ", cudaGetErrorString(error));
-  }
-
- private:
-  cudaStream_t stream_;
-};
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 // Calls function(T{}) with the kernels' type for `type`.
 template <typename Function>
@@ -117,7 +99,7 @@ Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
-    launch_forward(a, Launcher(features));
+    run_forward(a, current_stream(features));
   });
   return out;
 }
@@ -149,24 +131,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
           : none();
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Launcher launch(features);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
-    if (grad_features.numel() > 0) {
-      a.result = writable_view_of<T>(grad_features);
-      launch_grad_features(a, launch);
-    }
-    if (grad_channel.numel() > 0 || grad_spatial.numel() > 0) {
-      Tensor scratch;
-      const auto allocate = [&](int64_t floats) {
-        scratch = torch::stable::new_empty(features, {floats}, ScalarType::Float);
-        return static_cast<float*>(scratch.mutable_data_ptr());
-      };
-      const auto view = [](const Tensor& t) {
-        return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
-      };
-      launch_filter_grads(a, view(grad_channel), view(grad_spatial), allocate, launch);
-    }
+    // The caching allocator hands a block on to later work of the same stream only, so these may
+    // go before the kernels are done.
+    std::vector<Tensor> scratch;
+    const auto allocate = [&](int64_t floats) {
+      scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
+      return static_cast<float*>(scratch.back().mutable_data_ptr());
+    };
+    const auto view = [](const Tensor& t) {
+      return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
+    };
+    const Gradients<T> to{view(grad_features), view(grad_channel), view(grad_spatial)};
+    run_backward(a, to, Allocate(allocate), current_stream(features));
   });
   return {grad_features, grad_channel, grad_spatial};
 }

@@ -2,6 +2,7 @@
 // load and store, so that the host build of the tests can check each one.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -10,7 +11,8 @@
 #define DDF_DEVICE __device__ __forceinline__
 #define DDF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DDF_UNROLL _Pragma("unroll")
-#define DDF_UNROLL_3 _Pragma("unroll 3")
+#define DDF_STRING(text) #text
+#define DDF_UNROLL_BY(count) _Pragma(DDF_STRING(unroll count))
 #define DDF_UNROLL_NOT _Pragma("unroll 1")
 // The dynamic shared memory of the block, 16-byte aligned, as an array of `type`.
 #define DDF_SHARED(type, name)                                      \
@@ -25,6 +27,7 @@ using BFloat16 = __nv_bfloat16;
 DDF_DEVICE int thread_index() { return threadIdx.x; }
 DDF_DEVICE int64_t block_index() { return blockIdx.x; }
 DDF_DEVICE void sync_threads() { __syncthreads(); }
+DDF_DEVICE void sync_warp() { __syncwarp(); }
 // The value of the lane whose index differs in the bits of `mask`; every lane takes part.
 DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -76,6 +79,16 @@ DDF_DEVICE void store4(BFloat16* p, const float* from) {
   const __nv_bfloat162 high = __floats2bfloat162_rn(from[2], from[3]);
   *reinterpret_cast<uint2*>(p) =
       make_uint2(reinterpret_cast<const unsigned&>(low), reinterpret_cast<const unsigned&>(high));
+}
+
+// Four floats of shared memory, 16-byte aligned.
+DDF_DEVICE void load_shared4(float* to, const float* p) {
+  const float4 four = *reinterpret_cast<const float4*>(p);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+DDF_DEVICE void store_shared4(float* p, const float* from) {
+  *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
 }
 
 }  // namespace ddf::cuda

@@ -1,99 +1,170 @@
 // 3 x 3 windows of stride and dilation 1 over channels that are contiguous in memory
 // (channels_last): the forward pass, and grad_features with the taps mirrored, as in window3.cuh.
 //
-// A thread owns 4 neighbouring channels of one filter group and slides along a strip of a row: the
-// channel filters stay in registers, and each step loads one new column of the window.
+// A thread owns 4 neighbouring channels of one filter group and slides along a strip of two rows:
+// the channel filters stay in registers, the spatial filters of the strip lie in shared memory,
+// where all channels find them, and each step loads one new column of the window.
 #pragma once
 #include "arguments.cuh"
 
 namespace ddf::cuda {
 
 constexpr int kStripThreads = 128;
-constexpr int kStripColumns = 16;
+constexpr int kStripRows = 2;
+constexpr int kStripColumns = 16;  // at most
 constexpr int kStripChannels = 4;
 constexpr int kStripTaps = 9;
+// Floats of shared memory for the taps of a pixel (three aligned quadruples), and of a strip.
+constexpr int kStripTapStride = 12;
+constexpr int kStripFloats = kStripRows * kStripColumns * kStripTapStride;
+
+struct Strips {
+  int columns, per_row, rows;  // columns of a strip; strips beside and below each other
+  int lanes, chunks;           // channel quadruples of a block; blocks for those of a group
+  int per_block;
+};
 
 template <typename T, bool Mul, bool Mirrored>
 DDF_KERNEL(kStripThreads, 3)
-window3_channels_last(Arguments<T> a, int strips) {
+window3_channels_last(Arguments<T> a, Strips strips) {
   const Geometry& g = a.geometry;
+  DDF_SHARED(float, spatial_taps);
   const int height = g.height;
   const int width = g.width;
-  const int quads = g.channels / kStripChannels;
-  unsigned index = static_cast<unsigned>(block_index()) * kStripThreads + thread_index();
-  const int channel = index % quads * kStripChannels;
-  index /= quads;
-  const int left = index % strips * kStripColumns;
-  index /= strips;
-  const int row = index % height;
-  const int batch = index / height;
-  if (batch >= g.batch) return;
+  const int64_t block = block_index() / strips.chunks;
+  const int chunk = block_index() % strips.chunks;
+  const int64_t strips_of_image = static_cast<int64_t>(strips.per_row) * strips.rows;
+  const int64_t count = strips_of_image * g.groups * g.batch;
   // The filter that changes nothing.
   constexpr float neutral = Mul ? 1.f : 0.f;
 
+  struct Place {
+    int64_t batch;
+    int group, top, left;
+    bool inside;
+  };
+  const auto place_of = [&](int strip) {
+    int64_t index = block * strips.per_block + strip;
+    Place place;
+    place.inside = index < count;
+    if (!place.inside) index = 0;
+    place.left = index % strips.per_row * strips.columns;
+    index /= strips.per_row;
+    place.top = index % strips.rows * kStripRows;
+    index /= strips.rows;
+    place.group = index % g.groups;
+    place.batch = index / g.groups;
+    return place;
+  };
+
+  for (int i = thread_index(); i < strips.per_block * kStripRows * kStripColumns;
+       i += kStripThreads) {
+    const Place place = place_of(i / (kStripRows * kStripColumns));
+    const int row = place.top + i / kStripColumns % kStripRows;
+    const int column = place.left + i % kStripColumns;
+    const bool inside = place.inside && row < height && column < width;
+    float taps[kStripTapStride] = {};
+    DDF_UNROLL
+    for (int tap = 0; tap < kStripTaps; ++tap) {
+      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      const int y = row + (Mirrored ? 1 - tap / 3 : 0);
+      const int x = column + (Mirrored ? 1 - tap % 3 : 0);
+      taps[tap] = neutral;
+      if (a.spatial_filter.data != nullptr && inside &&
+          (!Mirrored || (y >= 0 && y < height && x >= 0 && x < width))) {
+        taps[tap] = load(a.spatial_filter.at(place.batch, place.group * kStripTaps + tap, y, x));
+      }
+    }
+    DDF_UNROLL
+    for (int quarter = 0; quarter < kStripTapStride / 4; ++quarter) {
+      store_shared4(spatial_taps + i * kStripTapStride + 4 * quarter, taps + 4 * quarter);
+    }
+  }
+  sync_threads();
+
+  const int strip = thread_index() / strips.lanes;
+  const int quad = chunk * strips.lanes + thread_index() % strips.lanes;
+  const Place place = place_of(strip);
+  if (strip >= strips.per_block || !place.inside || quad * kStripChannels >= g.group_channels) {
+    return;
+  }
+  const int64_t channel = place.group * g.group_channels + quad * kStripChannels;
   float channel_taps[kStripTaps][kStripChannels];
   DDF_UNROLL
   for (int tap = 0; tap < kStripTaps; ++tap) {
     DDF_UNROLL
     for (int i = 0; i < kStripChannels; ++i) {
-      channel_taps[tap][i] = a.channel_filter.data == nullptr
-                                 ? neutral
-                                 : load(a.channel_filter.at(batch, channel + i, tap / 3, tap % 3));
+      channel_taps[tap][i] =
+          a.channel_filter.data == nullptr
+              ? neutral
+              : load(a.channel_filter.at(place.batch, channel + i, tap / 3, tap % 3));
     }
   }
 
+  constexpr int kRows = kStripRows + 2;
   const View<const T>& input = Mirrored ? a.grad : a.features;
-  const int plane = channel / static_cast<int>(g.group_channels) * kStripTaps;
-  const T* source = input.at(batch, channel, row - 1, left - 1);
-  const T* spatial_filter = a.spatial_filter.at(batch, plane, row, left);
-  T* target = a.result.at(batch, channel, row, left);
-  const bool row_inside[3] = {row > 0, true, row + 1 < height};
-
-  float window[3][3][kStripChannels];  // [column][row]
-  const auto load_column = [&](float (&to)[3][kStripChannels], int column) {
+  const T* source = input.at(place.batch, channel, place.top - 1, place.left - 1);
+  T* target = a.result.at(place.batch, channel, place.top, place.left);
+  const float* spatial = spatial_taps + strip * kStripFloats;
+  bool row_inside[kRows];
+  DDF_UNROLL
+  for (int y = 0; y < kRows; ++y) {
+    row_inside[y] = y == 1 || (place.top + y >= 1 && place.top + y <= height);
+  }
+  float window[3][kRows][kStripChannels];  // [column][row]
+  const auto load_column = [&](float (&to)[kRows][kStripChannels], bool column_inside) {
     DDF_UNROLL
-    for (int y = 0; y < 3; ++y) {
+    for (int y = 0; y < kRows; ++y) {
       DDF_UNROLL
       for (int i = 0; i < kStripChannels; ++i) to[y][i] = 0.f;
-      if (row_inside[y] && column >= 0 && column < width) {
-        load4(to[y], source + y * input.row_stride);
-      }
+      if (row_inside[y] && column_inside) load4(to[y], source + y * input.row_stride);
     }
     source += input.column_stride;
   };
-  load_column(window[0], left - 1);
-  load_column(window[1], left);
-  const int end = left + kStripColumns < width ? left + kStripColumns : width;
-  // Unrolled by the columns of the window, so that columns change their role and not their place.
-  DDF_UNROLL_3
-  for (int column = left; column < end; ++column) {
-    load_column(window[2], column + 1);
-    float sums[kStripChannels] = {};
+  const auto step = [&](int column, auto masked) {
     DDF_UNROLL
-    for (int tap = 0; tap < kStripTaps; ++tap) {
-      const int y = Mirrored ? 2 - tap / 3 : tap / 3;
-      const int x = Mirrored ? 2 - tap % 3 : tap % 3;
-      // An output that is not there has no filter: its zero must not meet an Inf.
-      const bool inside = row_inside[y] && column + x >= 1 && column + x <= width;
-      if (Mirrored && !inside) continue;
-      float spatial = neutral;
-      if (a.spatial_filter.data != nullptr) {
-        // Mirrored: the taps under which the pixel lies belong to the outputs around it.
-        spatial = load(spatial_filter + tap * a.spatial_filter.channel_stride +
-                       (Mirrored ? y - 1 : 0) * a.spatial_filter.row_stride +
-                       (Mirrored ? x - 1 : 0) * a.spatial_filter.column_stride);
-      }
+    for (int row = 0; row < kStripRows; ++row) {
+      float taps[kStripTapStride];
       DDF_UNROLL
-      for (int i = 0; i < kStripChannels; ++i) {
-        const float filter = Mul ? channel_taps[tap][i] * spatial : channel_taps[tap][i] + spatial;
-        sums[i] += window[x][y][i] * filter;
+      for (int quarter = 0; quarter < kStripTapStride / 4; ++quarter) {
+        load_shared4(taps + 4 * quarter,
+                     spatial + row * kStripColumns * kStripTapStride + 4 * quarter);
       }
+      float sums[kStripChannels] = {};
+      DDF_UNROLL
+      for (int tap = 0; tap < kStripTaps; ++tap) {
+        const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
+        const int x = Mirrored ? 2 - tap % 3 : tap % 3;
+        // An output that is not there has no filter: its zero must not meet an Inf.
+        if (masked && !(row_inside[y] && column + x >= 1 && column + x <= width)) continue;
+        DDF_UNROLL
+        for (int i = 0; i < kStripChannels; ++i) {
+          const float filter =
+              Mul ? channel_taps[tap][i] * taps[tap] : channel_taps[tap][i] + taps[tap];
+          sums[i] += window[x][y][i] * filter;
+        }
+      }
+      if (row == 0 || row_inside[row + 1]) store4(target + row * a.result.row_stride, sums);
     }
-    store4(target, sums);
     target += a.result.column_stride;
-    spatial_filter += a.spatial_filter.column_stride;
+    spatial += kStripTapStride;
+  };
+  load_column(window[0], place.left > 0);
+  load_column(window[1], true);
+  const bool rows_inside = row_inside[0] && row_inside[2] && row_inside[3];
+  const int strip_end = place.left + strips.columns;
+  const int end = strip_end < width ? strip_end : width;
+  // Unrolled by the columns of the window, so that columns change their role and not their place.
+  DDF_UNROLL_BY(3)
+  for (int column = place.left; column < end; ++column) {
+    load_column(window[2], column + 1 < width);
+    if (!Mirrored || (rows_inside && column > 0 && column + 1 < width)) {
+      step(column, False{});
+    } else {
+      step(column, True{});
+    }
     DDF_UNROLL
-    for (int y = 0; y < 3; ++y) {
+    for (int y = 0; y < kRows; ++y) {
       DDF_UNROLL
       for (int i = 0; i < kStripChannels; ++i) {
         window[0][y][i] = window[1][y][i];

@@ -26,7 +26,7 @@
 #define DDF_DEVICE inline
 #define DDF_KERNEL(...) void
 #define DDF_UNROLL
-#define DDF_UNROLL_3
+#define DDF_UNROLL_BY(count)
 #define DDF_UNROLL_NOT
 #define DDF_SHARED(type, name) \
   type* const name = reinterpret_cast<type*>(::ddf::host::machine().shared_memory())
@@ -116,6 +116,7 @@ class Machine {
     if (shared_bytes > 48 << 10) fail("CUDA has no ", shared_bytes, " bytes of shared memory");
     if (parameter_bytes > 4096) fail("CUDA passes no ", parameter_bytes, " bytes of parameters");
     body_ = kernel;
+    shared_bytes_ = shared_bytes;
     for (const int64_t block : sequence(blocks)) {
       block_ = block;
       shared_.assign((shared_bytes + kRedZone) / sizeof(Unit) + 1, Unit{});
@@ -140,6 +141,16 @@ class Machine {
     fiber.mask = mask;
     wait(State::in_shuffle);
     return fiber.received;
+  }
+
+  // Four floats of shared memory.
+  void check_shared4(const float* p) {
+    const auto* const begin = reinterpret_cast<const unsigned char*>(shared_.data());
+    const auto* const address = reinterpret_cast<const unsigned char*>(p);
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail("misaligned access to shared memory");
+    if (address < begin || address + 16 > begin + shared_bytes_) {
+      fail("access outside of the ", shared_bytes_, " bytes of shared memory");
+    }
   }
 
   void check_access(const void* address, size_t bytes, bool write) {
@@ -253,6 +264,7 @@ class Machine {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   ucontext_t scheduler_;
   std::vector<Unit> shared_;
+  size_t shared_bytes_ = 0;
   std::exception_ptr error_;
   int64_t block_ = 0;
   int current_ = 0;
@@ -283,6 +295,8 @@ using BFloat16 = c10::BFloat16;
 inline int thread_index() { return host::machine().thread(); }
 inline int64_t block_index() { return host::machine().block(); }
 inline void sync_threads() { host::machine().barrier(); }
+// Threads of a warp wait for each other as in a shuffle.
+inline void sync_warp() { host::machine().shuffle_xor(0.f, 0); }
 inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
 
 template <typename T>
@@ -310,6 +324,16 @@ template <typename T>
 void store4(T* p, const float* from) {
   host::machine().check_access(p, 4 * sizeof(T), true);
   for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(from[i]);
+}
+
+inline void load_shared4(float* to, const float* p) {
+  host::machine().check_shared4(p);
+  std::copy(p, p + 4, to);
+}
+
+inline void store_shared4(float* p, const float* from) {
+  host::machine().check_shared4(p);
+  std::copy(from, from + 4, p);
 }
 
 }  // namespace ddf::cuda

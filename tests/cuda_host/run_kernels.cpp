@@ -24,9 +24,8 @@ struct HostTensor {
 
 struct Call {
   HostTensor grad, features, channel_filter, spatial_filter;
-  // Of the forward pass and grad_features the first; of the filters' gradients grad_channel and
-  // grad_spatial.
-  HostTensor results[2];
+  // Of the forward pass the first; of the backward pass grad_features, grad_channel, grad_spatial.
+  HostTensor results[3];
   ddf::Geometry geometry;
   int32_t mul;
 };
@@ -58,7 +57,7 @@ struct Launch {
 using Bytes = std::vector<unsigned char>;
 
 template <typename T>
-std::array<Bytes, 2> run_once(const std::string& pass, const Call& call, Order order) {
+std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order order) {
   machine().order = order;
   machine().tensors.clear();
   std::vector<std::unique_ptr<GlobalMemory>> memories;
@@ -90,14 +89,13 @@ std::array<Bytes, 2> run_once(const std::string& pass, const Call& call, Order o
   a.features = input(call.features);
   a.channel_filter = input(call.channel_filter);
   a.spatial_filter = input(call.spatial_filter);
-  const ddf::cuda::View<T> views[2] = {result(call.results[0]), result(call.results[1])};
-  a.result = views[0];
+  const ddf::cuda::View<T> views[3] = {result(call.results[0]), result(call.results[1]),
+                                       result(call.results[2])};
   if (pass == "forward") {
+    a.result = views[0];
     launch_forward(a, Launch{});
-  } else if (pass == "grad_features") {
-    launch_grad_features(a, Launch{});
-  } else if (pass == "filter_grads") {
-    launch_filter_grads(a, views[0], views[1], allocate, Launch{});
+  } else if (pass == "backward") {
+    launch_backward(a, ddf::cuda::Gradients<T>{views[0], views[1], views[2]}, allocate, Launch{});
   } else {
     fail("no pass ", pass);
   }
@@ -105,8 +103,8 @@ std::array<Bytes, 2> run_once(const std::string& pass, const Call& call, Order o
     memory->check_red_zones();
     memory->check_complete();
   }
-  std::array<Bytes, 2> bytes;
-  for (int i = 0; i < 2; ++i) {
+  std::array<Bytes, 3> bytes;
+  for (int i = 0; i < 3; ++i) {
     const auto* const begin = reinterpret_cast<const unsigned char*>(views[i].data);
     if (begin != nullptr) bytes[i].assign(begin, begin + call.results[i].bytes);
   }
@@ -121,7 +119,7 @@ void run(const std::string& pass, const Call& call) {
       fail("the result depends on the order of the threads");
     }
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 3; ++i) {
     if (!first[i].empty()) std::memcpy(call.results[i].data, first[i].data(), first[i].size());
   }
 }

@@ -42,6 +42,12 @@ EPSILON = {
 ROUNDINGS = 4
 
 
+# Of the threads, that every kernel is run in.
+ORDERS = ["forward", "backward", "shuffled"]
+# The dtypes that have fast kernels.
+FAST = [torch.float16, torch.bfloat16, torch.float32]
+
+
 class HostTensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -65,7 +71,7 @@ class Call(ctypes.Structure):
         ("features", HostTensor),
         ("channel_filter", HostTensor),
         ("spatial_filter", HostTensor),
-        ("results", HostTensor * 2),
+        ("results", HostTensor * 3),
         ("geometry", ctypes.c_int64 * 11),
         ("mul", ctypes.c_int32),
     ]
@@ -90,25 +96,25 @@ class Host:
         return self.run_several([name], grad, x, cf, sf, k, dilation, stride, combine)[0]
 
     def run_several(self, names, grad, x, cf, sf, k, dilation, stride, combine) -> list[Tensor]:
-        """As :meth:`run`, for both filter gradients in one call."""
-        results = [HostTensor(), HostTensor()]
+        """As :meth:`run`, for several gradients in one call."""
+        results = [HostTensor() for _ in range(3)]
         tensors = []
         for name in names:
             like = {"forward": grad, "grad_features": x, "grad_channel": cf, "grad_spatial": sf}
             source = {"forward": x, "grad_channel": x.new_empty(0)}.get(name, like[name])
             layout = layout_of(source)
             tensors.append(torch.empty(like[name].shape, dtype=x.dtype, memory_format=layout))
-            results[name == "grad_spatial"] = HostTensor.of(tensors[-1])
+            results[max(PASSES.index(name) - 1, 0)] = HostTensor.of(tensors[-1])
         groups = 1 if sf is None else sf.shape[1] // k**2
         geometry = [*x.shape, *grad.shape[2:], groups, x.shape[1] // groups, k, dilation, stride]
         read = None if names == ["forward"] else grad
         call = Call(
             *[HostTensor.of(t) for t in (read, x, cf, sf)],
-            (HostTensor * 2)(*results),
+            (HostTensor * 3)(*results),
             (ctypes.c_int64 * 11)(*geometry),
             combine == "mul",
         )
-        kind = names[0] if names[0] in ("forward", "grad_features") else "filter_grads"
+        kind = "forward" if names == ["forward"] else "backward"
         dtype = str(x.dtype).removeprefix("torch.")
         message = self.library.ddf_run_on_host(kind.encode(), dtype.encode(), ctypes.byref(call))
         if message:
@@ -173,6 +179,11 @@ def served(tensors: list[Tensor | None]) -> list[str]:
 
 def check(host: Host, name: str, tensors, k=3, dilation=1, stride=1, combine="mul") -> None:
     got = host.run(name, *tensors, k, dilation, stride, combine)
+    compare(name, got, tensors, k, dilation, stride, combine)
+
+
+def compare(name: str, got: Tensor, tensors, k, dilation, stride, combine) -> None:
+    """That ``got`` is the result of the pass ``name``, but for rounding."""
     want = expected(name, tensors, k, dilation, stride, combine)
     magnitudes = [None if t is None else t.abs() for t in tensors]
     terms = expected(name, magnitudes, k, dilation, stride, combine)
@@ -229,7 +240,7 @@ SIZES_3X3 = [(5, 8), (6, 7), (1, 1), (2, 9), (20, 36)]
 
 @pytest.mark.parametrize("size", SIZES_3X3, ids=str)
 @pytest.mark.parametrize("combine", ["mul", "add"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_kernel(host, name, dtype, combine, size):
     for which in ("both", "channel", "spatial"):
@@ -245,7 +256,7 @@ def test_3x3_kernel(host, name, dtype, combine, size):
 
 @pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
 @pytest.mark.parametrize("combine", ["mul", "add"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
     for which in ("both", "channel", "spatial"):
@@ -263,22 +274,152 @@ def test_3x3_channels_last_of_odd_groups(host, name):
     assert f"{name}_generic<" in host.last_kernels
 
 
-@pytest.mark.parametrize("size", SIZES_3X3, ids=str)
+WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
+
+
+@pytest.mark.parametrize("size", [(3, 8), (2, 9)], ids=str)
 @pytest.mark.parametrize("combine", ["mul", "add"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_3x3_filter_gradients(host, dtype, combine, size):
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients(host, k, stride, dtype, combine, size):
+    vector = size[1] % 4 == 0
     for which in ("both", "channel", "spatial"):
-        # 9 channels a group: one of the 8 warps has two.
-        tensors = make(batch=1, channels=18, size=size, groups=2, which=which, dtype=dtype)
+        # 9 channels a group: one of the 4 warps that share them has three.
+        tensors = make(1, 18, size, k, 2, stride, which, dtype=dtype)
         names = served(tensors)[2:]
         for name in names:
-            check(host, name, tensors, combine=combine)
-            assert "filter_grads3<" in host.last_kernels
-            assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
-            assert ("sum_partials<" in host.last_kernels) == (name == "grad_channel")
-        alone = [host.run(name, *tensors, 3, 1, 1, combine) for name in names]
-        together = host.run_several(names, *tensors, 3, 1, 1, combine)
+            check(host, name, tensors, k, 1, stride, combine)
+            assert "filter_grads<" in host.last_kernels
+            assert f", {k}, {stride}{flags(combine == 'mul', vector)}" in host.last_kernels
+            assert ("sum_parts<" in host.last_kernels) == (name == "grad_channel")
+        if len(names) == 1:
+            continue
+        alone = [host.run(name, *tensors, k, 1, stride, combine) for name in names]
+        together = host.run_several(names, *tensors, k, 1, stride, combine)
         assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
+    rows = layout == torch.contiguous_format
+    for which, size in (
+        ("both", (3, 8)),
+        ("both", (5, 9)),
+        ("channel", (2, 9)),
+        ("spatial", (3, 9)),
+    ):
+        # In rows, 3 channels a group fill a quadruple in part.
+        tensors = make(1, 6 if rows else 16, size, k, 2, stride, which, False, dtype, layout)
+        for name in PASSES[: 3 - stride]:
+            check(host, name, tensors, k, 1, stride, combine)
+            assert "window_quads<" in host.last_kernels
+            assert f", {k}, {stride}{flags(combine == 'mul', name != 'forward', not rows)}" in (
+                host.last_kernels
+            )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60))], ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, layout):
+    tensors = make(1, channels, size, k, stride=stride, layout=layout)
+    for name in PASSES[: 3 - stride]:
+        check(host, name, tensors, k, 1, stride)
+        assert "window_quads<" in host.last_kernels
+
+
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
+    for which in ("both", "channel", "spatial"):
+        # Strips of 17 and of 9 columns; 8 lanes with 6 quadruples of channels.
+        tensors = make(1, 48, (2, 17), k, 2, stride, which, False, dtype, torch.channels_last)
+        names = served(tensors)[2:]
+        got = host.run_several(names, *tensors, k, 1, stride, combine)
+        for name, result in zip(names, got, strict=True):
+            compare(name, result, tensors, k, 1, stride, combine)
+        assert "filter_grads_channels_last<" in host.last_kernels
+        assert f", {k}, {stride}{flags(combine == 'mul')}" in host.last_kernels
+
+
+# Channels for 32, 16 and 8 lanes, for two warps, and a quadruple alone.
+@pytest.mark.parametrize(
+    "channels, size", [(128, (9, 3)), (64, (3, 18)), (160, (4, 4)), (4, (1, 4))]
+)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients_channels_last_of_lanes(host, k, stride, channels, size):
+    tensors = make(2, channels, size, k, stride=stride, layout=torch.channels_last)
+    got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
+    for name, result in zip(PASSES[2:], got, strict=True):
+        compare(name, result, tensors, k, 1, stride, "mul")
+    assert "filter_grads_channels_last<" in host.last_kernels
+
+
+@pytest.mark.parametrize("size", [(1, 1), (12, 36), (9, 20)], ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS)
+def test_filter_gradients_of_a_pixel_and_of_several_tiles(host, k, stride, size):
+    tensors = make(1, 3, size, k, stride=stride)
+    got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
+    for name, result in zip(PASSES[2:], got, strict=True):
+        compare(name, result, tensors, k, 1, stride, "mul")
+    assert "filter_grads<" in host.last_kernels
+
+
+@pytest.mark.parametrize("floor", [True, False])
+def test_filter_gradients_of_sizes_rounded_down(host, floor):
+    tensors = make(size=(7, 9), stride=2, floor=floor)
+    for name in PASSES:
+        check(host, name, tensors, stride=2)
+
+
+@pytest.mark.parametrize("size", SIZES_3X3, ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_3x3_backward_in_one_pass(host, dtype, combine, size):
+    for which in ("both", "channel", "spatial"):
+        tensors = make(1, 18, size, groups=2, which=which, dtype=dtype)
+        names = served(tensors)[1:]
+        got = host.run_several(names, *tensors, 3, 1, 1, combine)
+        for name, result in zip(names, got, strict=True):
+            compare(name, result, tensors, 3, 1, 1, combine)
+        assert "backward3<" in host.last_kernels
+        assert "window3" not in host.last_kernels and "filter_grads" not in host.last_kernels
+        assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
+
+
+@pytest.mark.parametrize("names", [PASSES[1:], PASSES[2:]], ids="-".join)
+def test_filter_gradients_of_many_channels_in_few_pixels(host, names):
+    """The channels are split among blocks, so that grad_spatial comes in parts too."""
+    tensors = make(batch=1, channels=150, size=(3, 5))
+    for name, result in zip(names, host.run_several(names, *tensors, 3, 1, 1, "mul"), strict=True):
+        compare(name, result, tensors, 3, 1, 1, "mul")
+    assert host.last_kernels.count("sum_parts<") == 2 * len(ORDERS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", range(4), ids=["grad", "features", "channel", "spatial"])
+def test_nan_and_inf_in_one_pass(host, poisoned, value):
+    """As apart, but that taps outside of the features have a gradient of zero, not of NaN."""
+    ones = [torch.ones_like(t) for t in make(batch=1, channels=8, size=(6, 8), groups=2)]
+    inside = expected("grad_spatial", ones, 3, 1, 1, "mul") != 0
+    for combine in ("mul", "add"):
+        tensors = make(batch=1, channels=8, size=(6, 8), groups=2)
+        tensors[poisoned][0, 1, 0, 1] = value
+        got = host.run_several(PASSES[1:], *tensors, 3, 1, 1, combine)
+        for name, result in zip(PASSES[1:], got, strict=True):
+            want = expected(name, tensors, 3, 1, 1, combine)
+            if name == "grad_spatial":
+                result, want = result.where(inside, 0), want.where(inside, 0)
+            if name == "grad_channel" and poisoned in (0, 3):
+                # Row 0 of the taps reads outside of the features there.
+                assert result[:, :, 0].isfinite().all()
+                result[:, :, 0] = want[:, :, 0]
+            assert torch.equal(result.isnan(), want.isnan())
+            assert torch.equal(result.isinf(), want.isinf())
 
 
 @pytest.mark.parametrize("channels, size", [(150, (3, 8)), (70, (4, 4)), (3, (34, 40))], ids=str)
@@ -286,6 +427,14 @@ def test_3x3_filter_gradients(host, dtype, combine, size):
 def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
     check(host, name, make(batch=1, channels=channels, size=size))
     assert "window3<" in host.last_kernels
+
+
+@pytest.mark.parametrize("channels, size", [(520, (3, 2)), (8, (7, 35)), (132, (2, 17))], ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_features"])
+def test_3x3_channels_last_kernel_with_chunks_and_strips(host, name, channels, size):
+    """More quadruples of channels than a block has threads, far fewer, and one left over."""
+    check(host, name, make(channels=channels, size=size, layout=torch.channels_last))
+    assert "window3_channels_last<" in host.last_kernels
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -389,14 +538,14 @@ FAULTS = {
         "outside of every tensor",
     ),
     "shuffle of a part of a warp": (
-        "filter_grads3.cuh",
-        "    if (partials != nullptr) {",
-        "    if (partials != nullptr && active) {",
+        "filter_grads.cuh",
+        "    if (filters.channel_parts != nullptr) {",
+        "    if (filters.channel_parts != nullptr && active) {",
         "grad_channel",
         "divergent shuffle",
     ),
     "sums overwritten before they are read": (
-        "filter_grads3.cuh",
+        "filter_grads.cuh",
         "    // The sums of the step before are read before they are overwritten.\n"
         "    sync_threads();",
         "",

@@ -425,6 +425,159 @@ def test_function_transforms_and_forward_mode(device):
     torch.testing.assert_close(per_image, want)
 
 
+SMALL_CASES = [
+    dict(k=k, dilation=dilation, stride=stride, groups=2, size=size)
+    for (k, dilation, stride), size in itertools.product(
+        [(3, 1, 1), (3, 1, 2), (5, 1, 1), (7, 1, 1), (3, 2, 1)], [(5, 8), (4, 7)]
+    )
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: f"{c['k']}-{c['size'][1]}")
+def test_small_cases_of_every_kernel(case, layout):
+    """What compute-sanitizer is shown: each family of kernels, in one block or a few."""
+    options = (case["k"], case["dilation"], case["stride"])
+    shape = {key: value for key, value in case.items() if key != "dilation"}
+    for dtype, combine in itertools.product(DTYPES, COMBINES):
+        tensors = make(batch=1, channels=16, which="both", dtype=dtype, device="cuda", **shape)
+        tensors = [layout(t) for t in tensors]
+        check_against_reference(tensors, (*options, combine), layout)
+        # The gradients one by one, which other kernels compute than all at once.
+        for i in range(3):
+            some = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
+            out = ddf(*some, *options, combine)
+            (got,) = torch.autograd.grad(out.sum(), some[i])
+            exact = [t.detach().double().requires_grad_(j == i) for j, t in enumerate(tensors)]
+            want = ddf_reference(*exact, *options, combine).sum()
+            (want,) = torch.autograd.grad(want, exact[i])
+            # Sums of up to 320 terms about as large as 1, rounded to the dtype.
+            bound = 4 * torch.finfo(dtype).eps * (1 + want.abs()) + 1e-4 * (dtype != torch.float64)
+            assert ((got.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_results_are_repeatable_bit_for_bit(dtype, layout):
+    tensors = [layout(t) for t in make(4, 192, (30, 36), dtype=dtype, device="cuda")]
+    grad = torch.randn_like(tensors[0])
+    first = value_and_gradients(ddf, tensors, grad, (3,))
+    for _ in range(5):
+        again = value_and_gradients(ddf, tensors, grad, (3,))
+        assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+def test_side_stream(layout):
+    """The kernels run after what is before them in the current stream, and their scratch lives."""
+    tensors = [layout(t) for t in make(4, 64, (40, 40), dtype=torch.float32, device="cuda")]
+    grad = torch.randn_like(tensors[0])
+    want = value_and_gradients(ddf, tensors, grad, (3,))
+    late = [torch.zeros_like(t) for t in tensors]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for t, value in zip(late, tensors, strict=True):
+            t.copy_(value)
+        got = value_and_gradients(ddf, late, grad, (3,))
+        # Would overwrite a scratch that was given back too early.
+        torch.full((1 << 22,), float("nan"), device="cuda")
+    side.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
+def test_graph_capture(k, stride, layout):
+    def fresh():
+        return [
+            layout(t)
+            for t in make(2, 32, (12, 16), k, 1, stride, dtype=torch.float32, device="cuda")
+        ]
+
+    fixed = fresh()
+    grad = torch.randn_like(DDF(*fixed, k, 1, stride, True))
+
+    def step(tensors):
+        out = DDF(*tensors, k, 1, stride, True)
+        return out, *DDF_BACKWARD(grad, *tensors, k, 1, stride, True, True, True, True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(fixed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(fixed)
+    for _ in range(2):
+        others = fresh()
+        for t, value in zip(fixed, others, strict=True):
+            t.copy_(value)
+        graph.replay()
+        assert all(map(torch.equal, captured, step(others)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
+def test_more_elements_than_32_bits_count(k, stride, layout):
+    """The last channels and pixels, whose offsets overflow 32 bits, against the reference."""
+    batch, channels, size = 2, 68, (4001, 4004)
+    assert batch * channels * size[0] * size[1] > 2**31
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    half = dict(dtype=torch.float16, device="cuda")
+    memory_format = torch.channels_last if layout is channels_last else torch.contiguous_format
+
+    def random(*shape):
+        return torch.empty(shape, **half, memory_format=memory_format).uniform_(-1, 1)
+
+    out_size = [-(-n // stride) for n in size]
+    x, grad = random(batch, channels, *size), random(batch, channels, *out_size)
+    cf = torch.empty(batch, channels, k, k, **half).uniform_(-1, 1)
+    sf = random(batch, k * k, *out_size)
+    out = DDF(x, cf, sf, k, 1, stride, True)
+    grads = DDF_BACKWARD(grad, x, cf, sf, k, 1, stride, True, True, True, True)
+
+    # A corner of the last image; its first rows and columns lack what lies outside of it.
+    rows, margin = 32, k
+    corner = [slice(-1, None), slice(None)]
+    out_corner = [*corner, slice(-rows, None), slice(-rows, None)]
+    first = [(n - rows) * stride for n in out_size]
+    x_corner = [*corner, slice(first[0], None), slice(first[1], None)]
+    small = [x[x_corner], cf[-1:], sf[out_corner]]
+    small = [t.double().requires_grad_() for t in small]
+    want_out = ddf_reference(*small, k, 1, stride)
+    want = torch.autograd.grad(want_out, small, grad[out_corner].double())
+    inner = [..., slice(margin, None), slice(margin, None)]
+    for got, expected in (
+        (out[out_corner], want_out),
+        (grads[0][x_corner], want[0]),
+        (grads[2][out_corner], want[2]),
+    ):
+        # Up to 68 products a value, in float32, rounded to float16.
+        error = (got.double() - expected).abs()[inner]
+        assert (error <= 1e-3 * (1 + expected.abs()[inner])).all()
+
+    # grad_channel of the last channel, tap by tap, over the whole image.
+    padded = torch.nn.functional.pad(x[-1, -1], [k // 2] * 4)
+    for tap in (0, k * k - 1):
+        top, left = tap // k, tap % k
+        window = padded[
+            top : top + (out_size[0] - 1) * stride + 1 : stride,
+            left : left + (out_size[1] - 1) * stride + 1 : stride,
+        ].double()
+        terms = window * grad[-1, -1].double() * sf[-1, tap].double()
+        error = (grads[1][-1, -1, top, left].double() - terms.sum()).abs()
+        assert error <= 1e-3 * terms.sum().abs() + 1e-6 * terms.abs().sum()
+
+
 USE = """
 import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:

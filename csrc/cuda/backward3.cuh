@@ -1,0 +1,216 @@
+// All three gradients in one pass over grad and features, for 3 x 3 windows of stride and dilation
+// 1 over rows that are contiguous in memory (NCHW).
+//
+// A thread owns pixels of the features and meets in the window of grad around each the outputs
+// that read it: grad alone needs the neighbours. A block owns a tile of pixels, and every warp
+// takes its share of the channels. grad_spatial is summed in registers over a warp's channels, then
+// over the warps; grad_channel over a warp's lanes, then by sum_parts over the tiles.
+#pragma once
+#include "filter_grads.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kBackwardWarps = 4;
+constexpr int kBackwardThreads = kBackwardWarps * kLanes;
+constexpr int kBackwardRows = 2;
+constexpr int kBackwardColumns = 4;
+constexpr int kBackwardTaps = 9;
+// Floats of shared memory from the filters of one channel to the next: three aligned quadruples.
+constexpr int kBackwardTapStride = 12;
+// Channels of a part, whose filters fill the 48 KiB that every launch may have.
+constexpr int kBackwardSlab = 1024;
+// Floats of shared memory for half of the warps' sums of grad_spatial.
+constexpr int kBackwardSumFloats =
+    kBackwardWarps / 2 * kBackwardTaps * kBackwardRows * kBackwardColumns * kLanes;
+
+// a.result is grad_features. Vector as for window3.
+template <typename T, bool Mul, bool Vector>
+DDF_KERNEL(kBackwardThreads, 2)
+backward3(Arguments<T> a, FilterSums<T> filters) {
+  constexpr int kTaps = kBackwardTaps;
+  constexpr int kRows = kBackwardRows;
+  constexpr int kColumns = kBackwardColumns;
+  const Geometry& g = a.geometry;
+  DDF_SHARED(float, shared);
+  const int height = g.height;
+  const int width = g.width;
+  const int lane = thread_index() % kLanes;
+  const int warp = thread_index() / kLanes;
+  const int tile = block_index() % filters.tiles;
+  const int64_t image = block_index() / filters.tiles;
+  const int split = image % filters.splits;
+  const int64_t group = image / filters.splits % g.groups;
+  const int64_t batch = image / filters.splits / g.groups;
+  const int quads_per_row = (width + kColumns - 1) / kColumns;
+  const int quad = tile * kLanes + lane;
+  const int top = quad / quads_per_row * kRows;
+  const int left = quad % quads_per_row * kColumns;
+  const bool active = top < height;
+
+  bool row_inside[kRows + 2], column_inside[kColumns + 2];
+  DDF_UNROLL
+  for (int y = 0; y < kRows + 2; ++y) {
+    row_inside[y] = active && (y == 1 || (top + y >= 1 && top + y <= height));
+  }
+  DDF_UNROLL
+  for (int x = 0; x < kColumns + 2; ++x) {
+    const bool surely = x == 1 || (Vector && x >= 1 && x <= kColumns);
+    column_inside[x] = surely || (left + x >= 1 && left + x <= width);
+  }
+
+  float spatial_taps[kTaps][kRows][kColumns];
+  float spatial_sums[kTaps * kRows * kColumns];
+  DDF_UNROLL
+  for (int tap = 0; tap < kTaps; ++tap) {
+    DDF_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      DDF_UNROLL
+      for (int column = 0; column < kColumns; ++column) {
+        const int y = row + 2 - tap / 3;
+        const int x = column + 2 - tap % 3;
+        spatial_sums[(tap * kRows + row) * kColumns + column] = 0.f;
+        spatial_taps[tap][row][column] = Mul ? 1.f : 0.f;
+        if (a.spatial_filter.data != nullptr && row_inside[y] && column_inside[x]) {
+          spatial_taps[tap][row][column] =
+              load(a.spatial_filter.at(batch, group * kTaps + tap, top + y - 1, left + x - 1));
+        }
+      }
+    }
+  }
+
+  const int first = split * filters.slab;
+  const int64_t slab_end = static_cast<int64_t>(first) + filters.slab;
+  const int end = slab_end < g.group_channels ? slab_end : g.group_channels;
+  const int64_t channel = group * g.group_channels + first;
+  const T* gradient = a.grad.at(batch, channel + warp, top - 1, left - 1);
+  const T* features = a.features.at(batch, channel + warp, top, left);
+  T* target = a.result.at(batch, channel + warp, top, left);
+  float* part = filters.channel_part(g, tile, batch, channel + warp);
+  const int channels = end - first;
+  for (int i = thread_index(); i < channels * kTaps; i += kBackwardThreads) {
+    const int tap = i % kTaps;
+    shared[i / kTaps * kBackwardTapStride + tap] =
+        a.channel_filter.data == nullptr
+            ? (Mul ? 1.f : 0.f)
+            : load(a.channel_filter.at(batch, channel + i / kTaps, tap / 3, tap % 3));
+  }
+  sync_threads();
+  DDF_UNROLL_NOT
+  for (int i = warp; i < channels; i += kBackwardWarps) {
+    float taps[kBackwardTapStride];
+    DDF_UNROLL
+    for (int quarter = 0; quarter < kBackwardTapStride / 4; ++quarter) {
+      load_shared4(taps + 4 * quarter, shared + i * kBackwardTapStride + 4 * quarter);
+    }
+    float window[kRows + 2][kColumns + 2];
+    float values[kRows][kColumns];
+    DDF_UNROLL
+    for (int y = 0; y < kRows + 2; ++y) {
+      DDF_UNROLL
+      for (int x = 0; x < kColumns + 2; ++x) window[y][x] = 0.f;
+      if (!row_inside[y]) continue;
+      const T* const line = gradient + y * a.grad.row_stride;
+      if (Vector) load4(&window[y][1], line + 1);
+      DDF_UNROLL
+      for (int x = 0; x < kColumns + 2; ++x) {
+        if (Vector && x >= 1 && x <= kColumns) continue;
+        if (column_inside[x]) window[y][x] = load(line + x);
+      }
+    }
+    DDF_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      DDF_UNROLL
+      for (int column = 0; column < kColumns; ++column) values[row][column] = 0.f;
+      if (!row_inside[row + 1]) continue;
+      const T* const line = features + row * a.features.row_stride;
+      if (Vector) {
+        load4(values[row], line);
+      } else {
+        DDF_UNROLL
+        for (int column = 0; column < kColumns; ++column) {
+          if (column_inside[column + 1]) values[row][column] = load(line + column);
+        }
+      }
+    }
+
+    float channel_sums[kTaps];
+    float sums[kRows][kColumns] = {};
+    DDF_UNROLL
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const float per_channel = taps[tap];
+      channel_sums[tap] = 0.f;
+      DDF_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        DDF_UNROLL
+        for (int column = 0; column < kColumns; ++column) {
+          const int y = row + 2 - tap / 3;
+          const int x = column + 2 - tap % 3;
+          const float output = window[y][x];
+          const float value = values[row][column];
+          const float spatial = spatial_taps[tap][row][column];
+          const float term = value * output;
+          spatial_sums[(tap * kRows + row) * kColumns + column] += Mul ? term * per_channel : term;
+          // Pixels that are not there are zeros, which must not meet an Inf.
+          if (row_inside[y] && column_inside[x]) {
+            sums[row][column] += (Mul ? spatial * per_channel : spatial + per_channel) * output;
+            if (Vector || column_inside[column + 1]) {
+              channel_sums[tap] += Mul ? term * spatial : term;
+            }
+          }
+        }
+      }
+    }
+    DDF_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      if (!row_inside[row + 1]) continue;
+      T* const line = target + row * a.result.row_stride;
+      if (Vector) {
+        store4(line, sums[row]);
+      } else {
+        DDF_UNROLL
+        for (int column = 0; column < kColumns; ++column) {
+          if (column_inside[column + 1]) store(line + column, sums[row][column]);
+        }
+      }
+    }
+    if (filters.channel_parts != nullptr) {
+      sum_over_lanes(channel_sums, lane, kLanes);
+      if (lane < kTaps - 1) store(part + lane, channel_sums[0]);
+      if (lane == kTaps - 1) store(part + lane, channel_sums[kTaps - 1]);
+    }
+    gradient += kBackwardWarps * a.grad.channel_stride;
+    features += kBackwardWarps * a.features.channel_stride;
+    target += kBackwardWarps * a.result.channel_stride;
+    part += kBackwardWarps * kTaps;
+  }
+
+  if (!filters.wants_spatial()) return;
+  sum_over_warps<kBackwardWarps>(spatial_sums, shared, warp, lane);
+  if (warp != 0) return;
+  DDF_UNROLL
+  for (int tap = 0; tap < kTaps; ++tap) {
+    DDF_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      DDF_UNROLL
+      for (int column = 0; column < kColumns; ++column) {
+        if (!row_inside[row + 1] || !column_inside[column + 1]) continue;
+        const int64_t plane = group * kTaps + tap;
+        // The output that has the pixel under this tap.
+        const int y = row + 2 - tap / 3;
+        const int x = column + 2 - tap % 3;
+        if (row_inside[y] && column_inside[x]) {
+          filters.store_spatial(g, split, batch, plane, top + y - 1, left + x - 1,
+                                spatial_sums[(tap * kRows + row) * kColumns + column]);
+        }
+        // A tap of the pixel's own output that lies outside of the features, and so in no sum.
+        const int under_y = row + tap / 3;
+        const int under_x = column + tap % 3;
+        if (!row_inside[under_y] || !column_inside[under_x]) {
+          filters.store_spatial(g, split, batch, plane, top + row, left + column, 0.f);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,5 @@
+#include "passes.cuh"
+
+namespace ddf::cuda {
+DDF_COMPILE_BACKWARD(BFloat16);
+}  // namespace ddf::cuda

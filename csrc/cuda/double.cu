@@ -1,0 +1,6 @@
+#include "passes.cuh"
+
+namespace ddf::cuda {
+DDF_COMPILE_FORWARD(double);
+DDF_COMPILE_BACKWARD(double);
+}  // namespace ddf::cuda

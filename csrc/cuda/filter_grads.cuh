@@ -1,0 +1,180 @@
+// The gradients of both filters in one pass over grad and features, over rows that are contiguous
+// in memory (NCHW), dilation 1.
+//
+// A block owns a tile of outputs, 4 neighbours in a row for each lane of a warp. 3 x 3: every warp
+// takes its share of the channels; grad_spatial is summed in registers over a warp's channels, then
+// over the warps. Larger: every warp takes one row of taps, since its registers hold no more, and
+// all channels. grad_channel is summed over a warp's lanes, then by sum_parts over the tiles.
+#pragma once
+#include "rows.cuh"
+#include "sums.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kLaneOutputs = 4;
+
+// Rows of taps that a warp of the filters' gradients takes, and warps that share the channels.
+constexpr int tap_rows(int kernel) { return kernel == 3 ? 3 : 1; }
+constexpr int channel_warps(int kernel) { return kernel == 3 ? 4 : 1; }
+constexpr int filter_threads(int kernel) {
+  return kLanes * channel_warps(kernel) * (kernel / tap_rows(kernel));
+}
+// Floats of shared memory for half of the warps' sums.
+constexpr int filter_shared_floats(int kernel) {
+  return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kLaneOutputs * kLanes;
+}
+// Sums that sum_over_lanes can take for `taps` taps.
+constexpr int summed_taps(int taps) { return taps == 7 ? 8 : taps; }
+
+// Adds the sums of Warps warps in shared memory; the first gets the total.
+template <int Warps, int N>
+DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int lane) {
+  DDF_UNROLL_NOT
+  for (int half = Warps / 2; half >= 1; half /= 2) {
+    float* const slot = shared + warp % half * N * kLanes + lane;
+    // The sums of the step before are read before they are overwritten.
+    sync_threads();
+    if (warp >= half && warp < 2 * half) {
+      DDF_UNROLL
+      for (int i = 0; i < N; ++i) slot[i * kLanes] = sums[i];
+    }
+    sync_threads();
+    if (warp < half) {
+      DDF_UNROLL
+      for (int i = 0; i < N; ++i) sums[i] += slot[i * kLanes];
+    }
+  }
+}
+
+template <typename T, int Kernel, int Stride, bool Mul, bool Vector>
+DDF_KERNEL(filter_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
+filter_grads(Arguments<T> a, FilterSums<T> filters) {
+  constexpr int kRows = tap_rows(Kernel);
+  constexpr int kTaps = kRows * Kernel;
+  constexpr int kWarps = channel_warps(Kernel);
+  constexpr int kColumns = row_columns(Kernel, Stride);
+  const Geometry& g = a.geometry;
+  DDF_SHARED(float, shared);
+  const int width = g.width;
+  const int out_width = g.out_width;
+  const int lane = thread_index() % kLanes;
+  const int warp = thread_index() / kLanes % kWarps;
+  const int first_tap_row = thread_index() / kLanes / kWarps * kRows;
+  const int tile = block_index() % filters.tiles;
+  const int64_t image = block_index() / filters.tiles;
+  const int split = image % filters.splits;
+  const int64_t group = image / filters.splits % g.groups;
+  const int64_t batch = image / filters.splits / g.groups;
+  const int quads_per_row = (out_width + kLaneOutputs - 1) / kLaneOutputs;
+  const int quad = tile * kLanes + lane;
+  const int row = quad / quads_per_row;
+  const int left = quad % quads_per_row * kLaneOutputs;
+  const bool active = row < g.out_height;
+  const int top = row * Stride + first_tap_row - Kernel / 2;
+  bool output_inside[kLaneOutputs];
+  DDF_UNROLL
+  for (int i = 0; i < kLaneOutputs; ++i) {
+    output_inside[i] = active && (Vector || left + i < out_width);
+  }
+  bool row_inside[kRows];
+  DDF_UNROLL
+  for (int y = 0; y < kRows; ++y) row_inside[y] = active && top + y >= 0 && top + y < g.height;
+
+  const int64_t plane = group * Kernel * Kernel + first_tap_row * Kernel;
+  float spatial_taps[kTaps][kLaneOutputs];
+  float spatial_sums[kTaps * kLaneOutputs];
+  DDF_UNROLL
+  for (int tap = 0; tap < kTaps; ++tap) {
+    DDF_UNROLL
+    for (int i = 0; i < kLaneOutputs; ++i) {
+      spatial_taps[tap][i] = 1.f;
+      spatial_sums[tap * kLaneOutputs + i] = 0.f;
+    }
+    if (!Mul || !active || a.spatial_filter.data == nullptr) continue;
+    const T* const source = a.spatial_filter.at(batch, plane + tap, row, left);
+    if (Vector) {
+      load4(spatial_taps[tap], source);
+    } else {
+      DDF_UNROLL
+      for (int i = 0; i < kLaneOutputs; ++i) {
+        if (output_inside[i]) spatial_taps[tap][i] = load(source + i);
+      }
+    }
+  }
+
+  const int first = split * filters.slab + warp;
+  const int64_t slab_end = static_cast<int64_t>(split + 1) * filters.slab;
+  const int end = slab_end < g.group_channels ? slab_end : g.group_channels;
+  const int64_t channel = group * g.group_channels + first;
+  const T* features = a.features.at(batch, channel, top, left * Stride);
+  const T* gradient = a.grad.at(batch, channel, row, left);
+  const T* channel_taps = a.channel_filter.at(batch, channel, first_tap_row, 0);
+  float* part = filters.channel_part(g, tile, batch, channel) + first_tap_row * Kernel;
+  DDF_UNROLL_NOT
+  for (int i = first; i < end; i += kWarps) {
+    float window[kRows][kColumns];
+    DDF_UNROLL
+    for (int y = 0; y < kRows; ++y) {
+      if (row_inside[y]) {
+        load_row<Kernel / 2, Vector>(window[y], features + y * a.features.row_stride, left * Stride,
+                                     width);
+      } else {
+        DDF_UNROLL
+        for (int x = 0; x < kColumns; ++x) window[y][x] = 0.f;
+      }
+    }
+    float grad[kLaneOutputs] = {};
+    if (Vector) {
+      if (active) load4(grad, gradient);
+    } else {
+      DDF_UNROLL
+      for (int j = 0; j < kLaneOutputs; ++j) {
+        if (output_inside[j]) grad[j] = load(gradient + j);
+      }
+    }
+
+    float channel_sums[summed_taps(kTaps)] = {};
+    DDF_UNROLL
+    for (int tap = 0; tap < kTaps; ++tap) {
+      float per_channel = 1.f;
+      if (Mul && a.channel_filter.data != nullptr) {
+        per_channel = load(channel_taps + tap / Kernel * a.channel_filter.row_stride +
+                           tap % Kernel * a.channel_filter.column_stride);
+      }
+      DDF_UNROLL
+      for (int j = 0; j < kLaneOutputs; ++j) {
+        const float term = grad[j] * window[tap / Kernel][j * Stride + tap % Kernel];
+        spatial_sums[tap * kLaneOutputs + j] += Mul ? term * per_channel : term;
+        // An output behind the row's end has a zero grad, but its features may be NaN or Inf.
+        if (Vector || output_inside[j])
+          channel_sums[tap] += Mul ? term * spatial_taps[tap][j] : term;
+      }
+    }
+    if (filters.channel_parts != nullptr) {
+      sum_over_lanes(channel_sums, lane, kLanes);
+      constexpr int kSpread = spread_of(summed_taps(kTaps));
+      if (lane < kSpread && lane < kTaps) store(part + lane, channel_sums[0]);
+      if (kTaps > kSpread && lane == kSpread) store(part + kSpread, channel_sums[kTaps - 1]);
+    }
+    features += kWarps * a.features.channel_stride;
+    gradient += kWarps * a.grad.channel_stride;
+    channel_taps += kWarps * a.channel_filter.channel_stride;
+    part += kWarps * Kernel * Kernel;
+  }
+
+  if (!filters.wants_spatial()) return;
+  sum_over_warps<kWarps>(spatial_sums, shared, warp, lane);
+  if (warp != 0) return;
+  DDF_UNROLL
+  for (int tap = 0; tap < kTaps; ++tap) {
+    DDF_UNROLL
+    for (int i = 0; i < kLaneOutputs; ++i) {
+      if (output_inside[i]) {
+        filters.store_spatial(g, split, batch, plane + tap, row, left + i,
+                              spatial_sums[tap * kLaneOutputs + i]);
+      }
+    }
+  }
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,195 @@
+// The gradients of both filters in one pass over grad and features, over channels that are
+// contiguous in memory (channels_last), dilation 1.
+//
+// A thread owns 4 neighbouring channels of one filter group and slides along strips of outputs,
+// each step loading new columns of the window. grad_channel is summed in registers over a tile's
+// outputs, then by sum_parts over the tiles; grad_spatial over the lanes of a warp, which hold the
+// channels, then by sum_parts over the warps that share a group. Each warp takes tiles of its own;
+// of windows larger than 3 x 3 its registers hold one row of taps only, so that there the warps of
+// a block take the rows of one tile.
+#pragma once
+#include "filter_grads.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kTileOutputRows = 8;
+constexpr int kTileOutputColumns = 16;  // at most
+constexpr int kQuadChannels = 4;
+
+// Warps of a block that have tiles of their own, and those that share one.
+constexpr int tile_warps(int kernel) { return kernel == 3 ? 4 : 1; }
+constexpr int quad_threads(int kernel) {
+  return kLanes * tile_warps(kernel) * (kernel / tap_rows(kernel));
+}
+// Floats of shared memory for the taps of a pixel, whole quadruples, and for a warp.
+constexpr int quad_tap_stride(int kernel) { return kernel == 3 ? 12 : 8; }
+constexpr int quad_shared_floats(int kernel) {
+  // At most four strips are beside each other in a warp.
+  return quad_threads(kernel) / kLanes * 4 * kTileOutputColumns * quad_tap_stride(kernel);
+}
+
+struct Quads {
+  int columns, per_row, rows;  // columns of a tile; tiles beside and below each other
+  int lanes;                   // quadruples of channels of a warp: 8, 16 or 32
+};
+
+// filters.tiles are those of an image, filters.splits the warps that share a group's channels.
+template <typename T, int Kernel, int Stride, bool Mul>
+DDF_KERNEL(quad_threads(Kernel), Kernel == 7 ? 1 : 2)
+filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
+  constexpr int kRows = tap_rows(Kernel);
+  constexpr int kTaps = kRows * Kernel;
+  constexpr int kTileWarps = tile_warps(Kernel);
+  constexpr int kSpread = spread_of(summed_taps(kTaps));
+  constexpr int kTapStride = quad_tap_stride(Kernel);
+  const Geometry& g = a.geometry;
+  DDF_SHARED(float, shared);
+  const int width = g.width;
+  const int lane = thread_index() % kLanes % quads.lanes;
+  const int warp = thread_index() / kLanes;
+  const int first_tap_row = warp / kTileWarps * kRows;
+  const int strips = kLanes / quads.lanes;
+  const int strip = thread_index() % kLanes / quads.lanes;
+
+  const int split = block_index() % filters.splits;
+  int64_t index = block_index() / filters.splits * kTileWarps + warp % kTileWarps;
+  const int64_t tiles_at_once = (filters.tiles + strips - 1) / strips;
+  const int tile = index % tiles_at_once * strips + strip;
+  index /= tiles_at_once;
+  const int64_t group = index % g.groups;
+  const int64_t batch = index / g.groups;
+  const bool warp_active = batch < g.batch;
+  if (!warp_active) return;
+
+  const int quad = split * quads.lanes + lane;
+  const int left = tile % quads.per_row * quads.columns;
+  const int first_row = tile / quads.per_row * kTileOutputRows;
+  const bool in_tile = tile < filters.tiles;
+  const bool active = in_tile && quad * kQuadChannels < g.group_channels;
+  const int64_t channel = group * g.group_channels + (active ? quad * kQuadChannels : 0);
+  const int64_t plane = group * Kernel * Kernel + first_tap_row * Kernel;
+  float* const warp_taps = shared + warp * 4 * kTileOutputColumns * kTapStride;
+  float* const strip_taps = warp_taps + strip * kTileOutputColumns * kTapStride;
+
+  float channel_taps[kTaps][kQuadChannels];
+  float channel_sums[kTaps][kQuadChannels];
+  DDF_UNROLL
+  for (int tap = 0; tap < kTaps; ++tap) {
+    DDF_UNROLL
+    for (int i = 0; i < kQuadChannels; ++i) {
+      channel_sums[tap][i] = 0.f;
+      channel_taps[tap][i] = 1.f;
+      if (Mul && active && a.channel_filter.data != nullptr) {
+        channel_taps[tap][i] = load(
+            a.channel_filter.at(batch, channel + i, first_tap_row + tap / Kernel, tap % Kernel));
+      }
+    }
+  }
+
+  DDF_UNROLL_NOT
+  for (int row = first_row; row < first_row + kTileOutputRows; ++row) {
+    const bool tile_row_active = in_tile && row < g.out_height;
+    const bool row_active = active && tile_row_active;
+    // The taps of the row before are read before they are overwritten.
+    sync_warp();
+    for (int column = lane; column < kTileOutputColumns; column += quads.lanes) {
+      const bool inside =
+          in_tile && row < g.out_height && column < quads.columns && left + column < g.out_width;
+      float taps[kTapStride] = {};
+      DDF_UNROLL
+      for (int tap = 0; tap < kTaps; ++tap) {
+        taps[tap] = 1.f;
+        if (Mul && inside && a.spatial_filter.data != nullptr) {
+          taps[tap] = load(a.spatial_filter.at(batch, plane + tap, row, left + column));
+        }
+      }
+      DDF_UNROLL
+      for (int quarter = 0; quarter < kTapStride / 4; ++quarter) {
+        store_shared4(strip_taps + column * kTapStride + 4 * quarter, taps + 4 * quarter);
+      }
+    }
+    sync_warp();
+
+    const int top = row * Stride + first_tap_row - Kernel / 2;
+    bool row_inside[kRows];
+    DDF_UNROLL
+    for (int y = 0; y < kRows; ++y) {
+      row_inside[y] = row_active && top + y >= 0 && top + y < g.height;
+    }
+    int next = left * Stride - Kernel / 2;  // the column of the features to load
+    const T* source = a.features.at(batch, channel, top, next);
+    const T* gradient = a.grad.at(batch, channel, row, left);
+    auto spatial = filters.spatial_at(g, split, batch, plane + lane, row, left);
+    auto last_spatial = filters.spatial_at(g, split, batch, plane + kSpread, row, left);
+    float window[Kernel][kRows][kQuadChannels];  // [column][row]
+    const auto load_column = [&](float (&to)[kRows][kQuadChannels]) {
+      DDF_UNROLL
+      for (int y = 0; y < kRows; ++y) {
+        DDF_UNROLL
+        for (int i = 0; i < kQuadChannels; ++i) to[y][i] = 0.f;
+        if (row_inside[y] && next >= 0 && next < width) {
+          load4(to[y], source + y * a.features.row_stride);
+        }
+      }
+      source += a.features.column_stride;
+      ++next;
+    };
+    DDF_UNROLL
+    for (int x = 0; x < Kernel - Stride; ++x) load_column(window[x]);
+    // Every lane makes every step, since the sums over lanes want all of them. Unrolled by the
+    // columns of the window, so that columns change their role and not their place.
+    DDF_UNROLL_BY(Kernel)
+    for (int column = 0; column < quads.columns; ++column) {
+      DDF_UNROLL
+      for (int x = Kernel - Stride; x < Kernel; ++x) load_column(window[x]);
+      float spatial_sums[summed_taps(kTaps)] = {};
+      const bool inside = row_active && left + column < g.out_width;
+      // Elsewhere a zero must not meet an Inf.
+      if (inside) {
+        float grad[kQuadChannels];
+        load4(grad, gradient);
+        float taps[kTapStride];
+        DDF_UNROLL
+        for (int quarter = 0; quarter < kTapStride / 4; ++quarter) {
+          load_shared4(taps + 4 * quarter, strip_taps + column * kTapStride + 4 * quarter);
+        }
+        DDF_UNROLL
+        for (int tap = 0; tap < kTaps; ++tap) {
+          DDF_UNROLL
+          for (int i = 0; i < kQuadChannels; ++i) {
+            const float term = grad[i] * window[tap % Kernel][tap / Kernel][i];
+            channel_sums[tap][i] += Mul ? term * taps[tap] : term;
+            spatial_sums[tap] += Mul ? term * channel_taps[tap][i] : term;
+          }
+        }
+      }
+      gradient += a.grad.column_stride;
+      if (filters.wants_spatial()) {
+        sum_over_lanes(spatial_sums, lane, quads.lanes);
+        const bool stores = tile_row_active && left + column < g.out_width;
+        if (stores && lane < kSpread && lane < kTaps) spatial.store(spatial_sums[0]);
+        if (stores && kTaps > kSpread && lane == 0) last_spatial.store(spatial_sums[kTaps - 1]);
+        spatial.advance();
+        last_spatial.advance();
+      }
+      DDF_UNROLL
+      for (int x = 0; x < Kernel - Stride; ++x) {
+        DDF_UNROLL
+        for (int y = 0; y < kRows; ++y) {
+          DDF_UNROLL
+          for (int i = 0; i < kQuadChannels; ++i) window[x][y][i] = window[x + Stride][y][i];
+        }
+      }
+    }
+  }
+
+  if (filters.channel_parts == nullptr || !active) return;
+  DDF_UNROLL
+  for (int i = 0; i < kQuadChannels; ++i) {
+    float* const part = filters.channel_part(g, tile, batch, channel + i) + first_tap_row * Kernel;
+    DDF_UNROLL
+    for (int tap = 0; tap < kTaps; ++tap) store(part + tap, channel_sums[tap][i]);
+  }
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,42 @@
+// Starts kernels on a device; the passes of ops.cu, each compiled for each dtype in a file of its
+// own (forward_float.cu and so on), so that a build can use several cores.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <functional>
+
+#include "arguments.cuh"
+
+namespace ddf::cuda {
+
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+
+  template <typename... Parameters, typename... Given>
+  void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  size_t shared_bytes, const Given&... given) const {
+    STD_TORCH_CHECK(blocks <= kMaxBlocks, name, ": the tensors need ", blocks,
+                    " blocks, CUDA allows ", kMaxBlocks);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream_>>>(given...);
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, name,
+                    ": the kernel did not start: ", cudaGetErrorString(error));
+  }
+
+ private:
+  cudaStream_t stream_;
+};
+
+// Makes room for as many floats, that lives until the kernels are done.
+using Allocate = std::function<float*(int64_t)>;
+
+template <typename T>
+void run_forward(const Arguments<T>& a, cudaStream_t stream);
+
+template <typename T>
+void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
+                  cudaStream_t stream);
+
+}  // namespace ddf::cuda

@@ -1,0 +1,24 @@
+// The definitions of launcher.cuh's passes, for the files that compile them.
+#pragma once
+#include "dispatch.cuh"
+#include "launcher.cuh"
+
+#define DDF_COMPILE_FORWARD(type) template void run_forward(const Arguments<type>&, cudaStream_t)
+#define DDF_COMPILE_BACKWARD(type)                                                            \
+  template void run_backward(const Arguments<type>&, const Gradients<type>&, const Allocate&, \
+                             cudaStream_t)
+
+namespace ddf::cuda {
+
+template <typename T>
+void run_forward(const Arguments<T>& a, cudaStream_t stream) {
+  launch_forward(a, Launcher(stream));
+}
+
+template <typename T>
+void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
+                  cudaStream_t stream) {
+  launch_backward(a, to, allocate, Launcher(stream));
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,195 @@
+// Windows larger than 3 x 3 of stride 1, and 3 x 3 of stride 2, of dilation 1, in either layout:
+// the forward pass, and grad_features of stride 1 with the taps mirrored, as in window3.cuh.
+//
+// A thread owns 4 neighbouring outputs of a row in each of 4 channels. The spatial filters of a
+// block's outputs and the channel filters of its channels lie in shared memory, where the rows of
+// taps are walked in a loop: unrolled, they would not fit the registers. Neighbouring threads have
+// neighbouring outputs, or neighbouring channels where those are neighbours in memory.
+#pragma once
+#include "rows.cuh"
+
+namespace ddf::cuda {
+
+constexpr int kQuadThreads = 128;
+constexpr int kBlockQuads = 32;  // of outputs
+constexpr int kQuadOutputs = 4;
+constexpr int kWindowChannels = 4;
+constexpr int kBlockChannels = 64;  // at most
+
+// Floats of shared memory: [k * k][outputs], then [k * k][channels].
+constexpr int window_quads_floats(int kernel) {
+  return kernel * kernel * (kBlockQuads * kQuadOutputs + kBlockChannels);
+}
+
+template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast>
+DDF_KERNEL(kQuadThreads, 3)
+window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
+  static_assert(!Mirrored || Stride == 1);
+  constexpr int kTaps = Kernel * Kernel;
+  constexpr int kPixels = kBlockQuads * kQuadOutputs;
+  constexpr int kColumns = row_columns(Kernel, Stride);
+  // The filter that changes nothing.
+  constexpr float neutral = Mul ? 1.f : 0.f;
+  const Geometry& g = a.geometry;
+  DDF_SHARED(float, shared);
+  float* const spatial_taps = shared;
+  float* const channel_taps = shared + kTaps * kPixels;
+  const int out_height = g.out_height;
+  const int out_width = g.out_width;
+  const int slab = block_index() % slabs_per_group;
+  const int tile = block_index() / slabs_per_group % tiles;
+  const int64_t image = block_index() / slabs_per_group / tiles;
+  const int64_t group = image % g.groups;
+  const int64_t batch = image / g.groups;
+  const int64_t first = group * g.group_channels + slab * kBlockChannels;
+  const int64_t rest = g.group_channels - slab * kBlockChannels;
+  const int channels = rest < kBlockChannels ? rest : kBlockChannels;
+  const int quads_per_row = (out_width + kQuadOutputs - 1) / kQuadOutputs;
+
+  for (int pixel = thread_index(); pixel < kPixels; pixel += kQuadThreads) {
+    const int quad = tile * kBlockQuads + pixel / kQuadOutputs;
+    const int row = quad / quads_per_row;
+    const int column = quad % quads_per_row * kQuadOutputs + pixel % kQuadOutputs;
+    const bool inside = row < out_height && column < out_width;
+    DDF_UNROLL_NOT
+    for (int tap = 0; tap < kTaps; ++tap) {
+      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      const int y = row + (Mirrored ? Kernel / 2 - tap / Kernel : 0);
+      const int x = column + (Mirrored ? Kernel / 2 - tap % Kernel : 0);
+      float value = neutral;
+      if (a.spatial_filter.data != nullptr && inside &&
+          (!Mirrored || (y >= 0 && y < out_height && x >= 0 && x < out_width))) {
+        value = load(a.spatial_filter.at(batch, group * kTaps + tap, y, x));
+      }
+      spatial_taps[tap * kPixels + pixel] = value;
+    }
+  }
+  for (int i = thread_index(); i < kBlockChannels * kTaps; i += kQuadThreads) {
+    const int channel = i / kTaps;
+    const int tap = i % kTaps;
+    channel_taps[tap * kBlockChannels + channel] =
+        a.channel_filter.data == nullptr || channel >= channels
+            ? neutral
+            : load(a.channel_filter.at(batch, first + channel, tap / Kernel, tap % Kernel));
+  }
+  sync_threads();
+
+  const View<const T>& input = Mirrored ? a.grad : a.features;
+  const int height = Mirrored ? out_height : static_cast<int>(g.height);
+  const int width = Mirrored ? out_width : static_cast<int>(g.width);
+  const int channel_quads = (channels + kWindowChannels - 1) / kWindowChannels;
+  DDF_UNROLL_NOT
+  for (int item = thread_index(); item < kBlockQuads * channel_quads; item += kQuadThreads) {
+    const int block_quad = ChannelsLast ? item / channel_quads : item % kBlockQuads;
+    const int channel =
+        (ChannelsLast ? item % channel_quads : item / kBlockQuads) * kWindowChannels;
+    const int quad = tile * kBlockQuads + block_quad;
+    const int row = quad / quads_per_row;
+    const int left = quad % quads_per_row * kQuadOutputs;
+    if (row >= out_height) continue;
+    const int top = row * Stride - Kernel / 2;
+    const int column = left * Stride;
+    float sums[kWindowChannels][kQuadOutputs] = {};
+
+    const auto add_row = [&](int tap_row, int y, auto masked) {
+      float window[kWindowChannels][kColumns];
+      const T* line = input.at(batch, first + channel, y, column);
+      if (ChannelsLast) {
+        DDF_UNROLL
+        for (int x = 0; x < kColumns; ++x) {
+          float values[kWindowChannels] = {};
+          const int offset = x - Kernel / 2;
+          if (column + offset >= 0 && column + offset < width) {
+            load4(values, line + offset * input.column_stride);
+          }
+          DDF_UNROLL
+          for (int i = 0; i < kWindowChannels; ++i) window[i][x] = values[i];
+        }
+      } else {
+        DDF_UNROLL
+        for (int i = 0; i < kWindowChannels; ++i) {
+          // A channel behind the last repeats it; its sums are not stored.
+          const T* const plane = line + (channel + i < channels ? i : 0) * input.channel_stride;
+          if (vector) {
+            load_row<Kernel / 2, true>(window[i], plane, column, width);
+          } else {
+            load_row<Kernel / 2, false>(window[i], plane, column, width);
+          }
+        }
+      }
+      DDF_UNROLL
+      for (int tap_column = 0; tap_column < Kernel; ++tap_column) {
+        const int tap = tap_row * Kernel + tap_column;
+        float spatial[kQuadOutputs], per_channel[kWindowChannels];
+        load_shared4(spatial, spatial_taps + tap * kPixels + block_quad * kQuadOutputs);
+        load_shared4(per_channel, channel_taps + tap * kBlockChannels + channel);
+        DDF_UNROLL
+        for (int j = 0; j < kQuadOutputs; ++j) {
+          const int x = j * Stride + (Mirrored ? Kernel - 1 - tap_column : tap_column);
+          // An output that is not there has no filter: its zero must not meet an Inf.
+          const int at = column + x - Kernel / 2;
+          if (masked && (at < 0 || at >= width)) continue;
+          DDF_UNROLL
+          for (int i = 0; i < kWindowChannels; ++i) {
+            const float filter = Mul ? per_channel[i] * spatial[j] : per_channel[i] + spatial[j];
+            sums[i][j] += window[i][x] * filter;
+          }
+        }
+      }
+    };
+    const bool columns_inside = column >= Kernel / 2 && column - Kernel / 2 + kColumns <= width;
+    DDF_UNROLL_NOT
+    for (int tap_row = 0; tap_row < Kernel; ++tap_row) {
+      const int y = top + (Mirrored ? Kernel - 1 - tap_row : tap_row);
+      if (y < 0 || y >= height) {
+        if (Mirrored) continue;
+        // Zeros, which make a NaN of an Inf in the filter.
+        DDF_UNROLL_NOT
+        for (int tap_column = 0; tap_column < Kernel; ++tap_column) {
+          const int tap = tap_row * Kernel + tap_column;
+          DDF_UNROLL
+          for (int j = 0; j < kQuadOutputs; ++j) {
+            DDF_UNROLL
+            for (int i = 0; i < kWindowChannels; ++i) {
+              const float spatial = spatial_taps[tap * kPixels + block_quad * kQuadOutputs + j];
+              const float per_channel = channel_taps[tap * kBlockChannels + channel + i];
+              sums[i][j] += 0.f * (Mul ? per_channel * spatial : per_channel + spatial);
+            }
+          }
+        }
+      } else if (!Mirrored || columns_inside) {
+        add_row(tap_row, y, False{});
+      } else {
+        add_row(tap_row, y, True{});
+      }
+    }
+
+    T* const target = a.result.at(batch, first + channel, row, left);
+    if (ChannelsLast) {
+      DDF_UNROLL
+      for (int j = 0; j < kQuadOutputs; ++j) {
+        if (left + j >= out_width) continue;
+        float values[kWindowChannels];
+        DDF_UNROLL
+        for (int i = 0; i < kWindowChannels; ++i) values[i] = sums[i][j];
+        store4(target + j * a.result.column_stride, values);
+      }
+    } else {
+      DDF_UNROLL
+      for (int i = 0; i < kWindowChannels; ++i) {
+        if (channel + i >= channels) continue;
+        T* const line = target + i * a.result.channel_stride;
+        if (vector) {
+          store4(line, sums[i]);
+        } else {
+          DDF_UNROLL
+          for (int j = 0; j < kQuadOutputs; ++j) {
+            if (left + j < out_width) store(line + j, sums[i][j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ddf::cuda

@@ -1,0 +1,128 @@
+"""The stages of gpu_check.sh, with stand-ins for Python, which sees no GPU here, and sanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ABOUT = "2026-01-01  Some GPU  torch 2.11"
+# Logs each call; fails in those that have the word FAIL_AT in them; times like benchmark.py.
+PYTHON = f"""#!/usr/bin/env bash
+case "$1" in
+    -) echo "{ABOUT}"; echo 9.0; exit 0 ;;
+    -c) [[ "$2" != *xdist* && ! ( -n "${{NO_PYTEST:-}}" && "$2" == *pytest* ) ]]; exit ;;
+    */benchmark_table.py) exec "{sys.executable}" "$@" ;;
+esac
+echo "$TORCH_CUDA_ARCH_LIST $*" >> "$CALLS"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        "${{FAIL_AT:-nothing}}") echo "broken"; exit 3 ;;
+        --json) cp "$REPORT" "$2" ;;
+    esac
+    shift
+done
+echo fine
+"""
+SANITIZER = """#!/usr/bin/env bash
+[ "$2" != "${FAIL_AT:-nothing}" ] || exit 1
+shift 4
+"$@"
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs gpu_check.sh with the stand-ins; returns the process, OUT and the calls of Python."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
+        path = tmp_path / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+    out, calls = tmp_path / "out", tmp_path / "calls"
+    report = TOOLS.parent / "benchmarks" / "op_cpu_forward.json"
+
+    def run(*arguments: str, **environment: str):
+        environment = {
+            **os.environ,
+            "PYTHON": str(tmp_path / "bin" / "python"),
+            "CUDA_HOME": str(tmp_path),
+            "CALLS": str(calls),
+            "REPORT": str(report),
+            "TORCH_CUDA_ARCH_LIST": "",
+            **environment,
+        }
+        command = ["bash", str(TOOLS / "gpu_check.sh"), *arguments, str(out)]
+        process = subprocess.run(
+            command, env=environment, text=True, capture_output=True, check=False
+        )
+        return process, out, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def test_every_stage(check):
+    process, out, calls = check()
+    assert process.returncode == 0, process.stderr
+    assert "9.0 setup.py -q build_ext --inplace" in calls[0]
+    assert "-m pytest -q -m cuda tests/ops" in calls[1]
+    assert sum("small_cases" in call for call in calls) == 3
+    assert sum("benchmark.py op --device cuda" in call for call in calls) == 12
+    for stage in ("build", "test", "sanitize", "bench"):
+        assert (out / f"gpu_check_{stage}.txt").read_text().startswith(ABOUT)
+    names = {path.name for path in out.glob("*.json")}
+    assert {"op_cuda_float32.json", "op_cuda_bfloat16_kernel_size_5_backward.json"} <= names
+    assert len(names) == 12
+    assert "| forward | float32 | 3 | 1 | 8,64,56,56 |" in (out / "gpu_check.md").read_text()
+
+
+def test_one_stage_alone(check):
+    process, out, calls = check("test")
+    assert process.returncode == 0
+    assert len(calls) == 1 and [path.name for path in out.iterdir()] == ["gpu_check_test.txt"]
+
+
+@pytest.mark.parametrize(
+    "word, failed, count",
+    [
+        ("setup.py", "build: compiling", 1),
+        ("tests/ops", "test: CUDA tests", 1),
+        ("racecheck", "sanitize: racecheck", 1),
+        ("bfloat16", "bench: op_cuda_bfloat16_stride_2", 6),
+    ],
+)
+def test_a_failure_is_reported_and_stops_nothing(check, word, failed, count):
+    process, out, _ = check(FAIL_AT=word)
+    assert process.returncode == 1
+    errors = process.stderr.splitlines()
+    assert len(errors) == count and f"gpu_check.sh: error: failed: {failed}" in errors
+    assert (out / "gpu_check.md").exists()
+
+
+def test_what_is_missing_is_said_in_one_line(check, tmp_path):
+    process, _, calls = check("test", "sanitize", NO_PYTEST="1")
+    assert process.returncode == 1 and not calls
+    assert "test: pytest is not there: pip install pytest" in process.stderr
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    process, _, calls = check("sanitize", PATH="/usr/bin:/bin")
+    assert process.returncode == 1 and not calls
+    assert "compute-sanitizer is not there" in process.stderr
+
+
+def test_no_gpu_is_an_error(tmp_path):
+    """With the real Python, on a machine without a GPU; with one there is nothing to see."""
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    command = ["bash", str(TOOLS / "gpu_check.sh"), "test", str(tmp_path)]
+    process = subprocess.run(command, env=hidden, text=True, capture_output=True, check=False)
+    assert process.returncode == 1
+    assert "torch sees no CUDA device" in process.stderr
+
+
+def test_a_word_that_is_no_stage(tmp_path):
+    command = ["bash", str(TOOLS / "gpu_check.sh"), str(tmp_path), "build"]
+    process = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert process.returncode == 2 and "one OUT at most" in process.stderr

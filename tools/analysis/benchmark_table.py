@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Put what ``benchmark.py op --json`` wrote into one Markdown table.
+
+    benchmark_table.py FILE.json ... [--out TABLE.md]
+
+Each line is one shape: the least time of each call in milliseconds, then what the report compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def rows_of(report: dict) -> list[dict[str, str]]:
+    """The table's lines of one report, column by column."""
+    options = report["options"]
+    case = {
+        "pass": "forward and backward" if options["backward"] else "forward",
+        "dtype": options["dtype"],
+        "kernel": str(options["kernel_size"]),
+        "stride": str(options["stride"]),
+    }
+    return [
+        {
+            **case,
+            "shape": ",".join(map(str, row["shape"])),
+            "layout": row["layout"],
+            **{f"{name} ms": f"{min(times):.4f}" for name, times in row["milliseconds"].items()},
+            **{name: f"{value:.2f}" for name, value in row["ratios"].items()},
+        }
+        for row in report["rows"]
+    ]
+
+
+def markdown(reports: list[dict]) -> str:
+    """The table, under a line with the machine and one with each command."""
+    lines = []
+    for report in reports:
+        machine = dict(report["machine"])
+        command = machine.pop("command")
+        about = ", ".join(f"{key} {value}" for key, value in machine.items())
+        if about not in lines:
+            lines += [about, ""]
+        lines += [f"    {command}"]
+    rows = [row for report in reports for row in rows_of(report)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="TABLE.md", help="instead of printing it")
+    args = parser.parse_args()
+    table = markdown([json.loads(path.read_text()) for path in args.reports])
+    if args.out:
+        args.out.write_text(table)
+    else:
+        print(table, end="")
+
+
+if __name__ == "__main__":
+    main()
