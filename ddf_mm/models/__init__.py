@@ -1,6 +1,7 @@
-"""Backbones with DDF, registered with mmengine; needs mmengine and mmcv only."""
+"""Networks with DDF and parts of them, registered with mmengine; needs mmengine and mmcv only."""
 
 import ddf_mm.layers  # noqa: F401  (registers the layers that configs of these models may name)
 from ddf_mm.models.ddf_resnet import DDFBottleneck, DDFResNet
+from ddf_mm.models.ddf_up_net import DDFUpNet
 
-__all__ = ["DDFBottleneck", "DDFResNet"]
+__all__ = ["DDFBottleneck", "DDFResNet", "DDFUpNet"]
