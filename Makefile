@@ -1,5 +1,7 @@
 # One command each; running one again reuses what is installed.
 #   make demo     train, evaluate and draw the digits recipe
+#   make demo-detection, make demo-segmentation
+#                 the same for small recipes on scenes of digits
 #   make test     the whole test suite (ARGS="-k name" selects)
 #   make lint     check the code         make format   rewrite it
 #   make clean    delete what builds and tests leave, not the environment
@@ -11,12 +13,16 @@ STAMPS := $(VENV)/.stamps
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format clean
+SCENE_DEMOS := demo-detection demo-segmentation
+.PHONY: demo $(SCENE_DEMOS) test lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
 demo: $(STAMPS)/package
 	PYTHON="$(VENV)/bin/python" bash tools/demo.sh
+
+$(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection
+	PYTHON="$(VENV)/bin/python" bash tools/demo_scenes.sh $*
 
 test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
 	"$(VENV)/bin/python" -m pytest $(ARGS)

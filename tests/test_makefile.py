@@ -35,6 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "requirements" / "install.sh").write_text(RECORDER)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "demo.sh").write_text('echo "demo with $PYTHON"\n')
+    (tmp_path / "tools" / "demo_scenes.sh").write_text('echo "$1 with $PYTHON"\n')
     for name in ["setup.py", "pyproject.toml"]:
         (tmp_path / name).touch()
     return tmp_path
@@ -58,12 +59,20 @@ def change(path: Path) -> None:
 
 
 DEMO = ["venv", "classification", "package"]
+SCENES = ["venv", "toolchain", "classification", "package", "detection"]
 TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
 
 
 @pytest.mark.parametrize(
     "target, parts",
-    [("demo", DEMO), ("test", TEST), ("lint", ["venv", "dev"]), ("format", ["venv", "dev"])],
+    [
+        ("demo", DEMO),
+        ("demo-detection", SCENES),
+        ("demo-segmentation", SCENES),
+        ("test", TEST),
+        ("lint", ["venv", "dev"]),
+        ("format", ["venv", "dev"]),
+    ],
 )
 def test_installs_what_the_target_needs_once(checkout, target, parts):
     assert make(checkout, target) == parts
