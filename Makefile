@@ -1,5 +1,7 @@
 # One command each; running one again reuses what is installed.
 #   make demo     train, evaluate and draw the digits recipe
+#   make demo-detection, make demo-segmentation
+#                 the same for small recipes on scenes of digits
 #   make test     the whole test suite (ARGS="-k name" selects)
 #   make test-newer-torch   the tests of the ops with a newer torch than they were compiled with
 #   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
@@ -15,12 +17,16 @@ NEWER_TORCH := $(VENV)-newer-torch
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-newer-torch wheel docs lint format clean
+SCENE_DEMOS := demo-detection demo-segmentation
+.PHONY: demo $(SCENE_DEMOS) test test-newer-torch wheel docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
 demo: $(STAMPS)/package
 	PYTHON="$(VENV)/bin/python" bash tools/demo.sh
+
+$(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection
+	PYTHON="$(VENV)/bin/python" bash tools/demo_scenes.sh $*
 
 test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
 	"$(VENV)/bin/python" -m pytest $(ARGS)

@@ -35,6 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "requirements" / "install.sh").write_text(RECORDER)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "demo.sh").write_text('echo "demo with $PYTHON"\n')
+    (tmp_path / "tools" / "demo_scenes.sh").write_text('echo "$1 with $PYTHON"\n')
     for name in ["setup.py", "pyproject.toml"]:
         (tmp_path / name).touch()
     return tmp_path
@@ -58,6 +59,7 @@ def change(path: Path) -> None:
 
 
 DEMO = ["venv", "classification", "package"]
+SCENES = ["venv", "toolchain", "classification", "package", "detection"]
 TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
 
 
@@ -65,6 +67,8 @@ TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
     "target, parts",
     [
         ("demo", DEMO),
+        ("demo-detection", SCENES),
+        ("demo-segmentation", SCENES),
         ("test", TEST),
         ("test-newer-torch", [*DEMO, "newer-torch"]),
         ("wheel", ["venv", "classification"]),

@@ -1,5 +1,27 @@
-"""Datasets; importing the package registers them and needs mmpretrain."""
+"""Datasets and transforms; importing the package registers them.
 
-from ddf_mm.datasets.digits import DigitsDataset
+:class:`DigitsDataset` needs mmpretrain and is left out where that is not installed.
+"""
 
-__all__ = ["DigitsDataset"]
+from importlib.util import find_spec
+
+from ddf_mm.datasets.guided_upsampling import (
+    GuidedUpsamplingDataset,
+    LoadMap,
+    PackGuidedUpsampling,
+)
+
+if find_spec("mmpretrain") is not None:
+    from ddf_mm.datasets.digits import DigitsDataset
+else:
+
+    def __getattr__(name: str):
+        # Asked for by name, it says what is missing.
+        if name == "DigitsDataset":
+            from ddf_mm.datasets.digits import DigitsDataset
+
+            return DigitsDataset
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["DigitsDataset", "GuidedUpsamplingDataset", "LoadMap", "PackGuidedUpsampling"]

@@ -1,7 +1,8 @@
-"""Backbones and necks with DDF, registered with mmengine; needs mmengine and mmcv only."""
+"""Networks with DDF and parts of them, registered with mmengine; needs mmengine and mmcv only."""
 
 import ddf_mm.layers  # noqa: F401  (registers the layers that configs of these models may name)
 from ddf_mm.models.ddf_resnet import DDFBottleneck, DDFResNet
 from ddf_mm.models.ddf_up_fpn import DDFUpFPN
+from ddf_mm.models.ddf_up_net import DDFUpNet
 
-__all__ = ["DDFBottleneck", "DDFResNet", "DDFUpFPN"]
+__all__ = ["DDFBottleneck", "DDFResNet", "DDFUpFPN", "DDFUpNet"]

@@ -1,0 +1,41 @@
+# Semantic labels of the set that tools/make_digit_scenes.py makes.
+data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
+metainfo = dict(classes=("background", *"0123456789"))
+
+# No flips: a mirrored digit is no digit.
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+
+# The images are small: workers would cost more than they save.
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/train", seg_map_path="semantic/train"),
+        metainfo=metainfo,
+        pipeline=pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/val", seg_map_path="semantic/val"),
+        metainfo=metainfo,
+        pipeline=pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator

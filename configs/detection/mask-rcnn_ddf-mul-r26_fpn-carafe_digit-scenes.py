@@ -1,0 +1,6 @@
+# The same with CARAFE in the neck, to compare with. mmcv's CARAFE runs on CUDA devices only;
+# ddf_mm.layers.carafe serves the others.
+_base_ = "mask-rcnn_ddf-mul-r26_ddfup-fpn_digit-scenes.py"
+
+custom_imports = dict(imports=["ddf_mm.models", "ddf_mm.layers.carafe"], allow_failed_imports=False)
+model = dict(neck=dict(type="FPN_CARAFE"))

@@ -1,0 +1,56 @@
+# A small Semantic FPN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights: the
+# whole way from a config to an mIoU in minutes on two CPU cores, with nothing to download. The
+# data: python tools/make_digit_scenes.py data/digit_scenes
+_base_ = [
+    "mmseg::_base_/models/fpn_r50.py",
+    "mmseg::_base_/default_runtime.py",
+    "../_base_/datasets/digit_scenes_semantic.py",
+]
+
+custom_imports = dict(imports=["ddf_mm.models"], allow_failed_imports=False)
+
+channels = 32
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type="DDFResNet",
+        depth=26,
+        kernel_combine="mul",
+        stem_channels=16,
+        base_channels=16,
+        out_indices=(0, 1, 2, 3),
+    ),
+    neck=dict(type="DDFUpFPN", in_channels=[64, 128, 256, 512], out_channels=channels),
+    decode_head=dict(
+        in_channels=[channels] * 4, channels=channels, num_classes=11, norm_cfg=norm_cfg
+    ),
+)
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=0.002, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+)
+# mmengine multiplies schedulers: a cosine over the whole run, and a warm-up.
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
+    dict(type="CosineAnnealingLR", T_max=1000, by_epoch=False),
+]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=1),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)
+env_cfg = dict(cudnn_benchmark=False)
+auto_scale_lr = dict(base_batch_size=8)
+randomness = dict(seed=0)

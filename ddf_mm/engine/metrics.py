@@ -1,0 +1,32 @@
+"""Metrics that no toolbox has to be installed for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS
+
+
+@METRICS.register_module()
+class RMSE(BaseMetric):
+    """Root mean squared error of maps: of each map over its pixels, then the mean over the maps.
+
+    Reads ``pred_map.data`` and ``gt_map.data`` of the data samples; the error has their unit.
+
+    Args:
+        collect_device: ``'cpu'`` or ``'gpu'``, where the results of several processes meet.
+        prefix: prefix of the metric's name.
+    """
+
+    default_prefix = "map"
+
+    def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
+        """Remembers the errors of a batch."""
+        for sample in data_samples:
+            error = sample["pred_map"]["data"].double() - sample["gt_map"]["data"].double()
+            self.results.append(error.square().mean().sqrt().item())
+
+    def compute_metrics(self, results: list[float]) -> dict[str, float]:
+        """``rmse``, the mean of the maps' errors."""
+        return dict(rmse=sum(results) / len(results))
