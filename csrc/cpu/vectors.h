@@ -162,19 +162,31 @@ DDF_INLINE void store(T* to, Vector<Sum<T>, N> v) {
   }
 }
 
-// The first count of N elements; the others are zero, or stay as they are in memory.
+// Not inlined, since there are many callers and the ends of rows are few.
 template <int N, class T>
-DDF_INLINE Vector<Sum<T>, N> load_first(const T* from, int64_t count) {
-  if (count >= N) return load<N>(from);
+__attribute__((noinline)) Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
   Vector<Sum<T>, N> v{};
   for (int64_t i = 0; i < count; ++i) v[i] = widen(from[i]);
   return v;
 }
 
 template <int N, class T>
-DDF_INLINE void store_first(T* to, Vector<Sum<T>, N> v, int64_t count) {
-  if (count >= N) return store<N>(to, v);
+__attribute__((noinline)) void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(v[i]);
+}
+
+// The first count of N elements; the others are zero, or stay as they are in memory.
+template <int N, class T>
+DDF_INLINE Vector<Sum<T>, N> load_first(const T* from, int64_t count) {
+  return count >= N ? load<N>(from) : load_some<N>(from, count);
+}
+
+template <int N, class T>
+DDF_INLINE void store_first(T* to, Vector<Sum<T>, N> v, int64_t count) {
+  if (count >= N)
+    store<N>(to, v);
+  else
+    store_some<N>(to, v, count);
 }
 
 // A mask of the first count lanes.
