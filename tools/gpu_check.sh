@@ -106,7 +106,7 @@ bench() {
                 name=$(tr -cs '[:alnum:]\n' _ <<< "${name//--/}")
                 # shellcheck disable=SC2086
                 attempt "${name%_}" "$PYTHON" "$TOOLS/benchmark.py" op --device cuda \
-                    --shapes "${shapes[@]}" --dtype "$dtype" $options $pass \
+                    --shapes "${shapes[@]}" --repeats 5 --dtype "$dtype" $options $pass \
                     --json "$OUT/${name%_}.json"
                 [ ! -f "$OUT/${name%_}.json" ] || reports+=("$OUT/${name%_}.json")
             done

@@ -53,7 +53,6 @@ DDF_DEVICE Accumulate<T> load_or_zero(const View<const T>& tensor, int batch, in
   return load(tensor.at(batch, channel, row, column));
 }
 
-// The filter of channel `channel` at tap (tap_row, tap_column) and output pixel (row, column).
 // The filter of channel `channel` at tap (tap_row, tap_column) and output pixel (row, column);
 // `plane` is the tap's channel of the spatial filter.
 template <typename T>

@@ -22,7 +22,7 @@ constexpr int window_quads_floats(int kernel) {
 }
 
 template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast>
-DDF_KERNEL(kQuadThreads, 3)
+DDF_KERNEL(kQuadThreads, Kernel == 7 ? 2 : 3)
 window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
   static_assert(!Mirrored || Stride == 1);
   constexpr int kTaps = Kernel * Kernel;
