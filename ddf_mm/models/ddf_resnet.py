@@ -265,7 +265,10 @@ class DDFResNet(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         if pretrained is not None and init_cfg is not None:
-            raise ValueError("pretrained and init_cfg are both given; give one of them")
+            raise ValueError(
+                "pretrained and init_cfg are both given; give one of them (mmseg hands the "
+                "model's pretrained on to the backbone: set model.pretrained=None)"
+            )
         if pretrained is not None:
             if not isinstance(pretrained, str):
                 raise TypeError(f"pretrained must be a path (str) or None, got {pretrained!r}")

@@ -17,6 +17,8 @@ from mmengine.fileio import load
 from mmengine.utils import get_installed_path
 from PIL import Image
 
+import ddf_mm  # noqa: F401  (mmengine finds `mmseg::` of the OneDL packages from then on)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 DETECTION = """
@@ -253,5 +255,5 @@ def test_mmseg_own_tools(work, run_theirs):
     flops = ["segmentation.py", "--shape", "65", "97"]
     assert "Flops: " in run_theirs("mmseg", "analysis_tools/get_flops.py", *flops)
     browse = ["segmentation.py", "--output-dir", "browsed_seg", "--not-show"]
-    run_theirs("mmseg", "misc/browse_dataset.py", *browse)
+    run_theirs("mmseg", "analysis_tools/browse_dataset.py", *browse)
     assert len(list((work / "browsed_seg").rglob("*.png"))) == 4
