@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -88,6 +89,10 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
     check_size(*spatial_filter, {g.batch, g.groups * g.taps(), rows, columns}, "spatial_filter");
   }
   g.group_channels = g.channels / g.groups;
+  // More dilation puts all taps but the centre outside of the features just as well, more stride
+  // all windows but the first; what the kernels compute from both stays small.
+  g.dilation = std::min(dilation, std::max(g.height, g.width));
+  g.stride = std::min(stride, std::max(g.height, g.width));
   return g;
 }
 

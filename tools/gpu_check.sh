@@ -76,7 +76,7 @@ test_() {
     local parallel=()
     if "$PYTHON" -c "import xdist" 2> /dev/null; then parallel=(-n 4); fi
     DDF_MM_REQUIRE_OPS=1 attempt "CUDA tests" \
-        "$PYTHON" -m pytest -q -m cuda tests/ops "${parallel[@]}"
+        "$PYTHON" -m pytest -q -m cuda tests/ops tests/tools/test_benchmark.py "${parallel[@]}"
 }
 
 sanitize() {
@@ -98,18 +98,19 @@ sanitize() {
 bench() {
     # Large enough not to fit a GPU's cache, from ResNet and FPN.
     local shapes=(2,256,200,304 32,256,56,56 32,512,28,28 128,64,56,56)
-    local options dtype pass name reports=()
+    local pass options name peers reports=()
     for options in "" "--kernel-size 5" "--stride 2"; do
-        for dtype in float32 bfloat16; do
-            for pass in "" --backward; do
-                name="op cuda $dtype $options $pass"
-                name=$(tr -cs '[:alnum:]\n' _ <<< "${name//--/}")
-                # shellcheck disable=SC2086
-                attempt "${name%_}" "$PYTHON" "$TOOLS/benchmark.py" op --device cuda \
-                    --shapes "${shapes[@]}" --repeats 5 --dtype "$dtype" $options $pass \
-                    --json "$OUT/${name%_}.json"
-                [ ! -f "$OUT/${name%_}.json" ] || reports+=("$OUT/${name%_}.json")
-            done
+        for pass in forward grad_features backward; do
+            name="op cuda $pass $options"
+            name=$(tr -cs '[:alnum:]\n' _ <<< "${name//--/}")
+            # The slow peers once.
+            peers=(--peers "depthwise conv" copy)
+            [ "$options" != "" ] || [ "$pass" != forward ] || peers=()
+            # shellcheck disable=SC2086
+            attempt "${name%_}" "$PYTHON" "$TOOLS/benchmark.py" op --device cuda \
+                --shapes "${shapes[@]}" --dtype float32 bfloat16 --pass "$pass" --repeats 5 \
+                $options "${peers[@]}" --json "$OUT/${name%_}.json"
+            [ ! -f "$OUT/${name%_}.json" ] || reports+=("$OUT/${name%_}.json")
         done
     done
     [ ${#reports[@]} -eq 0 ] || attempt "table" \

@@ -42,6 +42,8 @@ def ddf_reference(
     )
     batch, channels, height, width = features.shape
     dtype = accumulate_dtype(features.dtype)
+    # From there on no tap but the centre reaches the features: padding by more has no effect.
+    dilation = min(dilation, max(height, width))
 
     # The window of the last output starts at (out - 1) * stride, so the padding that the
     # features lack there may be more or less than dilation * (k // 2).

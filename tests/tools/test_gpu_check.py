@@ -71,12 +71,12 @@ def test_every_stage(check):
     assert "9.0 setup.py -q build_ext --inplace" in calls[0]
     assert "-m pytest -q -m cuda tests/ops" in calls[1]
     assert sum("small_cases" in call for call in calls) == 3
-    assert sum("benchmark.py op --device cuda" in call for call in calls) == 12
+    assert sum("benchmark.py op --device cuda" in call for call in calls) == 9
     for stage in ("build", "test", "sanitize", "bench"):
         assert (out / f"gpu_check_{stage}.txt").read_text().startswith(ABOUT)
     names = {path.name for path in out.glob("*.json")}
-    assert {"op_cuda_float32.json", "op_cuda_bfloat16_kernel_size_5_backward.json"} <= names
-    assert len(names) == 12
+    assert {"op_cuda_forward.json", "op_cuda_backward_kernel_size_5.json"} <= names
+    assert len(names) == 9
     assert "| forward | float32 | 3 | 1 | 8,64,56,56 |" in (out / "gpu_check.md").read_text()
 
 
@@ -92,7 +92,7 @@ def test_one_stage_alone(check):
         ("setup.py", "build: compiling", 1),
         ("tests/ops", "test: CUDA tests", 1),
         ("racecheck", "sanitize: racecheck", 1),
-        ("bfloat16", "bench: op_cuda_bfloat16_stride_2", 6),
+        ("backward", "bench: op_cuda_backward_stride_2", 3),
     ],
 )
 def test_a_failure_is_reported_and_stops_nothing(check, word, failed, count):

@@ -15,20 +15,17 @@ from pathlib import Path
 
 def rows_of(report: dict) -> list[dict[str, str]]:
     """The table's lines of one report, column by column."""
-    options = report["options"]
-    case = {
-        "pass": "forward and backward" if options["backward"] else "forward",
-        "dtype": options["dtype"],
-        "kernel": str(options["kernel_size"]),
-        "stride": str(options["stride"]),
-    }
     return [
         {
-            **case,
+            "pass": report["options"]["which"],
+            "dtype": row["dtype"],
+            "kernel": str(row["kernel_size"]),
+            "stride": str(row["stride"]),
             "shape": ",".join(map(str, row["shape"])),
             "layout": row["layout"],
-            **{f"{name} ms": f"{min(times):.4f}" for name, times in row["milliseconds"].items()},
+            **{f"{name} ms": f"{t['least']:.4f}" for name, t in row["milliseconds"].items()},
             **{name: f"{value:.2f}" for name, value in row["ratios"].items()},
+            "of copy speed": f"{row['of_copy_speed']:.2f}" if "of_copy_speed" in row else "",
         }
         for row in report["rows"]
     ]
