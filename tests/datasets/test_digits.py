@@ -136,13 +136,13 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_only_the_datasets_need_mmpretrain():
+def test_only_this_dataset_needs_mmpretrain():
     result = run_python(
         "import sys\n"
         "sys.modules['mmpretrain'] = None\n"
-        "import ddf_mm, ddf_mm.ops, ddf_mm.layers, ddf_mm.models\n"
+        "import ddf_mm, ddf_mm.ops, ddf_mm.layers, ddf_mm.models, ddf_mm.datasets\n"
         "print('others imported')\n"
-        "import ddf_mm.datasets\n"
+        "from ddf_mm.datasets import DigitsDataset\n"
     )
     assert result.stdout.strip().endswith("others imported")
     assert result.returncode == 1
