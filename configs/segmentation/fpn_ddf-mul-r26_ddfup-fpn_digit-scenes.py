@@ -49,7 +49,7 @@ default_hooks = dict(
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=1),
     sampler_seed=dict(type="DistSamplerSeedHook"),
-    visualization=dict(type="SegVisualizationHook"),
+    visualization=dict(_scope_="mmseg", type="SegVisualizationHook"),
 )
 env_cfg = dict(cudnn_benchmark=False)
 auto_scale_lr = dict(base_batch_size=8)

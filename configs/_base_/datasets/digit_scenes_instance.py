@@ -1,20 +1,22 @@
 # Boxes and masks of the set that tools/make_digit_scenes.py makes.
+# `_scope_` keeps types the toolbox's when this file is read through `ddf_mm::`.
 data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
 metainfo = dict(classes=tuple("0123456789"))
 image_scale = (128, 128)
 
 # No flips: a mirrored digit is no digit.
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=image_scale, keep_ratio=True),
-    dict(type="PackDetInputs"),
+    dict(_scope_="mmdet", type="LoadImageFromFile"),
+    dict(_scope_="mmdet", type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(_scope_="mmdet", type="Resize", scale=image_scale, keep_ratio=True),
+    dict(_scope_="mmdet", type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=image_scale, keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(_scope_="mmdet", type="LoadImageFromFile"),
+    dict(_scope_="mmdet", type="Resize", scale=image_scale, keep_ratio=True),
+    dict(_scope_="mmdet", type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(
+        _scope_="mmdet",
         type="PackDetInputs",
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
     ),
@@ -27,6 +29,7 @@ train_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
+        _scope_="mmdet",
         type="CocoDataset",
         data_root=data_root,
         ann_file="annotations/instances_train.json",
@@ -41,6 +44,7 @@ val_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
+        _scope_="mmdet",
         type="CocoDataset",
         data_root=data_root,
         ann_file="annotations/instances_val.json",
@@ -52,6 +56,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(
+    _scope_="mmdet",
     type="CocoMetric",
     ann_file=data_root + "/annotations/instances_val.json",
     metric=["bbox", "segm"],

@@ -1,12 +1,13 @@
 # Semantic labels of the set that tools/make_digit_scenes.py makes.
+# `_scope_` keeps types the toolbox's when this file is read through `ddf_mm::`.
 data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
 metainfo = dict(classes=("background", *"0123456789"))
 
 # No flips: a mirrored digit is no digit.
 pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
+    dict(_scope_="mmseg", type="LoadImageFromFile"),
+    dict(_scope_="mmseg", type="LoadAnnotations"),
+    dict(_scope_="mmseg", type="PackSegInputs"),
 ]
 
 # The images are small: workers would cost more than they save.
@@ -16,6 +17,7 @@ train_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
+        _scope_="mmseg",
         type="BaseSegDataset",
         data_root=data_root,
         data_prefix=dict(img_path="images/train", seg_map_path="semantic/train"),
@@ -29,6 +31,7 @@ val_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
+        _scope_="mmseg",
         type="BaseSegDataset",
         data_root=data_root,
         data_prefix=dict(img_path="images/val", seg_map_path="semantic/val"),
@@ -37,5 +40,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+val_evaluator = dict(_scope_="mmseg", type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
