@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,9 @@ def prepare(cfg: Config) -> None:
             part.type = "BN"
     for part in dicts_with(cfg.model, "batch_augments"):  # pads to the recipe's image size
         part.batch_augments = None
+    # Untrained boxes may leave the image, where mmdet's pasting of masks fails on a CPU.
+    for part in dicts_with(cfg.model, "clip_border"):
+        part.clip_border = True
     for part in dicts_with(cfg.model, "max_per_img"):
         part.max_per_img = min(part.max_per_img, 30)
     for part in dicts_with(cfg.model, "num_proposals"):
@@ -302,10 +306,15 @@ def check(toolbox: str, config: str, swap: str) -> Outcome:
 
 def reason(outcome: Outcome) -> str:
     """Why a config failed, and whether it does as well without a swap."""
-    stock = check(outcome.toolbox, outcome.config, "none")
-    if stock.error == outcome.error:
+    if stock_error(outcome.toolbox, outcome.config) == outcome.error:
         return f"the stock config fails here as well: {outcome.error}"
     return outcome.error
+
+
+@cache
+def stock_error(toolbox: str, config: str) -> str:
+    """What a config fails with as it is."""
+    return check(toolbox, config, "none").error
 
 
 def table(outcomes: list[Outcome]) -> str:
