@@ -151,6 +151,32 @@ def test_gradients_of_first_and_second_order(case, combine, which, device):
 
 # Worst error over the rounding unit of the dtype and the largest output, seen on this case:
 # 0.5 for every 16-bit one, since sums are kept in float32; 1.1 for float32.
+@pytest.mark.parametrize("function", [ddf, ddf_reference])
+@pytest.mark.parametrize("dilation", [7, 10**6, 2**62])
+def test_dilation_beyond_the_image_leaves_the_centre(function, dilation, device):
+    """In no more time and memory than the image takes."""
+    x, per_channel, per_pixel = (
+        torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in ((2, 4, 6, 7), (2, 4, 3, 3), (2, 9, 6, 7))
+    )
+    out = function(x, per_channel, per_pixel, 3, dilation)
+    expected = x * per_channel[:, :, 1, 1, None, None] * per_pixel[:, 4:5]
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    inputs = (x, per_channel, per_pixel)
+    found, wanted = (torch.autograd.grad(value, inputs, grad) for value in (out, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [ddf, ddf_reference])
+def test_stride_beyond_the_image_leaves_the_first_window(function, device):
+    x, per_channel = torch.randn(1, 4, 6, 7, device=device), torch.randn(1, 4, 3, 3, device=device)
+    out = function(x, per_channel, None, 3, 1, 2**62)
+    expected = (x[:, :, :2, :2] * per_channel[:, :, 1:, 1:]).sum((2, 3), keepdim=True)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_dtype_and_layout_of_the_output(dtype, layout, device):
