@@ -55,15 +55,22 @@ def tool(work: Path, name: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("neck", ["ddfup-fpn", "fpn", "fpn-carafe"])
-@pytest.mark.parametrize("recipe", [DETECTION, SEGMENTATION], ids=["detection", "segmentation"])
-def test_recipe_trains(work, recipe, neck):
+def train(work: Path, recipe: str, neck: str) -> Path:
+    """Trains a recipe for two iterations, unless another test has; returns its folder."""
     config = ROOT / "configs" / recipe.format(neck)
     out = work / config.stem
     options = [*SHORT[recipe], "train_dataloader.batch_size=2", "default_hooks.logger.interval=1"]
     if recipe is DETECTION:
         options.append("default_hooks.checkpoint.interval=1")
-    tool(work, "train.py", config, "--work-dir", out, "--cfg-options", *options)
+    if not out.exists():
+        tool(work, "train.py", config, "--work-dir", out, "--cfg-options", *options)
+    return out
+
+
+@pytest.mark.parametrize("neck", ["ddfup-fpn", "fpn", "fpn-carafe"])
+@pytest.mark.parametrize("recipe", [DETECTION, SEGMENTATION], ids=["detection", "segmentation"])
+def test_recipe_trains(work, recipe, neck):
+    out = train(work, recipe, neck)
     (log,) = out.glob("*/vis_data/scalars.json")
     records = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
@@ -75,8 +82,9 @@ def test_recipe_trains(work, recipe, neck):
 @pytest.mark.parametrize("recipe", [DETECTION, SEGMENTATION], ids=["detection", "segmentation"])
 def test_predictions_are_drawn(work, recipe):
     config = ROOT / "configs" / recipe.format("ddfup-fpn")
-    checkpoint = Path((work / config.stem / "last_checkpoint").read_text().strip())
-    sheet = work / config.stem / "sheet.png"
+    out = train(work, recipe, "ddfup-fpn")
+    checkpoint = Path((out / "last_checkpoint").read_text().strip())
+    sheet = out / "sheet.png"
     options = ["--out", sheet, "--enlarge", "2", "--columns", "2", "--score", "0"]
     tool(work, "analysis/draw_predictions.py", config, checkpoint, *options)
     with Image.open(sheet) as picture:
