@@ -127,6 +127,24 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def summarize(problems: dict[str, list[str]], most: int) -> str:
+    """Say in one line which names have which problem.
+
+    Args:
+        problems (dict[str, list[str]]): The names by the kind of problem.
+        most (int): Names of a kind that are shown; of the others only the number is.
+
+    Returns:
+        str: The line, without the kinds that no name has; empty if there is none.
+    """
+    parts = []
+    for kind, names in problems.items():
+        if names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{kind}: {', '.join(names[:most])}{more}")
+    return "; ".join(parts)
+
+
 def _first_import_error(error: ImportError) -> ImportError:
     # mmengine turns the failed import of a `custom_imports` module into ImportErrors that no
     # longer say what was missing.

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.cli import UserError, summarize
 from ddf_mm.engine.launch import load_from_local_file
 from ddf_mm.models import DDFResNet
 from ddf_mm.models.ddf_resnet import DDFBottleneck
@@ -46,15 +46,16 @@ class OfficialNetwork:
     averaged: bool
     arguments: dict[str, int | float]
     architecture: str | None = None
-    backbone: dict[str, Tensor] = field(init=False)
-    head: dict[str, Tensor] = field(init=False)
 
-    def __post_init__(self) -> None:
-        parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
-        for name, value in self.weights.items():
-            parts[name.startswith("fc.")][name] = value
-        object.__setattr__(self, "head", parts[True])
-        object.__setattr__(self, "backbone", parts[False])
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The classifier's weights; empty if there is none."""
+        return {name: value for name, value in self.weights.items() if name.startswith("fc.")}
+
+    @property
+    def backbone(self) -> dict[str, Tensor]:
+        """All weights but the head's."""
+        return {name: value for name, value in self.weights.items() if not name.startswith("fc.")}
 
     def build(self, kernel_combine: str) -> DDFResNet:
         """The backbone with these weights, in evaluation mode."""
@@ -171,14 +172,9 @@ def _require_equal_names(
             if name in sizes and tuple(value.shape) != tuple(sizes[name])
         ],
     }
-    told = []
-    for kind, names in problems.items():
-        if names:
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            told.append(f"{kind}: {', '.join(names[:_SHOWN_NAMES])}{more}")
-    if told:
+    if told := summarize(problems, _SHOWN_NAMES):
         depth = arguments["depth"]
-        raise UserError(f"{path!r} does not fit the official DDF-ResNet{depth}: {'; '.join(told)}")
+        raise UserError(f"{path!r} does not fit the official DDF-ResNet{depth}: {told}")
 
 
 def combine_of_name(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
 
-from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.cli import UserError, summarize
 from ddf_mm.engine.launch import dataset_configs
 
 # The hook to add to `default_hooks.visualization` where a config has none.
@@ -252,9 +252,4 @@ def _summarize(mismatch: str) -> str:
         if line.startswith("size mismatch for "):
             sizes.append(line.removeprefix("size mismatch for ").split(":")[0])
     found["of another size"] = sizes
-    parts = []
-    for label, names in found.items():
-        if names:
-            more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
-            parts.append(f"{label}: {', '.join(names[:_SHOWN_KEYS])}{more}")
-    return "; ".join(parts)
+    return summarize(found, _SHOWN_KEYS)
