@@ -265,17 +265,24 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
   });
 }
 
+// From output pixels to the features, for the arguments of either pass.
+template <class T, class Combine, class Arguments>
+Lister<T> lister_to_features(const Arguments& a) {
+  const Geometry& g = a.geometry;
+  return {g,
+          Reach::to_features(g, g.out_height, g.height),
+          Reach::to_features(g, g.out_width, g.width),
+          g.width,
+          static_cast<const T*>(a.spatial_filter),
+          a.spatial_strides,
+          true,
+          Sum<T>(Combine::kNeutral)};
+}
+
 template <class T, class Combine>
 void forward_pixels(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const Lister<T> lister{g,
-                         Reach::to_features(g, g.out_height, g.height),
-                         Reach::to_features(g, g.out_width, g.width),
-                         g.width,
-                         static_cast<const T*>(f.spatial_filter),
-                         f.spatial_strides,
-                         true,
-                         Sum<T>(Combine::kNeutral)};
+  const auto lister = lister_to_features<T, Combine>(f);
   filter_pixels<T, Combine>(lister, static_cast<const T*>(f.channel_filter),
                             static_cast<const T*>(f.features), g.height * g.width,
                             static_cast<T*>(f.output), g.out_height, g.out_width, run);
@@ -368,14 +375,7 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const Lister<T> lister{g,
-                         Reach::to_features(g, g.out_height, g.height),
-                         Reach::to_features(g, g.out_width, g.width),
-                         g.width,
-                         static_cast<const T*>(b.spatial_filter),
-                         b.spatial_strides,
-                         true,
-                         A(Combine::kNeutral)};
+  const auto lister = lister_to_features<T, Combine>(b);
   const auto& strides = b.grad_spatial_strides;
   const auto strips = lister.columns.strips();
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
