@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="make_digit_scenes.py", description=__doc__)
     parser.add_argument("out", type=Path, help="folder to make; must not exist, or be empty")
-    parser.add_argument("--num-train", type=int, default=800, help="default: %(default)s")
+    parser.add_argument("--num-train", type=int, default=2400, help="default: %(default)s")
     parser.add_argument("--num-val", type=int, default=200, help="default: %(default)s")
     parser.add_argument(
         "--size",

@@ -24,7 +24,7 @@ model = dict(
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
-        # Digits of 20 to 54 pixels, at least as high as wide.
+        # Digits of 38 to 64 pixels, at least as high as wide.
         anchor_generator=dict(scales=[4], ratios=[1.0, 2.0], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
@@ -45,7 +45,7 @@ model = dict(
 
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=0.002, weight_decay=0.05),
+    optimizer=dict(type="SGD", lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
@@ -54,12 +54,12 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),
 ]
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=10, val_interval=10)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=2, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(interval=10, max_keep_ckpts=1, save_best=None)
+    logger=dict(interval=20), checkpoint=dict(interval=2, max_keep_ckpts=1, save_best=None)
 )
 auto_scale_lr = dict(base_batch_size=8)
 randomness = dict(seed=0)

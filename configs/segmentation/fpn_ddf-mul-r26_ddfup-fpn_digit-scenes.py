@@ -25,21 +25,27 @@ model = dict(
     ),
     neck=dict(type="DDFUpFPN", in_channels=[64, 128, 256, 512], out_channels=channels),
     decode_head=dict(
-        in_channels=[channels] * 4, channels=channels, num_classes=11, norm_cfg=norm_cfg
+        in_channels=[channels] * 4,
+        channels=channels,
+        num_classes=11,
+        norm_cfg=norm_cfg,
+        # Six pixels of seven are background.
+        loss_decode=dict(class_weight=[0.3] + [1.0] * 10),
     ),
 )
 
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=0.002, weight_decay=0.05),
+    optimizer=dict(type="SGD", lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=5, norm_type=2),
 )
 # mmengine multiplies schedulers: a cosine over the whole run, and a warm-up.
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
-    dict(type="CosineAnnealingLR", T_max=1000, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.01, end=100, by_epoch=False),
+    dict(type="CosineAnnealingLR", T_max=1800, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=1800, val_interval=1800)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
@@ -47,7 +53,7 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000, max_keep_ckpts=1),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1800, max_keep_ckpts=1),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(_scope_="mmseg", type="SegVisualizationHook"),
 )

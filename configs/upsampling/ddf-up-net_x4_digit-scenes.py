@@ -23,13 +23,13 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=8, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=3)
 val_cfg = dict()
 test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=20),
-    checkpoint=dict(type="CheckpointHook", interval=8, max_keep_ckpts=1),
+    checkpoint=dict(type="CheckpointHook", interval=3, max_keep_ckpts=1),
 )
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
 env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0))

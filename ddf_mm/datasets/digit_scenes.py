@@ -37,9 +37,10 @@ PALETTE = (
 _VAL_DIGITS = 0.2
 _VAL_COLUMNS = 0.7
 _CROP_SIDES = (96, 192)  # pixels of a photograph
-_DIGITS_PER_SCENE = (2, 5)
-_DIGIT_SIDES = (0.2, 0.42)  # of the scene's side
-_MIN_VISIBLE = 0.8  # of a digit that others cover in part
+_BRIGHTNESS = 0.5  # of the photographs, under digits in light tints
+_DIGITS_PER_SCENE = (1, 4)
+_DIGIT_SIDES = (0.3, 0.5)  # of the scene's side
+_MIN_VISIBLE = 0.95  # of a digit that others cover in part
 _MIN_CONTRAST = 120.0  # between a digit and the mean of what it covers, of 441
 _PLACEMENTS = 20
 # In millimetres, the unit of the depth maps.
@@ -70,7 +71,8 @@ class Scene:
 
 
 class DigitScenes:
-    """Scenes of one split: scikit-learn's digits, resized and tinted, on crops of its photographs.
+    """Scenes of one split: scikit-learn's digits, resized and tinted, on crops of its photographs,
+    which are darkened.
 
     Both come with scikit-learn (``load_digits``, ``load_sample_images``), so nothing is
     downloaded. The splits share neither digits nor pixels of photographs: a fifth of the digits of
@@ -149,7 +151,7 @@ class DigitScenes:
         )
 
     def _background(self, random: np.random.Generator) -> np.ndarray:
-        """``float[S, S, 3]``: a crop of a photograph, resized, mirrored or not."""
+        """``float[S, S, 3]``: a crop of a photograph, darkened, resized, mirrored or not."""
         photograph = self._photographs[random.integers(len(self._photographs))]
         side = random.integers(*_CROP_SIDES, endpoint=True)
         left, top = (random.integers(length - side, endpoint=True) for length in photograph.size)
@@ -158,7 +160,7 @@ class DigitScenes:
             Image.Resampling.BICUBIC,
             box=(left, top, left + side, top + side),
         )
-        image = np.asarray(crop, dtype=np.float64)
+        image = _BRIGHTNESS * np.asarray(crop, dtype=np.float64)
         return image[:, ::-1].copy() if random.random() < 0.5 else image.copy()
 
     def _surface(self, random: np.random.Generator, distance: float) -> np.ndarray:
@@ -180,7 +182,7 @@ class DigitScenes:
         ink = Image.fromarray(self._ink[digit].astype(np.float32))
         ink = np.asarray(ink.resize((side, side), Image.Resampling.BICUBIC))
         # Strokes with edges about as sharp as those of the photographs.
-        ink = np.clip((ink - 0.25) / 0.4, 0, 1)
+        ink = np.clip((ink - 0.2) / 0.4, 0, 1)
         for _ in range(_PLACEMENTS):
             top, left = random.integers(self.size - side, size=2, endpoint=True)
             alpha = np.zeros((self.size, self.size))
@@ -195,9 +197,9 @@ class DigitScenes:
 
     @staticmethod
     def _tint(random: np.random.Generator, covered: np.ndarray) -> np.ndarray:
-        """``float[3]``: a colour that stands out from the mean of what it covers."""
+        """``float[3]``: a light colour that stands out from the mean of what it covers."""
         while True:
-            hue, saturation, value = random.uniform((0, 0.3, 0.1), (1, 1, 1))
+            hue, saturation, value = random.uniform((0, 0.2, 0.75), (1, 0.7, 1))
             tint = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
             if np.linalg.norm(tint - covered) >= _MIN_CONTRAST:
                 return tint
