@@ -74,7 +74,7 @@ def ddf(
     check_ddf_arguments(*tensors, kernel_size, dilation, stride, kernel_combine)
     if library.serves(tensors[0]):
         mul = kernel_combine == "mul"
-        return torch.ops.ddf_mm.ddf(*tensors, kernel_size, dilation, stride, mul)
+        return library.run_ddf(*tensors, kernel_size, dilation, stride, mul)
     library.warn_about_reference(tensors[0].device.type)
     return ddf_reference(*tensors, kernel_size, dilation, stride, kernel_combine)
 
