@@ -1,6 +1,8 @@
 # Depth maps in centimetres of the set that tools/make_digit_scenes.py makes, and their images as
 # guides. The recipes add PackGuidedUpsampling with their scale factor to the pipeline.
-data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
+_base_ = "digit_scenes.py"
+
+data_root = _base_.data_root
 
 pipeline = [
     dict(type="LoadImageFromFile"),

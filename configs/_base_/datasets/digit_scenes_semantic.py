@@ -1,7 +1,9 @@
 # Semantic labels of the set that tools/make_digit_scenes.py makes.
 # `_scope_` keeps types the toolbox's when this file is read through `ddf_mm::`.
-data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
-metainfo = dict(classes=("background", *"0123456789"))
+_base_ = "digit_scenes.py"
+
+data_root = _base_.data_root
+metainfo = dict(classes=("background", *"0123456789"), palette=[(0, 0, 0), *_base_.palette])
 
 # No flips: a mirrored digit is no digit.
 pipeline = [
