@@ -15,7 +15,8 @@ constexpr int kBackwardThreads = kBackwardWarps * kLanes;
 constexpr int kBackwardRows = 2;
 constexpr int kBackwardColumns = 4;
 constexpr int kBackwardTaps = 9;
-// Floats of shared memory from the filters of one channel to the next: three aligned quadruples.
+// Floats of shared memory from the filters of one channel to the next: an aligned quadruple for
+// each row of taps.
 constexpr int kBackwardTapStride = 12;
 // Channels of a part, whose filters fill the 48 KiB that every launch may have.
 constexpr int kBackwardSlab = 1024;
@@ -89,7 +90,7 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
   const int channels = end - first;
   for (int i = thread_index(); i < channels * kTaps; i += kBackwardThreads) {
     const int tap = i % kTaps;
-    shared[i / kTaps * kBackwardTapStride + tap] =
+    shared[i / kTaps * kBackwardTapStride + tap / 3 * 4 + tap % 3] =
         a.channel_filter.data == nullptr
             ? (Mul ? 1.f : 0.f)
             : load(a.channel_filter.at(batch, channel + i / kTaps, tap / 3, tap % 3));
@@ -97,79 +98,69 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
   sync_threads();
   DDF_UNROLL_NOT
   for (int i = warp; i < channels; i += kBackwardWarps) {
-    float taps[kBackwardTapStride];
-    DDF_UNROLL
-    for (int quarter = 0; quarter < kBackwardTapStride / 4; ++quarter) {
-      load_shared4(taps + 4 * quarter, shared + i * kBackwardTapStride + 4 * quarter);
-    }
-    float window[kRows + 2][kColumns + 2];
-    float values[kRows][kColumns];
+    float values[kRows][kColumns] = {};
+    float channel_sums[kTaps] = {};
+    float sums[kRows][kColumns] = {};
+    // Row by row of the window, so that a row takes registers only from its first use to its last.
     DDF_UNROLL
     for (int y = 0; y < kRows + 2; ++y) {
-      DDF_UNROLL
-      for (int x = 0; x < kColumns + 2; ++x) window[y][x] = 0.f;
-      if (!row_inside[y]) continue;
-      const T* const line = gradient + y * a.grad.row_stride;
-      if (Vector) load4(&window[y][1], line + 1);
-      DDF_UNROLL
-      for (int x = 0; x < kColumns + 2; ++x) {
-        if (Vector && x >= 1 && x <= kColumns) continue;
-        if (column_inside[x]) window[y][x] = load(line + x);
-      }
-    }
-    DDF_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      DDF_UNROLL
-      for (int column = 0; column < kColumns; ++column) values[row][column] = 0.f;
-      if (!row_inside[row + 1]) continue;
-      const T* const line = features + row * a.features.row_stride;
-      if (Vector) {
-        load4(values[row], line);
-      } else {
+      float window[kColumns + 2] = {};
+      if (row_inside[y]) {
+        const T* const line = gradient + y * a.grad.row_stride;
+        if (Vector) load4(&window[1], line + 1);
         DDF_UNROLL
-        for (int column = 0; column < kColumns; ++column) {
-          if (column_inside[column + 1]) values[row][column] = load(line + column);
+        for (int x = 0; x < kColumns + 2; ++x) {
+          if (Vector && x >= 1 && x <= kColumns) continue;
+          if (column_inside[x]) window[x] = load(line + x);
         }
       }
-    }
-
-    float channel_sums[kTaps];
-    float sums[kRows][kColumns] = {};
-    DDF_UNROLL
-    for (int tap = 0; tap < kTaps; ++tap) {
-      const float per_channel = taps[tap];
-      channel_sums[tap] = 0.f;
+      if (y < kRows && row_inside[y + 1]) {
+        const T* const line = features + y * a.features.row_stride;
+        if (Vector) {
+          load4(values[y], line);
+        } else {
+          DDF_UNROLL
+          for (int column = 0; column < kColumns; ++column) {
+            if (column_inside[column + 1]) values[y][column] = load(line + column);
+          }
+        }
+      }
       DDF_UNROLL
       for (int row = 0; row < kRows; ++row) {
+        const int tap_row = row + 2 - y;
+        if (tap_row < 0 || tap_row > 2) continue;
+        float taps[4];
+        load_shared4(taps, shared + i * kBackwardTapStride + 4 * tap_row);
         DDF_UNROLL
-        for (int column = 0; column < kColumns; ++column) {
-          const int y = row + 2 - tap / 3;
-          const int x = column + 2 - tap % 3;
-          const float output = window[y][x];
-          const float value = values[row][column];
-          const float spatial = spatial_taps[tap][row][column];
-          const float term = value * output;
-          spatial_sums[(tap * kRows + row) * kColumns + column] += Mul ? term * per_channel : term;
-          // Pixels that are not there are zeros, which must not meet an Inf.
-          if (row_inside[y] && column_inside[x]) {
-            sums[row][column] += (Mul ? spatial * per_channel : spatial + per_channel) * output;
-            if (Vector || column_inside[column + 1]) {
-              channel_sums[tap] += Mul ? term * spatial : term;
+        for (int tap = 3 * tap_row; tap < 3 * tap_row + 3; ++tap) {
+          const float per_channel = taps[tap % 3];
+          DDF_UNROLL
+          for (int column = 0; column < kColumns; ++column) {
+            const int x = column + 2 - tap % 3;
+            const float output = window[x];
+            const float spatial = spatial_taps[tap][row][column];
+            const float term = values[row][column] * output;
+            spatial_sums[(tap * kRows + row) * kColumns + column] +=
+                Mul ? term * per_channel : term;
+            // Pixels that are not there are zeros, which must not meet an Inf.
+            if (row_inside[y] && column_inside[x]) {
+              sums[row][column] += (Mul ? spatial * per_channel : spatial + per_channel) * output;
+              if (Vector || column_inside[column + 1]) {
+                channel_sums[tap] += Mul ? term * spatial : term;
+              }
             }
           }
         }
       }
-    }
-    DDF_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      if (!row_inside[row + 1]) continue;
-      T* const line = target + row * a.result.row_stride;
-      if (Vector) {
-        store4(line, sums[row]);
-      } else {
-        DDF_UNROLL
-        for (int column = 0; column < kColumns; ++column) {
-          if (column_inside[column + 1]) store(line + column, sums[row][column]);
+      if (y >= 2 && row_inside[y - 1]) {
+        T* const line = target + (y - 2) * a.result.row_stride;
+        if (Vector) {
+          store4(line, sums[y - 2]);
+        } else {
+          DDF_UNROLL
+          for (int column = 0; column < kColumns; ++column) {
+            if (column_inside[column + 1]) store(line + column, sums[y - 2][column]);
+          }
         }
       }
     }
