@@ -14,7 +14,7 @@ pytest.importorskip("mmpretrain")
 pytest.importorskip("sklearn")
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 
 from ddf_mm.layers import DDFPack
@@ -32,9 +32,9 @@ def _nondeterministic_again():
     torch.backends.cudnn.deterministic = False
 
 
-def small_config(work_dir: Path, name: str, epochs: int) -> Config:
+def small_config(work_dir: Path, name: str, epochs: int, config: Path = CONFIG) -> Config:
     """The recipe at half its resolution, for a quarter of its time."""
-    cfg = Config.fromfile(CONFIG)
+    cfg = Config.fromfile(config)
     cfg.work_dir, cfg.experiment_name, cfg.log_level = str(work_dir), name, "WARNING"
     cfg.train_cfg.max_epochs = epochs
     for dataloader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
@@ -90,6 +90,18 @@ def test_same_seed_gives_the_same_network(tmp_path):
     first, again, other = networks
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["backbone.conv1.weight"], other["backbone.conv1.weight"])
+
+
+def test_inherited_through_the_package(tmp_path):
+    path = tmp_path / "inherited.py"
+    path.write_text(f'_base_ = "ddf_mm::classification/{CONFIG.name}"\n')
+    cfg = small_config(tmp_path, "digits_inherited", epochs=1, config=path)
+    cfg.train_dataloader.dataset.indices = cfg.val_dataloader.dataset.indices = 64
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 1
+    for transform in cfg.train_pipeline + cfg.test_pipeline:
+        TRANSFORMS.build(transform)
 
 
 def run_demo(python: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:

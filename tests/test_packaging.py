@@ -111,6 +111,7 @@ def test_wheel_holds_the_package_and_nothing_else(project, wheel):
     assert {
         "ddf_mm/ops/__init__.py",
         "ddf_mm/.mim/configs/classification/ddf-mul-resnet26_digits.py",
+        "ddf_mm/.mim/configs/classification/metafile.yml",
         "ddf_mm/.mim/tools/train.py",
         "ddf_mm/.mim/tools/dist_train.sh",
     } <= names
@@ -177,6 +178,45 @@ def test_installed_wheel_works_from_another_folder(installed, tmp_path):
     assert version == ddf_mm.__version__
     # mmengine finds the configs of this very package, not those of another install.
     assert Path(config).is_relative_to(installed)
+
+
+CHECK_ECOSYSTEM = """
+from mmengine.config import Config
+from mmengine.hub import get_config, get_model
+import ddf_mm
+print(get_config("ddf_mm::classification/ddf-mul-resnet50_8xb128_in1k.py").filename)
+print(type(get_model("ddf_mm::classification/ddf-mul-resnet26_digits.py").backbone).__name__)
+print(Config.fromfile("mine.py").model.backbone.depth)
+from ddf_mm.utils import register_all_modules
+register_all_modules()
+import mmpretrain
+print(len(mmpretrain.list_models("*ddf*")))
+print(mmpretrain.ModelHub.get("ddf-mul-resnet26_digits").config.filename)
+print(Config.fromfile("segmentor.py").model.type)
+"""
+
+
+def test_installed_wheel_serves_the_ecosystem(installed, tmp_path):
+    """The hub, `_base_`, mmpretrain's zoo and `mmseg::`, without the checkout."""
+    pytest.importorskip("mmpretrain")
+    pytest.importorskip("mmseg")
+    recipe = "classification/ddf-mul-resnet50_8xb128_in1k.py"
+    (tmp_path / "mine.py").write_text(
+        f'_base_ = "ddf_mm::{recipe}"\nmodel = dict(backbone=dict(depth=26))\n'
+    )
+    (tmp_path / "segmentor.py").write_text(
+        '_base_ = "mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"\n'
+    )
+    printed = run_python(CHECK_ECOSYSTEM, tmp_path, installed)
+    # OneDL's mmpretrain prints lines of its own.
+    *_, config, backbone, depth, number, named, segmentor = [
+        line for line in printed if "OneDL" not in line
+    ]
+    configs = installed / "ddf_mm" / ".mim" / "configs"
+    assert Path(config) == configs / recipe
+    assert (backbone, depth, segmentor) == ("DDFResNet", "26", "EncoderDecoder")
+    assert int(number) == len(list((configs / "classification").glob("*.py")))
+    assert Path(named).is_relative_to(configs)
 
 
 def test_installed_tools_run(installed, tmp_path):

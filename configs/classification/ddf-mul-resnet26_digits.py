@@ -4,7 +4,9 @@ _base_ = "../_base_/default_runtime.py"
 
 custom_imports = dict(imports=["ddf_mm.models", "ddf_mm.datasets"], allow_failed_imports=False)
 
+# `_scope_` keeps types mmpretrain's when this file is read through `ddf_mm::`.
 model = dict(
+    _scope_="mmpretrain",
     type="ImageClassifier",
     backbone=dict(
         type="DDFResNet",
@@ -26,9 +28,10 @@ model = dict(
 data_preprocessor = dict(num_classes=10, mean=[77.9] * 3, std=[95.9] * 3, to_rgb=False)
 
 train_pipeline = [
-    dict(type="Resize", scale=48, interpolation="bicubic"),
+    dict(_scope_="mmpretrain", type="Resize", scale=48, interpolation="bicubic"),
     # No flips: a mirrored digit is no digit.
     dict(
+        _scope_="mmpretrain",
         type="Rotate",
         magnitude_range=(0, 15),
         magnitude_std="inf",
@@ -36,12 +39,12 @@ train_pipeline = [
         prob=1.0,
         interpolation="bilinear",
     ),
-    dict(type="RandomCrop", crop_size=48, padding=6),
-    dict(type="PackInputs"),
+    dict(_scope_="mmpretrain", type="RandomCrop", crop_size=48, padding=6),
+    dict(_scope_="mmpretrain", type="PackInputs"),
 ]
 test_pipeline = [
-    dict(type="Resize", scale=48, interpolation="bicubic"),
-    dict(type="PackInputs"),
+    dict(_scope_="mmpretrain", type="Resize", scale=48, interpolation="bicubic"),
+    dict(_scope_="mmpretrain", type="PackInputs"),
 ]
 
 # The images live in memory and are tiny: workers would cost more than they save.
@@ -60,7 +63,7 @@ val_dataloader = dict(
     dataset=dict(type="DigitsDataset", split="test", pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="Accuracy", topk=(1,))
+val_evaluator = dict(_scope_="mmpretrain", type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(

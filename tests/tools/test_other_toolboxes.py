@@ -240,7 +240,12 @@ def test_mmdet_own_tools(work, run_theirs):
     pytest.importorskip("mmdet")
     run_theirs("mmdet", "train.py", "detection.py", "--work-dir", "own")
     saved = ["detection.py", "own/epoch_1.pth", "--work-dir", "own"]
-    assert "coco/bbox_mAP" in run_theirs("mmdet", "test.py", *saved)
+    assert "coco/bbox_mAP" in run_theirs("mmdet", "test.py", *saved, "--out", "own/pred.pkl")
+    predictions = ["detection.py", "own/pred.pkl"]
+    run_theirs("mmdet", "analysis_tools/confusion_matrix.py", *predictions, "own/matrix")
+    assert (work / "own" / "matrix" / "confusion_matrix.png").is_file()
+    run_theirs("mmdet", "analysis_tools/analyze_results.py", *predictions, "own/results")
+    assert len(list((work / "own" / "results").rglob("*.png"))) == 8
     assert "Flops: " in run_theirs("mmdet", "analysis_tools/get_flops.py", "detection.py")
     browse = "analysis_tools/browse_dataset.py"
     run_theirs("mmdet", browse, "detection.py", "--output-dir", "browsed", "--not-show")
@@ -251,7 +256,10 @@ def test_mmseg_own_tools(work, run_theirs):
     pytest.importorskip("mmseg")
     run_theirs("mmseg", "train.py", "segmentation.py", "--work-dir", "own_seg")
     saved = ["segmentation.py", "own_seg/iter_2.pth", "--work-dir", "own_seg"]
-    assert "mIoU" in run_theirs("mmseg", "test.py", *saved)
+    assert "mIoU" in run_theirs("mmseg", "test.py", *saved, "--out", "own_seg/predictions")
+    matrix = ["segmentation.py", "own_seg/predictions", "own_seg/matrix"]
+    run_theirs("mmseg", "analysis_tools/confusion_matrix.py", *matrix)
+    assert (work / "own_seg" / "matrix" / "confusion_matrix.png").is_file()
     flops = ["segmentation.py", "--shape", "65", "97"]
     assert "Flops: " in run_theirs("mmseg", "analysis_tools/get_flops.py", *flops)
     browse = ["segmentation.py", "--output-dir", "browsed_seg", "--not-show"]

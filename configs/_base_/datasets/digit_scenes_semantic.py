@@ -11,6 +11,7 @@ pipeline = [
     dict(_scope_="mmseg", type="LoadAnnotations"),
     dict(_scope_="mmseg", type="PackSegInputs"),
 ]
+test_pipeline = pipeline  # the name that mmseg's inference_model and CAM tool look for
 
 # The images are small: workers would cost more than they save.
 train_dataloader = dict(

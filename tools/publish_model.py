@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Write the part of a training checkpoint that is worth publishing: the weights, and what the
+inferencers read (config and classes)."""
+
+import argparse
+from pathlib import Path
+
+from ddf_mm.engine import cli, conversion, launch
+from ddf_mm.engine.cli import UserError
+
+META = ("cfg", "dataset_meta", "epoch", "iter", "mmengine_version")
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(prog="publish_model.py", description=__doc__)
+    parser.add_argument("src", help="a checkpoint of mmengine's Runner")
+    parser.add_argument("dst", type=Path, help="the file to write; must not exist")
+    parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="the weights as trained, not their exponential moving average (of EMAHook)",
+    )
+    parser.add_argument("--no-config", action="store_true", help="leave the config out")
+    parser.add_argument(
+        "--hash-name",
+        action="store_true",
+        help="write NAME-{hash8}.pth in place of NAME.pth, with the first digits of its sha256",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    return parser.parse_args()
+
+
+def without_average(checkpoint: dict, src: str) -> dict:
+    """The weights as trained, which EMAHook saves as those of its averaged model."""
+    averaged = checkpoint.get("ema_state_dict")
+    if averaged is None:
+        raise UserError(f"src {src!r} holds no moving average for --no-ema to leave out", 2)
+    trained = {
+        name.removeprefix("module."): value
+        for name, value in averaged.items()
+        if name.startswith("module.")
+    }
+    return {**checkpoint["state_dict"], **trained}
+
+
+def main() -> None:
+    """Publish."""
+    args = parse_args()
+    launch.require_checkpoint(args.src, "src")
+    if not args.dst.parent.is_dir():
+        raise UserError(f"dst {str(args.dst)!r} is in a folder that does not exist", exit_code=2)
+    if args.dst.exists() and not args.overwrite:
+        raise UserError(f"dst {str(args.dst)!r} exists; --overwrite replaces it", exit_code=2)
+    checkpoint = launch.load_from_local_file(args.src, map_location="cpu")
+    if "state_dict" not in checkpoint:
+        raise UserError(f"src {args.src!r} has no 'state_dict': it is no checkpoint of a Runner", 2)
+    weights = without_average(checkpoint, args.src) if args.no_ema else checkpoint["state_dict"]
+    meta = checkpoint.get("meta", {})
+    kept = {name: meta[name] for name in META if name in meta}
+    if args.no_config:
+        kept.pop("cfg", None)
+    published = dict(meta=kept, state_dict=weights)
+    path, digest = conversion.save(published, args.dst, args.hash_name)
+    left_out = sorted(set(checkpoint) - set(published))
+    print(path)
+    print(f"  tensors   {len(weights)}")
+    print(f"  left out  {', '.join(left_out) or 'nothing'}")
+    print(f"  sha256    {digest}")
+
+
+if __name__ == "__main__":
+    cli.run(main, "publish_model.py")
