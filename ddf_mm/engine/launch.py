@@ -21,12 +21,15 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import RUNNERS
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import distributed as dist
+from torch import nn
 
 from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.files import write_whole_files
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
@@ -416,6 +419,11 @@ def load_from_local_file(filename: str, map_location=None, more_types: Sequence[
     return checkpoint
 
 
+def load_safely() -> None:
+    """Let mmengine, in this process, load local checkpoints by :func:`load_from_local_file`."""
+    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+
+
 def _history_statistic(owner: type, name: str):
     """The ``getattr`` of checkpoints, which finds the statistics of the log's history only."""
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
@@ -452,6 +460,36 @@ class TrainingStateCheck(Hook):
             )
 
 
+def without_weights(node: object) -> None:
+    """Remove what would load weights, everywhere below a config node."""
+    if isinstance(node, dict):
+        node.pop("pretrained", None)
+        init_cfg = node.get("init_cfg")
+        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+            node["init_cfg"] = None
+        for child in node.values():
+            without_weights(child)
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            without_weights(child)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model alone, in evaluation mode and with random weights.
+
+    Args:
+        cfg (Config): The config of :func:`load_config`.
+
+    Returns:
+        nn.Module: The model, with batch norm where the config has it synchronized.
+    """
+    without_weights(cfg.model)
+    if cfg.get("data_preprocessor") is not None:
+        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
+
 def build_runner(cfg: Config) -> Runner:
     """Adapt a config to the machine and build its runner.
 
@@ -461,7 +499,8 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: A :class:`mmengine.runner.Runner`, or what the config's ``runner_type`` names.
     """
-    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+    load_safely()
+    write_whole_files()
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
