@@ -279,8 +279,8 @@ def largest_error(
     """The largest difference between what a file and the model compute.
 
     Returns:
-        The absolute difference, over the largest absolute value of the same output where that is
-        above 1; infinite where an output has another shape, or is not finite.
+        The absolute difference over the largest absolute value of the same output; infinite where
+        an output has another shape, or is not finite.
     """
     with torch.no_grad():
         wanted = model(images)
@@ -289,7 +289,7 @@ def largest_error(
     if [out.shape for out in got] != [out.shape for out in wanted]:
         return float("inf")
     errors = [
-        float((a - b).abs().max() / b.abs().max().clamp(min=1))
+        float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
         for a, b in zip(got, wanted, strict=True)
     ]
     # NaN compares as no number does.

@@ -19,7 +19,6 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
-from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
@@ -438,26 +437,6 @@ def _checkpoint_types() -> list:
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.int64, np.uint32)]
     methods = (_history_statistic, "builtins.getattr")
     return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, methods]
-
-
-class TrainingStateCheck(Hook):
-    """Refuses to resume from a checkpoint that holds weights only.
-
-    Raises:
-        UserError: Once such a checkpoint has been read, before anything is taken from it.
-    """
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what :meth:`mmengine.runner.Runner.resume` is about to read."""
-        meta = checkpoint.get("meta") or {}
-        missing = [f"meta.{key}" for key in ("epoch", "iter") if key not in meta]
-        if "message_hub" not in checkpoint:
-            missing.append("message_hub")
-        if missing:
-            raise UserError(
-                f"--resume needs a checkpoint of a training run, but this one lacks "
-                f"{', '.join(missing)}: start from its weights with --cfg-options load_from=…"
-            )
 
 
 def without_weights(node: object) -> None:

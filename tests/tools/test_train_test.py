@@ -1,8 +1,7 @@
 """``tools/train.py`` and ``tools/test.py``, run on tiny trainings of a real toolbox on a CPU.
 
-The runs share one import of the toolbox, which takes longer than all of them: a server process
-imports it and forks a child for each run, which then is the script as ``__main__`` in a process
-of its own. One run, the first, is a plain subprocess.
+The runs share one import of the toolbox, which takes longer than all of them. One run, the first,
+is a plain subprocess.
 """
 
 import json
@@ -12,11 +11,11 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fork_server import ROOT, ForkServer, tool_environment
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs mmpretrain, and a system that forks processes",
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = ROOT / "tools" / "train.py", ROOT / "tools" / "test.py"
 
 CONFIG = """
@@ -101,14 +99,7 @@ class FaultyHook(Hook):
         {}["no such key"]
 '''
 
-SERVER = '''
-"""Reads runs, one JSON object per line, and answers each with its exit status."""
-import gc
-import json
-import os
-import runpy
-import sys
-
+PRELOAD = """
 import matplotlib.pyplot
 from mmengine.utils.dl_utils import collect_env
 from mmpretrain.utils import register_all_modules
@@ -117,44 +108,7 @@ import ddf_mm.engine.evaluation
 
 register_all_modules(init_default_scope=False)
 collect_env()  # for what it imports
-# The datasets collect garbage, which need not look at all that was imported.
-gc.freeze()
-for line in sys.stdin:
-    run = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.chdir(run["cwd"])
-        os.environ.update(run["env"])
-        sys.argv = run["argv"]
-        # As when Python starts: the folder of the script, and no other script's.
-        sys.path[0] = os.path.dirname(run["argv"][0])
-        code = 0
-        try:
-            runpy.run_path(run["argv"][0], run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
-'''
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    # Warnings of the toolboxes about optional parts of mmcv are none of the tools' errors.
-    return dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]),
-        OMP_NUM_THREADS="1",
-        PYTHONWARNINGS="ignore",
-        CUDA_VISIBLE_DEVICES="-1",
-    )
+"""
 
 
 @pytest.fixture(scope="module")
@@ -179,41 +133,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder):
     """Run a script from a working directory that holds neither the config nor the project."""
-    server_script = folder / "server.py"
-    server_script.write_text(SERVER)
-    server = subprocess.Popen(
-        [sys.executable, server_script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(folder),
-    )
-
-    def run_script(script: Path, *arguments: object, env: dict | None = None) -> SimpleNamespace:
-        request = dict(
-            argv=[str(script), *map(str, arguments)],
-            cwd=str(folder / "here"),
-            env=env or {},
-            stdout=str(folder / "stdout.txt"),
-            stderr=str(folder / "stderr.txt"),
-        )
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        # What the toolboxes print while they are imported comes before the answer.
-        for line in server.stdout:
-            if line.strip().lstrip("-").isdecimal():
-                break
-        else:
-            pytest.fail(f"the server ended with status {server.wait()}")
-        return SimpleNamespace(
-            code=int(line),
-            stdout=(folder / "stdout.txt").read_text(),
-            stderr=(folder / "stderr.txt").read_text(),
-        )
-
-    yield run_script
-    server.stdin.close()
-    server.wait(timeout=60)
+    with ForkServer(folder, PRELOAD) as server:
+        yield server.run
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +143,7 @@ def trained(folder) -> Path:
     process = subprocess.run(
         [sys.executable, TRAIN, "../configs/tiny.py", "--seed", "7", "--deterministic"],
         cwd=folder / "here",
-        env=_environment(folder),
+        env=tool_environment(folder),
         capture_output=True,
         text=True,
     )
