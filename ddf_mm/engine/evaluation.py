@@ -9,11 +9,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import load_checkpoint as load_into
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from ddf_mm.engine.cli import UserError, summarize
-from ddf_mm.engine.launch import dataset_configs, load_safely
+from ddf_mm.engine.launch import dataset_configs, load_safely, require_weights
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(
@@ -247,8 +247,10 @@ def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool = False
         UserError: If it cannot be read, or with what was missing, unexpected or of another size.
     """
     load_safely()
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu")
+    require_weights(model, checkpoint)
     try:
-        load_into(model, filename, map_location="cpu", strict=not allow_partial)
+        load_state_dict(model, checkpoint.get("state_dict", checkpoint), not allow_partial)
     except RuntimeError as error:
         _reject(error, filename)
 

@@ -241,18 +241,26 @@ def _formula(features, channel_filter, spatial_filter, kernel_size, dilation, st
     )
 
 
-def load_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A function that runs an ONNX file on the CPU with ONNX Runtime.
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """A session of ONNX Runtime on the CPU.
 
     Args:
-        path: The file.
+        path: The ONNX file.
         threads: Threads of an operator; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def load_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Sequence[Tensor]]:
+    """A function that runs a file of :func:`save_onnx`; arguments of :func:`onnx_session`."""
+    session = onnx_session(path, threads)
     (given,) = session.get_inputs()
 
     def run(images: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ folder is the one that ran.
 
 import datetime
 import errno
+import itertools
 import os
 import os.path as osp
 import pickle
@@ -19,8 +20,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -423,6 +425,43 @@ def load_safely() -> None:
     CheckpointLoader.register_scheme("", load_from_local_file, force=True)
 
 
+def require_weights(model: nn.Module, checkpoint: dict) -> None:
+    """Check that a checkpoint holds numbers of the kind that a model computes with.
+
+    PyTorch would take integers for weights; another precision of floating point is fine.
+
+    Args:
+        model (nn.Module): The model, or a wrapper of it.
+        checkpoint (dict): Weights by name, alone or as its ``state_dict``.
+
+    Raises:
+        UserError: If something under the name of a parameter or buffer is no tensor, or holds
+            integers in place of floating-point numbers or the reverse.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    model = model.module if is_model_wrapper(model) else model
+    for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
+        value = weights.get(name, weights.get(f"module.{name}"))
+        if value is None:
+            continue
+        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, torch.Tensor) or (
+            value.is_floating_point() != own.is_floating_point()
+        ):
+            raise UserError(
+                f"the checkpoint does not match the model: {name} is {given}, where the model has "
+                f"{own.dtype}"
+            )
+
+
+class WeightsCheck(Hook):
+    """Applies :func:`require_weights` to every checkpoint that a runner loads."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check what is about to be copied into the model."""
+        require_weights(runner.model, checkpoint)
+
+
 def _history_statistic(owner: type, name: str):
     """The ``getattr`` of checkpoints, which finds the statistics of the log's history only."""
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
@@ -483,6 +522,7 @@ def build_runner(cfg: Config) -> Runner:
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(WeightsCheck())
     for note in notes:
         runner.logger.info(note)
     return runner

@@ -46,8 +46,9 @@ def test_filters_of_zero_variance(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("scale", [1e-3, 1e6, 1e15])
-def test_filters_do_not_depend_on_the_scale_of_the_features(name, scale):
+# Over ten seeds the largest errors were 1.2e-4, from the epsilon, and 3.6e-7.
+@pytest.mark.parametrize("scale, tolerance", [(1e-3, 5e-4), (1e6, 2e-6), (1e15, 2e-6)])
+def test_filters_do_not_depend_on_the_scale_of_the_features(name, scale, tolerance):
     """FilterNorm divides it out where the convolutions add no bias: the layer is homogeneous.
 
     Not so for features of 1e-6, where its epsilon of 1e-10 is no longer small.
@@ -59,7 +60,7 @@ def test_filters_do_not_depend_on_the_scale_of_the_features(name, scale):
     x = torch.randn(2, 8, 6, 5)
     expected = layer(x)
     error = (layer(scale * x) / scale - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4, error
+    assert error < tolerance
     assert all(t.isfinite().all() for t in value_and_gradients(layer, scale * x))
 
 

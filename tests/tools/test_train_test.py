@@ -285,6 +285,38 @@ TRAIN_ERRORS = {
         1,
         ["gone.png"],
     ),
+    "annotation file without labels": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_labels.txt"],
+        1,
+        ["annotation file", "no_labels.txt", "CustomDataset", "ValueError"],
+    ),
+    "damaged image": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt"],
+        1,
+        ["image", "damaged.png", "cannot be read"],
+    ),
+    "damaged image, in a worker": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt",
+         "train_dataloader.num_workers=1"],
+        1,
+        ["image", "damaged.png", "cannot be read"],
+    ),
+    "image without content": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt"],
+        1,
+        ["image", "no_content.png", "cannot be read"],
+    ),
+    "image without content, in a worker": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt",
+         "train_dataloader.num_workers=1"],
+        1,
+        ["an image of the data is an empty file"],
+    ),
+    "weights of another type": (
+        [CFG, "--cfg-options", "load_from=../integers.pth"],
+        1,
+        ["head.fc.weight is torch.int64", "torch.float32"],
+    ),
     "no such checkpoint": ([CFG, "--resume", "no.pth"], 2, ["--resume", "'no.pth'"]),
     "garbage": ([CFG, "--resume", "../garbage.pth"], 1, ["'../garbage.pth'"]),
     "weights only": ([CFG, "--resume", "../weights.pth"], 1, ["meta.epoch", "message_hub"]),
@@ -311,6 +343,13 @@ TEST_ERRORS = {
         ["'../weights.pth'", "unexpected: extra.weight", "of another size: head.fc.weight",
          "missing: backbone.bn1.bias", "--allow-partial"],
     ),
+    "weights of another type": (
+        [CFG, "../integers.pth", "--allow-partial"],
+        1,
+        ["head.fc.weight is torch.int64", "torch.float32"],
+    ),
+    "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
+    "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
     "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
     "format of the metrics": (
         [CFG, "../garbage.pth", "--out", "m.txt", "--out-item", "metrics"],
@@ -319,6 +358,16 @@ TEST_ERRORS = {
     ),
     "format of the predictions": ([CFG, "../garbage.pth", "--out", "out"], 2, ["'out'", ".pkl"]),
 }  # fmt: skip
+
+
+class _Program:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +391,17 @@ def broken_files(folder, trained):
     weights["extra.weight"] = torch.zeros(1)
     weights["head.fc.weight"] = torch.zeros(3, 8)
     torch.save(weights, folder / "weights.pth")
+    for name, value in (
+        ("integers", torch.zeros(2, 8, dtype=torch.int64)),
+        ("text", "0.5"),
+        ("program", _Program(str(folder / "ran"))),
+    ):
+        torch.save(dict(weights, **{"head.fc.weight": value}), folder / f"{name}.pth")
+    (folder / "no_labels.txt").write_text("cat/0.png\n" * 4)
+    for name, content in (("damaged", b"\x89PNG no image"), ("no_content", b"")):
+        (folder / "data" / "train" / f"{name}.png").write_bytes(content)
+        (folder / f"{name}.txt").write_text(f"{name}.png 0\n" * 4)
+    return folder
 
 
 def _check_one_line(result, prog, code, mentions):
@@ -365,6 +425,7 @@ def test_test_error_is_one_line(run, broken_files, case):
     arguments, code, mentions = TEST_ERRORS[case]
     result = run(TEST, *arguments, "--work-dir", "../error")
     _check_one_line(result, "test.py", code, mentions)
+    assert not (broken_files / "ran").exists()
 
 
 def test_partial_checkpoint_on_request(run, broken_files):
