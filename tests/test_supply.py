@@ -51,7 +51,7 @@ socket.getaddrinfo = socket.create_connection = refuse
 
 
 def run(command: list[object], cwd: Path, **variables: str) -> str:
-    """What a command prints; fails with all that it said."""
+    """What a command says, stderr first; fails if the command does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, command)),
@@ -62,7 +62,7 @@ def run(command: list[object], cwd: Path, **variables: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")
