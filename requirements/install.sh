@@ -165,7 +165,7 @@ case ${1:-} in
   classification) install_classification ;;
   package) install_package ;;
   detection) install_detection ;;
-  dev) pip_install -r "$here/dev.txt" -r "$here/docs.txt" ;;
+  dev) pip_install -c "$here/build.txt" -r "$here/dev.txt" -r "$here/docs.txt" ;;
   newer-torch) install_newer_torch ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac

@@ -4,7 +4,7 @@
 import argparse
 import os
 
-from ddf_mm.engine import cli, launch
+from ddf_mm.engine import cli, launch, resume
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,13 +63,18 @@ def main() -> None:
         randomness.update(deterministic=True)
     cfg.randomness = randomness
     if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
+        auto = args.resume == "auto"
+        found = resume.latest_checkpoint(cfg.work_dir) if auto else args.resume
+        # The first start of a job that is always started with --resume keeps the config's weights.
+        cfg.resume = found is not None
+        cfg.load_from = found or cfg.get("load_from")
     launch.set_dataloader_defaults(cfg, not args.no_pin_memory, not args.no_persistent_workers)
 
     runner = launch.build_runner(cfg)
-    if args.resume is not None:
-        runner.register_hook(launch.TrainingStateCheck())
+    if cfg.get("resume"):
+        runner.register_hook(resume.TrainingStateCheck())
+    runner.register_hook(resume.RandomState(resume=cfg.get("resume", False)))
+    runner.register_hook(resume.KeepUntilSaved())
     runner.train()
 
 

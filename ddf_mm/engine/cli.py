@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from mmengine.config import DictAction
@@ -24,6 +25,8 @@ RANK_ZERO_SECONDS = 10.0
 
 _UNKNOWN_TYPE = re.compile(r"^(?P<type>\S+) is not in the (?P<registry>.+?) registry")
 _UNKNOWN_PATH = re.compile(r"^Failed to get (?P<type>[\w.]+)$")
+_UNREADABLE_IMAGE = re.compile(r"AssertionError: failed to load image: (?P<path>.+)$", re.MULTILINE)
+_EMPTY_IMAGE = "!buf.empty()"
 # What the datasets of mmseg and mmpretrain raise for data that is not there.
 _MISSING_DATA = re.compile(r"^(Failed to load `ann_file`|Found 0 files in subfolders of)")
 
@@ -194,6 +197,30 @@ def describe(error: BaseException) -> str | None:
         )
     if isinstance(error, (AssertionError, RuntimeError)) and _MISSING_DATA.match(message):
         return _one_line(message)
+    return _unreadable_data(error)
+
+
+def _unreadable_data(error: BaseException) -> str | None:
+    """The file that a dataset or a loading transform failed on, if that is where an error is from.
+
+    The libraries that read files name the file at best in passing: a JSON parser does not know it.
+    """
+    message = str(error)
+    # What a worker of a data loader raises has its traceback in the text alone.
+    if found := _UNREADABLE_IMAGE.search(message):
+        return f"image {found['path']!r} cannot be read: it is damaged, or no image"
+    if _EMPTY_IMAGE in message and "DataLoader worker" in message:
+        return "an image of the data is an empty file; with num_workers=0 the message says which"
+    reason = _one_line(f"{type(error).__name__}: {(message.splitlines() or [''])[0]}")
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner, results = frame.f_locals.get("self"), frame.f_locals.get("results")
+        kind = type(owner).__name__
+        ann_file = getattr(owner, "ann_file", None)
+        if frame.f_code.co_name == "load_data_list" and isinstance(ann_file, str) and ann_file:
+            return f"annotation file {ann_file!r} is not what {kind} reads ({reason})"
+        if kind.startswith("Load") and isinstance(results, dict) and "img_path" in results:
+            what = "annotations of image" if "Annotation" in kind else "image"
+            return f"{what} {results['img_path']!r} cannot be read ({reason})"
     return None
 
 

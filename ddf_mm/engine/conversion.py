@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
+import io
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ddf_mm.engine.cli import UserError, summarize
+from ddf_mm.engine.files import whole_file
 from ddf_mm.engine.launch import load_from_local_file
 from ddf_mm.models import DDFResNet
 from ddf_mm.models.ddf_resnet import DDFBottleneck
@@ -324,16 +324,12 @@ def save(checkpoint: dict, path: Path, hash_in_name: bool = False) -> tuple[Path
     Returns:
         The path and the sha256 in hexadecimal.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-        digest = hashlib.sha256(part.read_bytes()).hexdigest()
-        if hash_in_name:
-            path = path.with_name(f"{path.stem}-{digest[:8]}{path.suffix}")
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    # In memory first, since the name may hold its digest.
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()
+    if hash_in_name:
+        path = path.with_name(f"{path.stem}-{digest[:8]}{path.suffix}")
+    with whole_file(path) as part:
+        part.write_bytes(content.getbuffer())
     return path, digest

@@ -3,14 +3,17 @@
 import copy
 import inspect
 from collections.abc import Iterator
+from typing import NoReturn
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from torch import nn
 
 from ddf_mm.engine.cli import UserError, summarize
-from ddf_mm.engine.launch import dataset_configs
+from ddf_mm.engine.launch import dataset_configs, load_safely, require_weights
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(
@@ -227,14 +230,39 @@ def require_matching_checkpoint(runner: Runner) -> None:
         try:
             return load(filename, map_location=map_location, strict=strict, **kwargs)
         except RuntimeError as error:
-            if not str(error).startswith(_MISMATCH):
-                raise
-            raise UserError(
-                f"checkpoint {filename!r} does not match the model: {_summarize(str(error))}; "
-                "--allow-partial tests what did match"
-            ) from error
+            _reject(error, filename)
 
     runner.load_checkpoint = load_checkpoint
+
+
+def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool = False) -> None:
+    """Load a checkpoint into a model without a runner, without running code that it holds.
+
+    Args:
+        model (nn.Module): The model.
+        filename (str): Path of the checkpoint, or an address that mmengine resolves.
+        allow_partial (bool): Warn of names that do not fit instead of refusing the checkpoint.
+
+    Raises:
+        UserError: If it cannot be read, or with what was missing, unexpected or of another size.
+    """
+    load_safely()
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu")
+    require_weights(model, checkpoint)
+    try:
+        load_state_dict(model, checkpoint.get("state_dict", checkpoint), not allow_partial)
+    except RuntimeError as error:
+        _reject(error, filename)
+
+
+def _reject(error: RuntimeError, filename: str) -> NoReturn:
+    """Raise what a failed load of a checkpoint was about; the error itself if that is unknown."""
+    if not str(error).startswith(_MISMATCH):
+        raise error
+    raise UserError(
+        f"checkpoint {filename!r} does not match the model: {_summarize(str(error))}; "
+        "--allow-partial goes on with what did match"
+    ) from error
 
 
 def _summarize(mismatch: str) -> str:

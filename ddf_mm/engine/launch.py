@@ -6,6 +6,7 @@ folder is the one that ran.
 
 import datetime
 import errno
+import itertools
 import os
 import os.path as osp
 import pickle
@@ -21,12 +22,15 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import RUNNERS
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import distributed as dist
+from torch import nn
 
 from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.files import write_whole_files
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
@@ -416,6 +420,48 @@ def load_from_local_file(filename: str, map_location=None, more_types: Sequence[
     return checkpoint
 
 
+def load_safely() -> None:
+    """Let mmengine, in this process, load local checkpoints by :func:`load_from_local_file`."""
+    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+
+
+def require_weights(model: nn.Module, checkpoint: dict) -> None:
+    """Check that a checkpoint holds numbers of the kind that a model computes with.
+
+    PyTorch would take integers for weights; another precision of floating point is fine.
+
+    Args:
+        model (nn.Module): The model, or a wrapper of it.
+        checkpoint (dict): Weights by name, alone or as its ``state_dict``.
+
+    Raises:
+        UserError: If something under the name of a parameter or buffer is no tensor, or holds
+            integers in place of floating-point numbers or the reverse.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    model = model.module if is_model_wrapper(model) else model
+    for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
+        value = weights.get(name, weights.get(f"module.{name}"))
+        if value is None:
+            continue
+        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, torch.Tensor) or (
+            value.is_floating_point() != own.is_floating_point()
+        ):
+            raise UserError(
+                f"the checkpoint does not match the model: {name} is {given}, where the model has "
+                f"{own.dtype}"
+            )
+
+
+class WeightsCheck(Hook):
+    """Applies :func:`require_weights` to every checkpoint that a runner loads."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check what is about to be copied into the model."""
+        require_weights(runner.model, checkpoint)
+
+
 def _history_statistic(owner: type, name: str):
     """The ``getattr`` of checkpoints, which finds the statistics of the log's history only."""
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
@@ -432,24 +478,34 @@ def _checkpoint_types() -> list:
     return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, methods]
 
 
-class TrainingStateCheck(Hook):
-    """Refuses to resume from a checkpoint that holds weights only.
+def without_weights(node: object) -> None:
+    """Remove what would load weights, everywhere below a config node."""
+    if isinstance(node, dict):
+        node.pop("pretrained", None)
+        init_cfg = node.get("init_cfg")
+        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+            node["init_cfg"] = None
+        for child in node.values():
+            without_weights(child)
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            without_weights(child)
 
-    Raises:
-        UserError: Once such a checkpoint has been read, before anything is taken from it.
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model alone, in evaluation mode and with random weights.
+
+    Args:
+        cfg (Config): The config of :func:`load_config`.
+
+    Returns:
+        nn.Module: The model, with batch norm where the config has it synchronized.
     """
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what :meth:`mmengine.runner.Runner.resume` is about to read."""
-        meta = checkpoint.get("meta") or {}
-        missing = [f"meta.{key}" for key in ("epoch", "iter") if key not in meta]
-        if "message_hub" not in checkpoint:
-            missing.append("message_hub")
-        if missing:
-            raise UserError(
-                f"--resume needs a checkpoint of a training run, but this one lacks "
-                f"{', '.join(missing)}: start from its weights with --cfg-options load_from=…"
-            )
+    without_weights(cfg.model)
+    if cfg.get("data_preprocessor") is not None:
+        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -461,10 +517,12 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: A :class:`mmengine.runner.Runner`, or what the config's ``runner_type`` names.
     """
-    CheckpointLoader.register_scheme("", load_from_local_file, force=True)
+    load_safely()
+    write_whole_files()
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(WeightsCheck())
     for note in notes:
         runner.logger.info(note)
     return runner

@@ -197,7 +197,7 @@ class DDFUpFPN(BaseModule):
         upsample = self.upsample_modules[i - 1]
         s = upsample.scale_factor
         height, width = lateral.shape[2:]
-        rows, columns = -(-height // s), -(-width // s)
+        rows, columns = (height - 1) // s + 1, (width - 1) // s + 1
         missing = (rows - x.shape[2], columns - x.shape[3])
         # Strided layers round sizes up with padding, down without.
         if not all(

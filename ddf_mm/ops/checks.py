@@ -119,7 +119,8 @@ def check_ddf_arguments(
                 f"features {list(features.shape)} and kernel_size {kernel_size}, "
                 f"got {list(channel_filter.shape)}"
             )
-    ceil_h, ceil_w = -(-height // stride), -(-width // stride)
+    # Written as a convolution's output size is, so that symbolic sizes compare without a guard.
+    ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
     if spatial_filter is None:
         return ceil_h, ceil_w, 1
 

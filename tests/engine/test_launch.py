@@ -293,14 +293,3 @@ def test_unreadable_checkpoint(tmp_path, content):
 def test_missing_checkpoint_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         launch.load_from_local_file(str(tmp_path / "a.pth"))
-
-
-def test_training_state_check():
-    check = launch.TrainingStateCheck()
-    check.after_load_checkpoint(None, dict(meta=dict(epoch=1, iter=2), message_hub={}))
-    for checkpoint, missing in (
-        (dict(weight=1), "meta.epoch, meta.iter, message_hub"),
-        (dict(meta=dict(epoch=1, iter=2), state_dict={}), "lacks message_hub"),
-    ):
-        with pytest.raises(UserError, match=missing):
-            check.after_load_checkpoint(None, checkpoint)

@@ -1,8 +1,7 @@
 """``tools/train.py`` and ``tools/test.py``, run on tiny trainings of a real toolbox on a CPU.
 
-The runs share one import of the toolbox, which takes longer than all of them: a server process
-imports it and forks a child for each run, which then is the script as ``__main__`` in a process
-of its own. One run, the first, is a plain subprocess.
+The runs share one import of the toolbox, which takes longer than all of them. One run, the first,
+is a plain subprocess.
 """
 
 import json
@@ -12,11 +11,11 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fork_server import ROOT, ForkServer, tool_environment
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs mmpretrain, and a system that forks processes",
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = ROOT / "tools" / "train.py", ROOT / "tools" / "test.py"
 
 CONFIG = """
@@ -101,14 +99,7 @@ class FaultyHook(Hook):
         {}["no such key"]
 '''
 
-SERVER = '''
-"""Reads runs, one JSON object per line, and answers each with its exit status."""
-import gc
-import json
-import os
-import runpy
-import sys
-
+PRELOAD = """
 import matplotlib.pyplot
 from mmengine.utils.dl_utils import collect_env
 from mmpretrain.utils import register_all_modules
@@ -117,44 +108,7 @@ import ddf_mm.engine.evaluation
 
 register_all_modules(init_default_scope=False)
 collect_env()  # for what it imports
-# The datasets collect garbage, which need not look at all that was imported.
-gc.freeze()
-for line in sys.stdin:
-    run = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.chdir(run["cwd"])
-        os.environ.update(run["env"])
-        sys.argv = run["argv"]
-        # As when Python starts: the folder of the script, and no other script's.
-        sys.path[0] = os.path.dirname(run["argv"][0])
-        code = 0
-        try:
-            runpy.run_path(run["argv"][0], run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
-'''
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    # Warnings of the toolboxes about optional parts of mmcv are none of the tools' errors.
-    return dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]),
-        OMP_NUM_THREADS="1",
-        PYTHONWARNINGS="ignore",
-        CUDA_VISIBLE_DEVICES="-1",
-    )
+"""
 
 
 @pytest.fixture(scope="module")
@@ -179,41 +133,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder):
     """Run a script from a working directory that holds neither the config nor the project."""
-    server_script = folder / "server.py"
-    server_script.write_text(SERVER)
-    server = subprocess.Popen(
-        [sys.executable, server_script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(folder),
-    )
-
-    def run_script(script: Path, *arguments: object, env: dict | None = None) -> SimpleNamespace:
-        request = dict(
-            argv=[str(script), *map(str, arguments)],
-            cwd=str(folder / "here"),
-            env=env or {},
-            stdout=str(folder / "stdout.txt"),
-            stderr=str(folder / "stderr.txt"),
-        )
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        # What the toolboxes print while they are imported comes before the answer.
-        for line in server.stdout:
-            if line.strip().lstrip("-").isdecimal():
-                break
-        else:
-            pytest.fail(f"the server ended with status {server.wait()}")
-        return SimpleNamespace(
-            code=int(line),
-            stdout=(folder / "stdout.txt").read_text(),
-            stderr=(folder / "stderr.txt").read_text(),
-        )
-
-    yield run_script
-    server.stdin.close()
-    server.wait(timeout=60)
+    with ForkServer(folder, PRELOAD) as server:
+        yield server.run
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +143,7 @@ def trained(folder) -> Path:
     process = subprocess.run(
         [sys.executable, TRAIN, "../configs/tiny.py", "--seed", "7", "--deterministic"],
         cwd=folder / "here",
-        env=_environment(folder),
+        env=tool_environment(folder),
         capture_output=True,
         text=True,
     )
@@ -364,6 +285,38 @@ TRAIN_ERRORS = {
         1,
         ["gone.png"],
     ),
+    "annotation file without labels": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_labels.txt"],
+        1,
+        ["annotation file", "no_labels.txt", "CustomDataset", "ValueError"],
+    ),
+    "damaged image": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt"],
+        1,
+        ["image", "damaged.png", "cannot be read"],
+    ),
+    "damaged image, in a worker": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt",
+         "train_dataloader.num_workers=1"],
+        1,
+        ["image", "damaged.png", "cannot be read"],
+    ),
+    "image without content": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt"],
+        1,
+        ["image", "no_content.png", "cannot be read"],
+    ),
+    "image without content, in a worker": (
+        [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt",
+         "train_dataloader.num_workers=1"],
+        1,
+        ["an image of the data is an empty file"],
+    ),
+    "weights of another type": (
+        [CFG, "--cfg-options", "load_from=../integers.pth"],
+        1,
+        ["head.fc.weight is torch.int64", "torch.float32"],
+    ),
     "no such checkpoint": ([CFG, "--resume", "no.pth"], 2, ["--resume", "'no.pth'"]),
     "garbage": ([CFG, "--resume", "../garbage.pth"], 1, ["'../garbage.pth'"]),
     "weights only": ([CFG, "--resume", "../weights.pth"], 1, ["meta.epoch", "message_hub"]),
@@ -390,6 +343,13 @@ TEST_ERRORS = {
         ["'../weights.pth'", "unexpected: extra.weight", "of another size: head.fc.weight",
          "missing: backbone.bn1.bias", "--allow-partial"],
     ),
+    "weights of another type": (
+        [CFG, "../integers.pth", "--allow-partial"],
+        1,
+        ["head.fc.weight is torch.int64", "torch.float32"],
+    ),
+    "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
+    "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
     "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
     "format of the metrics": (
         [CFG, "../garbage.pth", "--out", "m.txt", "--out-item", "metrics"],
@@ -398,6 +358,16 @@ TEST_ERRORS = {
     ),
     "format of the predictions": ([CFG, "../garbage.pth", "--out", "out"], 2, ["'out'", ".pkl"]),
 }  # fmt: skip
+
+
+class _Program:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.fixture(scope="module")
@@ -421,6 +391,17 @@ def broken_files(folder, trained):
     weights["extra.weight"] = torch.zeros(1)
     weights["head.fc.weight"] = torch.zeros(3, 8)
     torch.save(weights, folder / "weights.pth")
+    for name, value in (
+        ("integers", torch.zeros(2, 8, dtype=torch.int64)),
+        ("text", "0.5"),
+        ("program", _Program(str(folder / "ran"))),
+    ):
+        torch.save(dict(weights, **{"head.fc.weight": value}), folder / f"{name}.pth")
+    (folder / "no_labels.txt").write_text("cat/0.png\n" * 4)
+    for name, content in (("damaged", b"\x89PNG no image"), ("no_content", b"")):
+        (folder / "data" / "train" / f"{name}.png").write_bytes(content)
+        (folder / f"{name}.txt").write_text(f"{name}.png 0\n" * 4)
+    return folder
 
 
 def _check_one_line(result, prog, code, mentions):
@@ -444,6 +425,7 @@ def test_test_error_is_one_line(run, broken_files, case):
     arguments, code, mentions = TEST_ERRORS[case]
     result = run(TEST, *arguments, "--work-dir", "../error")
     _check_one_line(result, "test.py", code, mentions)
+    assert not (broken_files / "ran").exists()
 
 
 def test_partial_checkpoint_on_request(run, broken_files):

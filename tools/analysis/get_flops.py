@@ -12,11 +12,8 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.engine import cli, launch
@@ -63,20 +60,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def without_weights(node: object) -> None:
-    """Remove what would load weights, everywhere below a config node."""
-    if isinstance(node, dict):
-        node.pop("pretrained", None)
-        init_cfg = node.get("init_cfg")
-        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
-            node["init_cfg"] = None
-        for child in node.values():
-            without_weights(child)
-    elif isinstance(node, (list, tuple)):
-        for child in node:
-            without_weights(child)
-
-
 def with_resnet(cfg: Config) -> Config | None:
     """The config with the ResNet of the same depth; None if it has no DDFResNet, or none of a
     depth that ResNet comes in."""
@@ -88,15 +71,6 @@ def with_resnet(cfg: Config) -> Config | None:
     for name in DDF_ARGUMENTS:
         twin.model.backbone.pop(name, None)
     return twin
-
-
-def build(cfg: Config) -> nn.Module:
-    """The config's model, with random weights."""
-    without_weights(cfg.model)
-    if cfg.get("data_preprocessor") is not None:
-        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def image_and_samples(
@@ -119,7 +93,7 @@ def image_and_samples(
 
 def measure(cfg: Config, shape: tuple[int, int]) -> Cost:
     """Count what one image of ``shape`` costs."""
-    model = build(cfg)
+    model = launch.build_model(cfg)
     image, samples = image_and_samples(cfg.get("default_scope"), shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image, samples, mode="tensor")

@@ -1,0 +1,237 @@
+"""`tools/export.py`: what it writes computes what the model does, in standard operators alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from fork_server import ROOT, ForkServer
+
+from ddf_mm.engine import export
+from ddf_mm.engine.export import Size
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="needs a system that forks processes"
+)
+
+EXPORT = ROOT / "tools" / "export.py"
+
+CONFIG = """
+custom_imports = dict(imports=["detector"], allow_failed_imports=False)
+model = dict(
+    type="Detector",
+    backbone=dict(type="DDFResNet", depth=26, stem_channels=8, base_channels=8,
+                  num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)),
+    neck=dict(type="DDFUpFPN", in_channels=[32, 64], out_channels=8, num_outs=3))
+"""
+
+DETECTOR = '''
+"""A model as the toolboxes have them, with weights that are not the trivial ones of a start."""
+import os
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+
+import ddf_mm.models
+from ddf_mm.engine import export
+
+
+@MODELS.register_module()
+class Detector(BaseModel):
+    with_neck = True
+
+    def __init__(self, backbone, neck, data_preprocessor=None):
+        super().__init__(data_preprocessor)
+        self.backbone = MODELS.build(backbone)
+        self.neck = MODELS.build(neck)
+        torch.manual_seed(0)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class OneSize(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out_channels = 8
+
+    def forward(self, x):
+        return (x.reshape(x.shape[0], 3, 64, 96),)
+
+
+if os.environ.get("WRONG"):
+    right = export._onnx_ddf
+
+    def wrong(features, channel_filter, spatial_filter, kernel_size: int = 3, dilation: int = 1,
+              stride: int = 1, mul: bool = True):
+        tensors = (features, channel_filter, spatial_filter)
+        return right(*tensors, kernel_size, dilation, stride, not mul)
+
+    export._onnx_ddf = wrong
+'''
+
+PRELOAD = """
+import onnx, onnxruntime, onnxscript, torch.onnx
+
+import ddf_mm.engine.evaluation
+import ddf_mm.engine.export
+import ddf_mm.models
+"""
+
+
+class EveryKind(torch.nn.Module):
+    """The op with every kind of argument that the translation tells apart."""
+
+    KINDS = (
+        dict(kernel_size=3, stride=1, kernel_combine="add"),
+        dict(kernel_size=3, stride=2, kernel_combine="mul"),
+        dict(kernel_size=5, dilation=2, stride=2, kernel_combine="add"),
+    )
+
+    def forward(self, x, per_channel, per_pixel, strided):
+        from ddf_mm.ops import ddf
+
+        plain, twice, wide = self.KINDS
+        floor = strided[:, :9, : x.shape[2] // 2, : x.shape[3] // 2]
+        return (
+            ddf(x, per_channel[..., :3, :3], per_pixel, **plain),
+            ddf(x, per_channel[..., 1:4, 1:4], floor, **twice),
+            ddf(x, per_channel, strided[:, :50], **wide),
+            ddf(x, None, strided, **wide),
+            ddf(x, per_channel, None, **wide),
+            ddf(x.half(), per_channel[..., :3, :3].half(), per_pixel.half(), **plain),
+        )
+
+
+def arguments(batch: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    half = [(n - 1) // 2 + 1 for n in (height, width)]
+    shapes = [(8, height, width), (8, 5, 5), (18, height, width), (100, *half)]
+    return tuple(torch.randn(batch, *shape) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "detector.py").write_text(DETECTOR)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Runs export.py on the config; files go to the folder `here`."""
+    with ForkServer(folder, PRELOAD) as server:
+
+        def run(*arguments: object, **env: str):
+            return server.run(EXPORT, "../config.py", "--size", "64", "96", *arguments, env=env)
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def exported(run, folder):
+    result = run("--format", "both", "--out", "model", "--benchmark", "1", "--json", "report.json")
+    assert result.code == 0, result.stderr
+    return folder / "here"
+
+
+def test_report(exported):
+    report = json.loads((exported / "report.json").read_text())
+    assert report["files"].keys() == report["milliseconds"].keys() - {"pytorch"}
+    for entry in report["files"].values():
+        assert 0 < entry["error"] < 1e-4
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "model.onnx", "model.pt2", "report.json"
+    ]  # fmt: skip
+
+
+def test_standard_operators_of_a_bounded_number(exported):
+    model = onnx.load(exported / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    assert not model.functions
+    # The four DDF layers and four branches of the upsampler take 40 or so each, everything else
+    # less than that. A graph that was unrolled over the 6144 pixels would have tens of thousands.
+    assert 8 * 36 < len(model.graph.node) < 800
+    (images,) = model.graph.input
+    assert [bool(d.dim_param) for d in images.type.tensor_type.shape.dim] == [
+        True, False, True, True
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [Size(1, 96, 64), Size(5, 41, 129)], ids=str)
+def test_files_serve_sizes_that_the_tool_did_not_check(exported, size):
+    images = size.images(3)
+    got = export.load_onnx(exported / "model.onnx", 1)(images)
+    want = export.load_program(exported / "model.pt2")(images)
+    assert [g.shape for g in got] == [w.shape for w in want]
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).abs().max() < 1e-4 * w.abs().max()
+
+
+def test_a_file_that_fails_its_check_is_not_left(run, folder):
+    result = run("--out", "wrong", "--static", WRONG="1")
+    assert result.code == 1
+    assert "computes something else than the model" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not [path for path in (folder / "here").iterdir() if "wrong" in path.name]
+
+
+ERRORS = {
+    "checkpoint": (["no.pth"], 2, "'no.pth' is not a file"),
+    "folder": (["--out", "no/model"], 2, "'no/model' is in a folder that does not exist"),
+    "opset": (["--opset", "11"], 2, "--opset must be at least 18, got 11"),
+    "size": (["--size", "0", "3"], 2, "--size must be at least 1, got 0"),
+    "fixed size": (
+        ["--cfg-options", "model.neck._delete_=True", "model.neck.type=OneSize",
+         "model.backbone.type=OneSize", "model.backbone._delete_=True"],
+        1,
+        "does not take images of every size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_is_one_line(run, case):
+    arguments, code, mention = ERRORS[case]
+    result = run(*arguments)
+    assert result.code == code, result.stderr
+    assert mention in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_every_kind_of_argument(tmp_path):
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        EveryKind(),
+        arguments(2, 14, 18),
+        dynamic_shapes=(free, {0: torch.export.Dim.DYNAMIC}, free, free),
+        strict=False,
+    )
+    onnx_program = torch.onnx.export(
+        program, custom_translation_table=export.onnx_translations(), opset_version=18,
+        verbose=False,
+    )  # fmt: skip
+    onnx_program.save(tmp_path / "kinds.onnx")
+    session = export.onnx_session(tmp_path / "kinds.onnx", 1)
+    for size in ((1, 8, 14), (3, 20, 6)):
+        tensors = arguments(*size)
+        names = [given.name for given in session.get_inputs()]
+        feed = {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
+        for got, want in zip(session.run(None, feed), EveryKind()(*tensors), strict=True):
+            assert str(want.dtype).removeprefix("torch.") == str(got.dtype)
+            eps = torch.finfo(want.dtype).eps
+            error = (torch.from_numpy(got) - want).abs().max()
+            # 25 products, and the last rounding of float16.
+            assert error < 20 * eps * want.abs().max()

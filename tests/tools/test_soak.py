@@ -1,0 +1,48 @@
+"""`tools/analysis/soak.py` for a short while, and that it would notice."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fork_server import ROOT, tool_environment
+
+from ddf_mm.engine.cli import UserError
+
+SCRIPT = ROOT / "tools" / "analysis" / "soak.py"
+spec = importlib.util.spec_from_file_location("soak", SCRIPT)
+soak = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(soak)
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+
+
+def test_short_soak(tmp_path):
+    # The memory of a young process still grows a little: Python's, while modules are loaded.
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--steps", "240", "--growth", "3"],
+        cwd=tmp_path,
+        env=tool_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("steps 240, backend ")
+
+
+def test_growth_is_found():
+    flat = [1000, 1300] + [1500, 1503, 1501] * 10
+    assert abs(soak.grown(flat)) < 0.2
+    leak = [1500 + 5 * i for i in range(32)]
+    assert soak.grown(leak) > 5
+    assert soak.grown([*flat[:16], *(2 * n for n in flat[16:])]) > 50
+
+
+def test_other_bits_are_found():
+    x = torch.ones(3)
+    soak.same("this", [x], [x.clone()])
+    with pytest.raises(UserError, match="this: not the same bits"):
+        soak.same("this", [x], [x + torch.finfo(x.dtype).eps])

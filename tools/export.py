@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Write a model of any toolbox on mmengine as ONNX, as a program of torch.export, or as both.
+
+A classifier of mmpretrain becomes images -> scores before softmax, any other model its backbone and
+neck: images -> feature maps. Images are those that the config's data preprocessor makes (float32,
+normalized). Each file is loaded and compared with the model at several sizes before it gets its
+name; one that computes something else is deleted."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddf_mm.engine import cli, evaluation, export, files, launch
+from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.export import Size
+
+TOLERANCE = 1e-4
+SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2"}
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(prog="export.py", description=__doc__)
+    parser.add_argument("config", help="path of the config")
+    parser.add_argument("checkpoint", nargs="?", help="without one, the weights are random")
+    parser.add_argument(
+        "--format", choices=[*SUFFIXES, "both"], default="onnx", help="default: onnx"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="STEM",
+        help="path of the files less their suffixes .onnx and .pt2; default: the config's name, in "
+        "the current folder",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=("H", "W"),
+        help="size of the images that it is traced and timed with; default: 224 224",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="likewise, images; default: 1")
+    parser.add_argument(
+        "--static", action="store_true", help="export for images of --batch and --size only"
+    )
+    parser.add_argument(
+        "--opset", type=int, default=export.MIN_OPSET, help=f"default: {export.MIN_OPSET}"
+    )
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="write PyTorch's own operators in place of ddf_mm's compiled op into a .pt2 file; "
+        "ONNX files hold standard operators anyway",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="go on with a checkpoint that does not match the model exactly",
+    )
+    parser.add_argument(
+        "--benchmark",
+        nargs="?",
+        const=10,
+        type=int,
+        metavar="RUNS",
+        help="time each file beside PyTorch, in turn, so many times (10)",
+    )
+    parser.add_argument("--json", type=Path, help="write what was measured into this file")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=cli.ConfigOptions,
+        metavar="KEY=VALUE",
+        help="override settings of the config",
+    )
+    args = parser.parse_args()
+    for name, value, least in (
+        ("--size", min(args.size), 1),
+        ("--batch", args.batch, 1),
+        ("--opset", args.opset, export.MIN_OPSET),
+        ("--benchmark", args.benchmark, 1),
+    ):
+        if value is not None and value < least:
+            parser.error(f"{name} must be at least {least}, got {value}")
+    return args
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
+    """The part of the config's model that is exported, and the channels of its images."""
+    cfg = launch.load_config(args.config, args.cfg_options)
+    launch.require_fields(cfg, ("model",), "an export")
+    model = launch.build_model(cfg)
+    if args.checkpoint is not None:
+        evaluation.load_checkpoint(model, args.checkpoint, args.allow_partial)
+    if not hasattr(model, "backbone"):
+        raise UserError(f"{args.config} has a {type(model).__name__}, which has no backbone")
+    is_classifier = cfg.get("default_scope") == "mmpretrain" and getattr(model, "with_head", False)
+    part = (export.ImageScores if is_classifier else export.ImageFeatures)(model)
+    return part.eval(), cfg.model.backbone.get("in_channels", 3)
+
+
+def check(run: Callable, model: nn.Module, sizes: list[Size], channels: int) -> float:
+    """The largest error of a file over several sizes; refuses one above the tolerance."""
+    errors = {}
+    for size in sizes:
+        errors[size] = export.largest_error(run, model, size.images(channels))
+        if not errors[size] <= TOLERANCE:
+            raise UserError(
+                f"the file computes something else than the model: an error of {errors[size]:.1e} "
+                f"for images of {size}, where {TOLERANCE:.0e} is allowed; nothing was written"
+            )
+    return max(errors.values())
+
+
+def benchmark(functions: dict[str, Callable], images: Tensor, runs: int) -> dict[str, float]:
+    """Median milliseconds of each function, timed in turn so that all see the same load."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(runs + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(images)
+            if turn:  # the first run is a warm-up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def main() -> None:
+    """Export, check and time."""
+    args = parse_args()
+    stem = args.out or Path(Path(args.config).stem)
+    if not stem.parent.is_dir():
+        raise UserError(f"--out {str(stem)!r} is in a folder that does not exist", exit_code=2)
+    if args.checkpoint is not None:
+        launch.require_checkpoint(args.checkpoint, "checkpoint")
+    model, channels = load_model(args)
+    size = Size(args.batch, *args.size)
+    program = export.export_program(model, size, channels, not args.static)
+    sizes = export.check_sizes(size, not args.static)
+
+    functions: dict[str, Callable] = {"pytorch": torch.no_grad()(model.forward)}
+    report: dict[str, dict] = {}
+    for kind, suffix in SUFFIXES.items():
+        if args.format not in (kind, "both"):
+            continue
+        path = stem.with_name(stem.name + suffix)
+        with files.whole_file(path) as part:
+            if kind == "onnx":
+                operators = export.save_onnx(program, part, args.opset)
+                run = export.load_onnx(part, torch.get_num_threads())
+            else:
+                operators = export.save_program(program, part, args.portable)
+                run = export.load_program(part)
+            error = check(run, model, sizes, channels)
+        functions[kind] = run
+        report[kind] = dict(file=str(path), operators=operators, error=error)
+        print(f"{path}: {operators} operators, largest error {error:.1e} over images of", end=" ")
+        print(", ".join(map(str, sizes)))
+    result = dict(config=Path(args.config).name, size=str(size), files=report)
+    if args.benchmark is not None:
+        times = benchmark(functions, size.images(channels), args.benchmark)
+        result |= dict(threads=torch.get_num_threads(), milliseconds=times)
+        print(f"milliseconds for {size}, {result['threads']} threads:", end=" ")
+        print(", ".join(f"{name} {value:.1f}" for name, value in times.items()))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, "export.py")
