@@ -188,6 +188,16 @@ def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mod
         assert 0 < row["milliseconds"]["least"] <= row["milliseconds"]["median"]
         assert row["images_per_s"] == pytest.approx(2000 / row["milliseconds"]["median"])
         assert Path(config).stem in printed
+    table = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "analysis" / "benchmark_table.py"), str(out)],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for row, config in zip(report["rows"], configs, strict=True):
+        least = row["milliseconds"]["least"]
+        (line,) = (x for x in table.splitlines() if x.startswith(f"| {Path(config).stem} |"))
+        assert f"| {mode} | fp32 | nchw | 2 | 64x64 |" in line and f"| {least:.1f} |" in line
     if "digits" in names:
         assert report["rows"][0]["parameters"] == 585_190
     if "resnet" in names:
