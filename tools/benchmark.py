@@ -837,6 +837,8 @@ def compare_models(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     quiet_libraries()
     args.configs = list(dict.fromkeys(args.configs))
+    for name in args.configs:
+        models.read_config(name, args.cfg_options)  # a wrong one is told now, not minutes later
     settings = [
         ModelSetting(*values)
         for values in itertools.product(

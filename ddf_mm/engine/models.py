@@ -38,14 +38,15 @@ class Cost:
 
 
 def read_config(name: str, cfg_options: dict | None = None) -> Config:
-    """The config of a file, or one that a toolbox ships.
+    """The config of a file, or one that a toolbox ships, for the functions below.
 
     Args:
         name: a path, or ``toolbox::path`` as in ``mmpretrain::resnet/resnet50_8xb32_in1k.py``.
         cfg_options: settings that override the config's, by dotted key.
 
     Raises:
-        UserError: there is no such config, it has no model, or its toolbox cannot be imported.
+        UserError: there is no such config, it has no model, its toolbox cannot be imported or is
+            none of mmpretrain, mmdet and mmseg.
     """
     if "::" in name:
         toolbox = name.partition("::")[0]
@@ -60,6 +61,12 @@ def read_config(name: str, cfg_options: dict | None = None) -> Config:
     else:
         cfg = launch.load_config(name, cfg_options)
     launch.require_fields(cfg, ("model",), "building a model")
+    scope = cfg.get("default_scope")
+    if scope not in SHAPES:
+        raise UserError(
+            f"default_scope of {name} must be one of {', '.join(SHAPES)}, to make inputs for its "
+            f"model; got {scope!r}"
+        )
     return cfg
 
 
@@ -108,20 +115,12 @@ def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[
 
     Returns:
         ``inputs`` and ``data_samples``, a list each.
-
-    Raises:
-        UserError: the config is one of another toolbox.
     """
-    scope = cfg.get("default_scope")
-    if scope not in SHAPES:
-        raise UserError(
-            f"default_scope must be one of {', '.join(SHAPES)} to make inputs for it, got {scope!r}"
-        )
-    if scope == "mmdet":
+    if cfg.default_scope == "mmdet":
         return _detection_batch(cfg, batch_size, shape)
     classes = min((part["num_classes"] for part in dicts_with(cfg.model, "num_classes")), default=2)
     images = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for _ in range(batch_size)]
-    if scope == "mmpretrain":
+    if cfg.default_scope == "mmpretrain":
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(i % classes) for i in range(batch_size)]
