@@ -1,4 +1,5 @@
-"""The Python of README and docs is run as written; their links and commands lead somewhere."""
+"""The Python of README and docs is run as written; their links, anchors, commands and options lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +16,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Needs images and checkpoints: tests/test_inference.py runs its code.
 PREPARED = ROOT / "docs" / "inference.md"
+# Whose links are checked.
+ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:], *sorted((ROOT / "configs").glob("*/*.md"))]
+CONFIG_FILES = [
+    path for path in sorted((ROOT / "configs").glob("*/*.py")) if path.parent.name != "_base_"
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -52,11 +58,59 @@ def test_configs_build(text, tmp_path):
     assert any(type(module).__module__.startswith("ddf_mm.") for module in model.modules())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_and_tools_exist(page):
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and the site make of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        numbered = (f"{slug}-{n}" for n in range(1, 100))
+        found.add(slug if slug not in found else next(n for n in numbered if n not in found))
+    return found
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b` of c-d, [e](f.md)!\n```bash\n# no heading\n```\n## Twice\n## Twice\n")
+    assert anchors(page) == {"a-b-of-c-d-e", "twice", "twice-1"}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_links_anchors_and_tools_exist(page):
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)\)", text)
+    missing = []
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
+    links += re.findall(r"<(?:img|a) [^>]*(?:src|href)=\"(?!https?:)([^\"]+)\"", text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     tools = re.findall(r"(?<![\w/])((?:tools|configs)/[\w./-]+\.(?:py|sh))", text)
-    missing = [link for link in links if not (page.parent / link).exists()]
     missing += [tool for tool in tools if not (ROOT / tool).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_options_of_tools_exist(page):
+    missing = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for command in block.replace("\\\n", " ").splitlines():
+            command = command.partition(" #")[0]
+            if not (tool := re.search(r"(?<![\w/])tools/[\w./-]+\.(?:py|sh)", command)):
+                continue
+            # Launchers hand options on; tools share those of cli.py.
+            launched = re.search(r"(train|test)\.sh$", tool[0])
+            sources = [ROOT / "ddf_mm" / "engine" / "cli.py", ROOT / tool[0]]
+            sources += [ROOT / "tools" / f"{launched[1]}.py"] if launched else []
+            known = "".join(source.read_text(encoding="utf-8") for source in sources)
+            options = re.findall(r"(?<![\w-])--[a-z][\w-]*", command[tool.end() :])
+            missing += [f"{tool[0]} {o}" for o in options if f'"{o}"' not in known]
+    assert not missing
+
+
+@pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path: path.stem)
+def test_recipes_name_every_config(config):
+    name = f"{config.parent.name}/{config.stem}"
+    assert f"`{name}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time the DDF operation against what it replaces.
+"""Time the DDF operation, its layer and networks of it against what they replace.
 
 ``benchmark.py op`` times, taking turns within one run so that a machine's moods hit all alike:
 
@@ -15,6 +15,14 @@
                        stride 1
     copy               a copy of as many bytes as ddf has to move; on a GPU of 256 MiB at least
 
+``benchmark.py layer`` times the layers under the same names, with what generates their filters:
+DDFPack, torch.nn.Conv2d, and an involution (ddf spatial, unfold spatial) that makes its filters by
+two 1x1 convolutions.
+
+``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: predictions
+from images to the head's outputs, or training steps from images to updated weights. It takes
+whatever mmpretrain, mmdet and mmseg build.
+
 The bytes that ddf has to move are those of every input, read once, and of every output, written
 once; where a pass makes several gradients, as if by one kernel.
 """
@@ -22,7 +30,6 @@ once; where a pass makes several gradients, as if by one kernel.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -41,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The toolboxes and mmengine are imported by `layer` and `model` alone: `op` needs torch.
 from ddf_mm.ops import backend_info, ddf, ddf_reference
 from ddf_mm.version import __version__
 
@@ -50,6 +58,7 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 PASSES = ["forward", "grad_features", "grad_filters", "backward", "forward+backward"]
 PEERS = ["reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 PEERS += ["carafe", "copy"]
+LAYER_PEERS = ["depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 # What a ratio compares: name to numerator and denominator. Below 1 in the first and above 1 in the
 # others is good for ddf.
 RATIOS = {
@@ -104,16 +113,23 @@ class Milliseconds:
         return Milliseconds(self.least / count, self.median / count)
 
 
-def time_calls(calls: dict[str, Call], repeats: int, device: str) -> dict[str, Milliseconds]:
-    """Times each call in ``repeats`` rounds, in which the calls take turns."""
+def time_calls(
+    calls: dict[str, Call], repeats: int, device: str, cached: bool = True
+) -> dict[str, Milliseconds]:
+    """Times each call in ``repeats`` rounds, in which the calls take turns.
+
+    ``cached``: whether what a call reads may lie in the caches, as it does where it is called
+    again and again; what is larger than they are need not be asked for it.
+    """
     counts = {}
     for name, call in calls.items():
         call()
-        counts[name] = math.ceil(SHORTEST / min(seconds(call, 2, device)))
+        counts[name] = math.ceil(SHORTEST / min(seconds(call, 2 if cached else 1, device)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            call()  # brings its own data into the caches, which the last one's fill
+            if cached:
+                call()  # brings its own data into the caches, which the last one's fill
             times[name] += seconds(call, counts[name], device)
     return {
         name: Milliseconds(1e3 * min(values), 1e3 * statistics.median(values))
@@ -156,8 +172,10 @@ def resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def peak_extra_bytes(call: Callable[[], tuple[Tensor, ...]], device: str) -> int:
+def peak_extra_bytes(call: Call, device: str) -> int:
     """Most memory that ``call`` held at one time, less what held its results.
+
+    Results that are no tuple of tensors count as held on the way.
 
     Raises:
         OSError: the kernel does not tell.
@@ -170,7 +188,33 @@ def peak_extra_bytes(call: Callable[[], tuple[Tensor, ...]], device: str) -> int
         before = resident("VmRSS")
     results = call()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
-    return max(peak - before - sum(t.numel() * t.element_size() for t in results), 0)
+    tensors = results if isinstance(results, tuple) else ()
+    return max(peak - before - sum(t.numel() * t.element_size() for t in tensors), 0)
+
+
+def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessing.Queue) -> None:
+    for value in function(*args):
+        queue.put(value)
+
+
+def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
+    """What ``function`` yields, in a process of its own; empty, after a word, where that fails.
+
+    Memory is measured so: on a CPU it is the process' resident memory, which sees the scratch of
+    every library, so freed blocks must go back to the system at once: malloc is told to, and its
+    settings are read when a process starts.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "0"
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_all, args=(function, args, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        print("peak memory: not measured, see the error above", file=sys.stderr)
+        return []
+    return [queue.get() for _ in range(queue.qsize())]
 
 
 def processor(device: str) -> str:
@@ -206,6 +250,28 @@ def track(sequence: Sequence) -> Iterable:
     except ImportError:
         return sequence
     return rich_track(sequence, "measuring", console=Console(stderr=True))
+
+
+def write_json(args: argparse.Namespace, about: dict, rows: list[dict], **more: object) -> None:
+    """Writes the report, where one is asked for."""
+    if args.json:
+        unsaid = ("run", "make_calls", "json", "plot")
+        options = {name: value for name, value in vars(args).items() if name not in unsaid}
+        report = {"machine": about, "rows": rows, **more, "options": options}
+        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+def new_figure(panels: int, height: float):
+    """A figure of panels below each other, and their axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        panels, figsize=(11, 1 + height * panels), squeeze=False, layout="constrained"
+    )
+    return figure, axes[:, 0]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -378,7 +444,7 @@ def copy_call(size: int, device: str) -> Call:
 def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
     """A row of the report."""
     moved = case.bytes_moved(args.which)
-    sets = [make_calls(case, args) for _ in range(sets_of_buffers(moved, args.device))]
+    sets = [args.make_calls(case, args) for _ in range(sets_of_buffers(moved, args.device))]
     calls: dict[str, Call] = dict(sets[0])
     if args.device == "cuda":
         # One call stands for one of each set.
@@ -396,9 +462,9 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
         "shape": case.shape,
         **asdict(case.setting),
         "milliseconds": {name: asdict(value) for name, value in times.items()},
-        "bytes": moved,
-        "gb_per_s": moved / times["ddf"].least / 1e6,
     }
+    if args.command == "op":
+        row |= {"bytes": moved, "gb_per_s": moved / times["ddf"].least / 1e6}
     if "copy" in times:
         row["copy_gb_per_s"] = moved / times["copy"].least / 1e6
         row["of_copy_speed"] = row["gb_per_s"] / row["copy_gb_per_s"]
@@ -411,41 +477,19 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
     return row
 
 
-def measure_memory(
-    cases: list[Case], args: argparse.Namespace, queue: multiprocessing.Queue
-) -> None:
-    """Puts the peak extra bytes of each case's ddf and unfold on ``queue``."""
+def peaks(cases: list[Case], args: argparse.Namespace) -> Iterator[dict[str, int]]:
+    """Peak extra bytes of each case: of ddf and unfold, or of all layers."""
     torch.set_num_threads(args.threads)
-    args.peers = ["unfold"]
+    if args.command == "op":
+        args.peers = ["unfold"]
     # Libraries are loaded and threads started once, for a case too small to count.
-    for call in make_calls(Case(cases[0].setting, (1, 8, 8, 8)), args).values():
+    for call in args.make_calls(Case(cases[0].setting, (1, 8 * args.groups, 8, 8)), args).values():
         call()
     for case in cases:
-        calls = make_calls(case, args)
+        calls = args.make_calls(case, args)
         for call in calls.values():
             call()  # a pass that is a backward alone makes what it starts from
-        queue.put({name: peak_extra_bytes(call, args.device) for name, call in calls.items()})
-
-
-def memory(cases: list[Case], args: argparse.Namespace) -> Iterator[dict[str, int]]:
-    """Peak extra bytes of ddf and unfold, for each case, in a process of its own.
-
-    On a CPU that is the process' resident memory, which sees the scratch of every library, so
-    freed blocks must go back to the system at once: malloc is told to, and its settings are read
-    when a process starts.
-    """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = "0"
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure_memory, args=(cases, args, queue))
-    process.start()
-    process.join()
-    if process.exitcode:
-        print("peak memory: not measured, see the error above", file=sys.stderr)
-        return
-    for _ in cases:
-        yield queue.get()
+        yield {name: peak_extra_bytes(call, args.device) for name, call in calls.items()}
 
 
 def means_of(rows: list[dict]) -> dict[str, float]:
@@ -475,9 +519,9 @@ def op_tables(groups: dict[Setting, list[dict]]) -> Iterator[list[list[str]]]:
         means = means_of(rows)
         ratios = list(rows[0]["ratios"])
         with_copy = "of_copy_speed" in rows[0]
-        with_memory = "peak_extra_bytes" in rows[0]
+        measured = [f"{name} MB" for name in rows[0].get("peak_extra_bytes", {})]
         head = ["", *ratios, *["GB/s", "copy GB/s", "of copy"] * with_copy]
-        table = [head + ["ddf MB", "unfold MB"] * with_memory]
+        table = [head + measured]
         for shape, row in zip(shapes, rows, strict=True):
             cells = [shape, *(f"{row['ratios'][name]:.2f}" for name in ratios)]
             if with_copy:
@@ -487,20 +531,13 @@ def op_tables(groups: dict[Setting, list[dict]]) -> Iterator[list[list[str]]]:
             table.append(cells)
         last = ["geometric mean", *(f"{means[name]:.2f}" for name in ratios)]
         last += ["", "", f"{means['of_copy_speed']:.2f}"] if with_copy else []
-        yield [*table, last + ["", ""] * with_memory]
+        yield [*table, last + [""] * len(measured)]
 
 
 def plot_op(groups: dict[Setting, list[dict]], title: str, path: Path) -> None:
     """Draws the times of all that was compared over ddf's, a panel for each setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(groups), figsize=(11, 1 + 3.2 * len(groups)), squeeze=False, layout="constrained"
-    )
-    for axis, (setting, rows) in zip(axes[:, 0], groups.items(), strict=True):
+    figure, axes = new_figure(len(groups), 3.2)
+    for axis, (setting, rows) in zip(axes, groups.items(), strict=True):
         names = [name for name in rows[0]["milliseconds"] if name != "ddf"]
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -518,7 +555,7 @@ def plot_op(groups: dict[Setting, list[dict]], title: str, path: Path) -> None:
         axis.set_xticks(range(len(rows)), [" x ".join(map(str, row["shape"])) for row in rows])
         axis.set_ylabel("time / time of ddf\n(above 1: ddf is faster)")
         axis.set_title(str(setting), fontsize=10)
-    axes[0, 0].legend(ncols=len(names), fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.1))
+    axes[0].legend(ncols=len(names), fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.1))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -538,10 +575,8 @@ def benchmark_op(args: argparse.Namespace) -> None:
         args.peers = [name for name in args.peers if name != "carafe"]
     sys.stdout.flush()
     rows = [measure(case, args) for case in track(cases)]
-    with contextlib.suppress(StopIteration):
-        extra = memory(cases, args)
-        for row in rows:
-            row["peak_extra_bytes"] = next(extra)
+    for row, extra in zip(rows, in_fresh_process(peaks, cases, args), strict=False):
+        row["peak_extra_bytes"] = extra
     groups = {
         setting: [row for row, case in zip(rows, cases, strict=True) if case.setting == setting]
         for setting in settings
@@ -550,19 +585,286 @@ def benchmark_op(args: argparse.Namespace) -> None:
     for table in op_tables(groups):
         print_table(table)
         print()
-    print("GB/s: the least bytes to move over time; MB: peak memory besides inputs and results")
-    if args.json:
-        report = {"machine": about, "rows": rows}
-        report["geometric_means"] = [
-            {**asdict(setting), "ratios": means_of(group)} for setting, group in groups.items()
-        ]
-        report["options"] = {
-            name: value for name, value in vars(args).items() if name not in ("run", "json", "plot")
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    notes = ["GB/s: the least bytes to move over time"] if args.command == "op" else []
+    print("; ".join([*notes, "MB: peak memory besides inputs and results"]))
+    means = [{**asdict(setting), "ratios": means_of(group)} for setting, group in groups.items()]
+    write_json(args, about, rows, geometric_means=means)
     if args.plot:
         title = f"{args.which}, {about['processor']}, torch {about['torch']}"
         plot_op(groups, title, args.plot)
+
+
+# ------------------------------------------------------------------ the layer
+
+
+def make_layers(case: Case) -> dict[str, torch.nn.Module]:
+    """The layers that are compared, of the case's geometry."""
+    from torch import nn
+
+    from ddf_mm.layers import DDFPack
+
+    channels, s = case.shape[1], case.setting
+    k = s.kernel_size
+    geometry = dict(stride=s.stride, padding=k // 2, bias=False)
+
+    class Involution(nn.Module):
+        """Filters of groups of channels at each pixel, made by two 1x1 convolutions."""
+
+        def __init__(self, function: Callable[..., Tensor]) -> None:
+            super().__init__()
+            self.function = function
+            # A quarter of the channels, as in the official involution.
+            self.reduce = nn.Conv2d(channels, max(channels // 4, 1), 1, s.stride)
+            self.span = nn.Conv2d(max(channels // 4, 1), s.groups * k * k, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            filters = self.span(F.relu(self.reduce(x)))
+            return self.function(x, None, filters, k, 1, s.stride)
+
+    return {
+        "ddf": DDFPack(channels, k, s.stride, head=s.groups),
+        "depthwise conv": nn.Conv2d(channels, channels, k, groups=channels, **geometry),
+        "dense conv": nn.Conv2d(channels, channels, k, **geometry),
+        "ddf spatial": Involution(ddf),
+        "unfold spatial": Involution(by_unfold),
+    }
+
+
+def make_layer_calls(case: Case, args: argparse.Namespace) -> dict[str, Call]:
+    """What is timed, by name: predictions, or forward and backward passes."""
+    torch.manual_seed(0)
+    options = dict(device=args.device, dtype=getattr(torch, case.setting.dtype))
+    layout = LAYOUTS[case.setting.layout]
+    sizes = case.sizes()
+    x, grad = (
+        torch.randn(sizes[name], **options).contiguous(memory_format=layout)
+        for name in ("features", "output")
+    )
+
+    def call(layer: torch.nn.Module) -> Call:
+        layer = layer.to(**options).to(memory_format=layout)
+        inputs = [x.detach().requires_grad_(), *layer.parameters()]
+
+        def predict() -> tuple[Tensor]:
+            with torch.no_grad():
+                return (layer(x),)
+
+        def train() -> tuple[Tensor, ...]:
+            out = layer(inputs[0])
+            return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+
+        return predict if args.which == "forward" else train
+
+    layers = make_layers(case)
+    return {name: call(layers[name]) for name in layers if name == "ddf" or name in args.peers}
+
+
+# ------------------------------------------------------------------ networks
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """What is the same for all networks that are compared."""
+
+    mode: str
+    precision: str
+    layout: str
+    batch_size: int
+    shape: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        shape = "" if self.shape is None else f", {' x '.join(map(str, self.shape))}"
+        return f"{self.mode}, {self.precision}, {self.layout}, batch {self.batch_size}{shape}"
+
+
+@dataclass
+class Network:
+    """A config's network, ready to run."""
+
+    call: Call
+    shape: tuple[int, int]
+    parameters: int
+    gmac: float
+
+
+def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> Network:
+    """Builds a config's network and one call of it."""
+    from mmengine.optim import build_optim_wrapper
+
+    from ddf_mm.engine import launch, models
+
+    cfg = models.read_config(name, args.cfg_options)
+    shape = models.image_shape(cfg, setting.shape)
+    models.fit_to(cfg, shape)
+    torch.manual_seed(0)
+    model = models.build_model(cfg)
+    model.init_weights()
+    # Counted where the compiled ops are certain to be, and for one image.
+    cost = models.count(model, *models.preprocessed(model, models.example_batch(cfg, 1, shape)))
+    model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
+    batch = models.example_batch(cfg, setting.batch_size, shape)
+    if args.compile:
+        # As mmengine's Runner does.
+        model.forward = torch.compile(model.forward)
+
+    if setting.mode == "train":
+        model.train()
+        wrapper = cfg.get("optim_wrapper") or dict(optimizer=dict(type="SGD", lr=0.1))
+        of_amp = ("loss_scale", "dtype", "use_fsdp")
+        cfg.optim_wrapper = {name: value for name, value in wrapper.items() if name not in of_amp}
+        cfg.optim_wrapper.type = "OptimWrapper"
+        if setting.precision == "amp":
+            launch.enable_amp(cfg)
+        launch.adapt_to_device(cfg)
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        for group in optim_wrapper.param_groups:
+            group["lr"] = 0.0  # so that every step computes the same
+
+        def call() -> None:
+            model.train_step(dict(batch), optim_wrapper)
+
+    else:
+        inputs, samples = models.preprocessed(model, batch)
+        inputs = inputs.contiguous(memory_format=LAYOUTS[setting.layout])
+        amp = setting.precision == "amp"
+        dtype = torch.float16 if args.device == "cuda" else torch.bfloat16
+
+        def call() -> object:
+            with torch.no_grad(), torch.autocast(args.device, dtype, enabled=amp):
+                return model(inputs, samples, mode="tensor")
+
+    return Network(call, shape, cost.parameters, cost.total / 1e9)
+
+
+def quiet_libraries() -> None:
+    """No logs and warnings of the toolboxes within the tables."""
+    import warnings
+
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_instance("mmengine").setLevel("ERROR")
+    warnings.filterwarnings("ignore")
+
+
+def model_peaks(settings: list[ModelSetting], args: argparse.Namespace) -> Iterator[dict[str, int]]:
+    """Peak extra bytes of each network, for each setting."""
+    torch.set_num_threads(args.threads)
+    quiet_libraries()
+    for setting in settings:
+        extra = {}
+        for name in args.configs:
+            call = make_network(name, setting, args).call
+            for _ in range(2):  # the first one makes what stays, as an optimizer's momentum
+                call()
+            extra[name] = peak_extra_bytes(call, args.device)
+        yield extra
+
+
+def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row of the report for each network."""
+    networks = {name: make_network(name, setting, args) for name in args.configs}
+    calls = {name: network.call for name, network in networks.items()}
+    times = time_calls(calls, args.repeats, args.device, cached=False)
+    return [
+        {
+            "config": name,
+            **asdict(setting),
+            "shape": network.shape,
+            "parameters": network.parameters,
+            "gmac": network.gmac,
+            "milliseconds": asdict(times[name]),
+            "images_per_s": 1e3 * setting.batch_size / times[name].median,
+            # Of the first config's network: what the others are compared with.
+            "speed": times[args.configs[0]].least / times[name].least,
+        }
+        for name, network in networks.items()
+    ]
+
+
+def model_table(setting: ModelSetting, rows: list[dict], labels: list[str]) -> list[list[str]]:
+    head = ["M params", "GMAC", "ms", "least ms", "images/s", "MB", "speed"]
+    table = [[str(setting), "image", *head]]
+    for label, row in zip(labels, rows, strict=True):
+        times = row["milliseconds"]
+        size = row.get("peak_extra_bytes")
+        table.append(
+            [
+                label,
+                "x".join(map(str, row["shape"])),
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['gmac']:.3g}",
+                f"{times['median']:.1f}",
+                f"{times['least']:.1f}",
+                f"{row['images_per_s']:.2f}",
+                "" if size is None else f"{size / 1e6:.0f}",
+                f"{row['speed']:.2f}",
+            ]
+        )
+    return table
+
+
+def plot_models(
+    groups: dict[ModelSetting, list[dict]], labels: list[str], title: str, path: Path
+) -> None:
+    """Draws the networks' times, median and least, a panel for each setting."""
+    figure, axes = new_figure(len(groups), 0.8 + 0.4 * len(labels))
+    for axis, (setting, rows) in zip(axes, groups.items(), strict=True):
+        times = [row["milliseconds"] for row in rows]
+        places = range(len(rows))
+        bars = axis.barh(places, [t["median"] for t in times], 0.6, label="median")
+        axis.bar_label(bars, [f"{t['median']:.1f}" for t in times], fontsize=8, padding=3)
+        least = [t["least"] for t in times]
+        axis.plot(least, places, "|", color="black", markersize=14, label="least")
+        axis.set_yticks(places, labels)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_xlabel("ms")
+        axis.set_title(str(setting), fontsize=10)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def benchmark_models(args: argparse.Namespace) -> None:
+    from ddf_mm.engine import cli
+
+    cli.run(functools.partial(compare_models, args), "benchmark.py")
+
+
+def compare_models(args: argparse.Namespace) -> None:
+    from ddf_mm.engine import models
+
+    torch.set_num_threads(args.threads)
+    quiet_libraries()
+    args.configs = list(dict.fromkeys(args.configs))
+    for name in args.configs:
+        models.read_config(name, args.cfg_options)  # a wrong one is told now, not minutes later
+    settings = [
+        ModelSetting(*values)
+        for values in itertools.product(
+            args.mode, args.precision, args.layout, args.batch_size, args.shape or [None]
+        )
+    ]
+    about = machine(args)
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    groups = {setting: measure_models(setting, args) for setting in track(settings)}
+    if not args.no_memory:
+        extra = in_fresh_process(model_peaks, settings, args)
+        for rows, sizes in zip(groups.values(), extra, strict=False):
+            for row in rows:
+                row["peak_extra_bytes"] = sizes[row["config"]]
+    labels = models.config_labels(args.configs)
+    for setting, rows in groups.items():
+        print_table(model_table(setting, rows, labels))
+        print()
+    print(
+        "ms: median and least of all runs; GMAC: of one image; MB: peak memory besides the "
+        "weights; speed: least time of the first config over the least of this"
+    )
+    write_json(args, about, [row for rows in groups.values() for row in rows])
+    if args.plot:
+        title = f"{about['processor']}, torch {about['torch']}"
+        plot_models(groups, labels, title, args.plot)
 
 
 # ------------------------------------------------------------------ the command line
@@ -582,6 +884,23 @@ def parse_positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def parse_image_shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not (1 <= len(sizes) <= 2 and all(size.isdigit() and int(size) for size in sizes)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not H or H,W, as in 224 or 800,1333")
+    return tuple(map(int, sizes))
+
+
+class LazyConfigOptions(argparse.Action):
+    """The ``--cfg-options`` of all tools, without importing mmengine for what needs none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from ddf_mm.engine.cli import ConfigOptions
+
+        action = ConfigOptions(self.option_strings, self.dest, nargs=self.nargs)
+        action(parser, namespace, values, option_string)
 
 
 def parse_odd(text: str) -> int:
@@ -607,24 +926,30 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmark.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    op = commands.add_parser(
-        "op", help="time the operation", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    op.set_defaults(run=benchmark_op)
-    op.add_argument(
-        "--shapes",
-        type=parse_shape,
-        nargs="+",
-        default=SHAPES,
-        metavar="B,C,H,W",
-        help="of the features",
-    )
-    op.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
-    op.add_argument("--layout", choices=[*LAYOUTS, "both"], default="both", help="of all tensors")
-    op.add_argument("--kernel-size", type=parse_odd, nargs="+", default=[3], help="odd")
-    op.add_argument("--stride", type=parse_positive, nargs="+", default=[1])
-    op.add_argument("--groups", type=parse_positive, default=1, help="of the spatial filter")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    with_defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    op = commands.add_parser("op", help="time the operation", **with_defaults)
+    layer = commands.add_parser("layer", help="time the layer", **with_defaults)
+    op.set_defaults(run=benchmark_op, make_calls=make_calls)
+    layer.set_defaults(run=benchmark_op, make_calls=make_layer_calls, which="forward")
+    for command in (op, layer):
+        command.add_argument(
+            "--shapes",
+            type=parse_shape,
+            nargs="+",
+            default=SHAPES,
+            metavar="B,C,H,W",
+            help="of the features",
+        )
+        command.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+        command.add_argument(
+            "--layout", choices=[*LAYOUTS, "both"], default="both", help="of all tensors"
+        )
+        command.add_argument("--kernel-size", type=parse_odd, nargs="+", default=[3], help="odd")
+        command.add_argument("--stride", type=parse_positive, nargs="+", default=[1])
+        command.add_argument(
+            "--groups", type=parse_positive, default=1, help="of the spatial filter"
+        )
     op.add_argument("--pass", dest="which", choices=PASSES, default="forward", help="what is timed")
     op.add_argument(
         "--backward",
@@ -633,16 +958,57 @@ def parse_args() -> argparse.Namespace:
         const="forward+backward",
         help="the same as --pass forward+backward",
     )
+    layer.add_argument(
+        "--train",
+        dest="which",
+        action="store_const",
+        const="forward+backward",
+        help="forward and backward passes instead of predictions",
+    )
     op.add_argument(
         "--peers", choices=PEERS, nargs="*", default=PEERS, help="what ddf is compared with"
     )
-    add_common_options(op)
+    layer.add_argument(
+        "--peers",
+        choices=LAYER_PEERS,
+        nargs="*",
+        default=LAYER_PEERS,
+        help="what DDFPack is compared with",
+    )
+    model = commands.add_parser("model", help="time the networks of configs", **with_defaults)
+    model.set_defaults(run=benchmark_models)
+    model.add_argument("configs", nargs="+", metavar="config", help="path, or toolbox::path")
+    model.add_argument("--mode", choices=["eval", "train"], nargs="+", default=["eval"])
+    model.add_argument(
+        "--precision",
+        choices=["fp32", "amp"],
+        nargs="+",
+        default=["fp32"],
+        help="amp: bfloat16 on a CPU, float16 on a GPU",
+    )
+    model.add_argument("--layout", choices=list(LAYOUTS), nargs="+", default=["nchw"])
+    model.add_argument("--batch-size", type=parse_positive, nargs="+", default=[1])
+    model.add_argument(
+        "--shape",
+        type=parse_image_shape,
+        nargs="+",
+        metavar="H[,W]",
+        help="of the images; if not given, what is usual in the config's toolbox",
+    )
+    model.add_argument("--compile", action="store_true", help="by torch.compile")
+    model.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    model.add_argument(
+        "--cfg-options", nargs="+", action=LazyConfigOptions, metavar="KEY=VALUE",
+        help="override settings of the configs",
+    )  # fmt: skip
+    for command in (op, layer, model):
+        add_common_options(command)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        op.error("--device cuda needs a CUDA device, and torch sees none")
-    for shape in args.shapes:
+        parser.error("--device cuda needs a CUDA device, and torch sees none")
+    for shape in getattr(args, "shapes", ()):
         if shape[1] % args.groups:
-            op.error(f"--groups {args.groups} must divide the {shape[1]} channels of --shapes")
+            parser.error(f"--groups {args.groups} must divide the {shape[1]} channels of --shapes")
     return args
 
 

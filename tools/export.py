@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddf_mm.engine import cli, evaluation, export, files, launch
+from ddf_mm.engine import cli, evaluation, export, files, launch, models
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 
@@ -97,7 +97,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
     """The part of the config's model that is exported, and the channels of its images."""
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model",), "an export")
-    model = launch.build_model(cfg)
+    model = models.build_model(cfg)
     if args.checkpoint is not None:
         evaluation.load_checkpoint(model, args.checkpoint, args.allow_partial)
     if not hasattr(model, "backbone"):

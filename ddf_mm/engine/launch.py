@@ -22,8 +22,8 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import is_model_wrapper, revert_sync_batchnorm
-from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import distributed as dist
@@ -476,36 +476,6 @@ def _checkpoint_types() -> list:
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.int64, np.uint32)]
     methods = (_history_statistic, "builtins.getattr")
     return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, methods]
-
-
-def without_weights(node: object) -> None:
-    """Remove what would load weights, everywhere below a config node."""
-    if isinstance(node, dict):
-        node.pop("pretrained", None)
-        init_cfg = node.get("init_cfg")
-        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
-            node["init_cfg"] = None
-        for child in node.values():
-            without_weights(child)
-    elif isinstance(node, (list, tuple)):
-        for child in node:
-            without_weights(child)
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """Build a config's model alone, in evaluation mode and with random weights.
-
-    Args:
-        cfg (Config): The config of :func:`load_config`.
-
-    Returns:
-        nn.Module: The model, with batch norm where the config has it synchronized.
-    """
-    without_weights(cfg.model)
-    if cfg.get("data_preprocessor") is not None:
-        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def build_runner(cfg: Config) -> Runner:

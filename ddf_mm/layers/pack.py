@@ -132,10 +132,20 @@ class DDFPack(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
+        out = ddf(x, *self.generate_filters(x), *self._filter_arguments)
+        return self.output(out)
+
+    def generate_filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The filters that the layer applies to features ``Tensor[B, C, H, W]``.
+
+        Returns:
+            The channel filters ``Tensor[B, C, k, k]`` and the spatial filters
+            ``Tensor[B, head*k*k, ceil(H/stride), ceil(W/stride)]``, as :func:`~ddf_mm.ops.ddf`
+            takes them.
+        """
         k = self._filter_arguments[0]
         channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
-        out = ddf(x, channel_filter, self.spatial_branch(x), *self._filter_arguments)
-        return self.output(out)
+        return channel_filter, self.spatial_branch(x)
 
     def extra_repr(self) -> str:
         return (
@@ -244,6 +254,22 @@ class DDFUpPack(BaseModule):
         Raises:
             ValueError: a guidance of another shape.
         """
+        return ddf_up(
+            x,
+            *self.generate_filters(x, joint_x),
+            self.kernel_size,
+            self.scale_factor,
+            self.dilation,
+            self.kernel_combine,
+        )
+
+    def generate_filters(self, x: Tensor, joint_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The filters that the layer applies, for the arguments of :meth:`forward`.
+
+        Returns:
+            The channel filters ``Tensor[B, s*s, C, k, k]`` and the spatial filters
+            ``Tensor[B, s*s, head*k*k, H, W]``, as :func:`~ddf_mm.ops.ddf_up` takes them.
+        """
         k = self.kernel_size
         guides = self._guides(x, joint_x)
         channel_filter = torch.stack(
@@ -254,15 +280,7 @@ class DDFUpPack(BaseModule):
             [branch(guide) for branch, guide in zip(self.spatial_branch, guides, strict=True)],
             dim=1,
         )
-        return ddf_up(
-            x,
-            channel_filter,
-            spatial_filter,
-            k,
-            self.scale_factor,
-            self.dilation,
-            self.kernel_combine,
-        )
+        return channel_filter, spatial_filter
 
     def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:
         """What each spatial branch reads, in the order of the branches."""

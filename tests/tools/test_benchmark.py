@@ -64,6 +64,21 @@ def test_op_reports_every_case(tmp_path):
     assert mean["ratios"]["ddf/conv"] == pytest.approx((first * second) ** 0.5)
 
 
+def test_layer_reports_every_layer(tmp_path):
+    out, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    options = ["--shapes", "1,8,5,6", "--stride", "2", "--groups", "2", "--repeats", "1"]
+    options += ["--train", "--threads", "1", "--json", str(out), "--plot", str(picture)]
+    result = benchmark("layer", *options)
+    assert result.returncode == 0, result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["layout"] for row in rows] == ["nchw", "channels_last"]
+    layers = {"ddf", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"}
+    for row in rows:
+        assert set(row["milliseconds"]) == set(row["peak_extra_bytes"]) == layers
+        assert set(row["ratios"]) == {"ddf/conv", "dense/ddf", "unfold/ddf spatial"}
+
+
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
@@ -76,8 +91,8 @@ def module() -> ModuleType:
 
 @pytest.fixture
 def arguments(module, monkeypatch) -> Callable[..., argparse.Namespace]:
-    def parse(*options: str) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", "op", *options])
+    def parse(*options: str, command: str = "op") -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", command, *options])
         return module.parse_args()
 
     return parse
@@ -115,6 +130,103 @@ def test_only_the_peers_asked_for_are_timed(module, arguments):
     assert set(module.measure(case, arguments("--peers"))["milliseconds"]) == {"ddf"}
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_layers_compute_the_same_by_either_formula(module, arguments, train):
+    setting = module.Setting("channels_last", "float64", 3, 2, 2)
+    case = module.Case(setting, (2, 8, 5, 6))
+    layers = module.make_layers(case)
+    x = torch.randn(case.shape, dtype=torch.float64)
+    torch.manual_seed(0)
+    ours, theirs = (layers[name].double() for name in ("ddf spatial", "unfold spatial"))
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    args = arguments(*["--train"] * train, command="layer")
+    calls = module.make_layer_calls(case, args)
+    assert set(calls) == set(layers)
+    for name, call in calls.items():
+        # The result and, in training, the gradients of the input and of each parameter.
+        results = call()
+        assert results[0].shape == (2, 8, 3, 3)
+        parameters = len(list(layers[name].parameters()))
+        assert len(results) == (1 + 1 + parameters if train else 1)
+
+
+SMALL = {
+    "digits": ("ddf_mm::classification/ddf-mul-resnet26_digits.py", "mmpretrain"),
+    "resnet": ("mmpretrain::resnet/resnet18_8xb16_cifar10.py", "mmpretrain"),
+    "detector": ("ddf_mm::detection/mask-rcnn_ddf-mul-r26_ddfup-fpn_digit-scenes.py", "mmdet"),
+    "segmentor": ("ddf_mm::segmentation/fpn_ddf-mul-r26_ddfup-fpn_digit-scenes.py", "mmseg"),
+}
+
+
+@pytest.mark.parametrize(
+    "names, mode",
+    [(["digits", "resnet"], "eval"), (["digits"], "train"), (["detector"], "train"),
+     (["segmentor"], "train"), (["detector", "segmentor"], "eval")],
+    ids=str,
+)  # fmt: skip
+def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mode):
+    for name in names:
+        pytest.importorskip(f"{SMALL[name][1]}.structures")
+    configs = []
+    for name in names:
+        # A checkout's own configs by their path, as a user names them.
+        scope, path = SMALL[name][0].split("::")
+        configs.append(str(ROOT / "configs" / path) if scope == "ddf_mm" else SMALL[name][0])
+    out, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    options = ["--mode", mode, "--shape", "64", "--batch-size", "2", "--repeats", "1"]
+    options += ["--threads", "1", "--no-memory", "--json", str(out), "--plot", str(picture)]
+    args = arguments(*configs, *options, command="model")
+    module.compare_models(args)
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(out.read_text())
+    assert [row["config"] for row in report["rows"]] == configs
+    assert report["rows"][0]["speed"] == 1
+    for row, config in zip(report["rows"], configs, strict=True):
+        assert (row["mode"], row["batch_size"], row["shape"]) == (mode, 2, [64, 64])
+        assert 0 < row["milliseconds"]["least"] <= row["milliseconds"]["median"]
+        assert row["images_per_s"] == pytest.approx(2000 / row["milliseconds"]["median"])
+        assert Path(config).stem in printed
+    table = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "analysis" / "benchmark_table.py"), str(out)],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for row, config in zip(report["rows"], configs, strict=True):
+        least = row["milliseconds"]["least"]
+        (line,) = (x for x in table.splitlines() if x.startswith(f"| {Path(config).stem} |"))
+        assert f"| {mode} | fp32 | nchw | 2 | 64x64 |" in line and f"| {least:.1f} |" in line
+    if "digits" in names:
+        assert report["rows"][0]["parameters"] == 589_918
+    if "resnet" in names:
+        # The 3x3 convolutions of four stages at 64 x 64; a strided one takes half of the others.
+        full = 64 * 64 * 9 * 64**2
+        stages = 4 * full + 3 * (3 * full + full // 2)
+        first, shortcuts, classifier = 64 * 64 * 27 * 64, 3 * 64 * 64 * 64**2 // 2, 5120
+        expected = (stages + first + shortcuts + classifier) / 1e9
+        assert report["rows"][1]["gmac"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_training_step_trains_in_the_precision_asked_for(module, arguments):
+    pytest.importorskip("mmpretrain.structures")
+    config = str(ROOT / "configs" / "classification" / "ddf-mul-resnet26_digits.py")
+    options = ["--mode", "train", "--shape", "32", "--batch-size", "2"]
+    seen = {}
+    for precision in ("fp32", "amp"):
+        args = arguments(config, *options, "--precision", precision, command="model")
+        setting = module.ModelSetting("train", precision, "channels_last", 2, (32, 32))
+        with torch.no_grad():
+            network = module.make_network(config, setting, args)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, p=precision: seen.setdefault(p, set()).add(t.dtype) or t, lambda t: t
+        ):
+            network.call()
+        assert module.peak_extra_bytes(network.call, "cpu") >= 0
+    assert torch.bfloat16 in seen["amp"] and torch.bfloat16 not in seen["fp32"]
+
+
 @pytest.mark.parametrize("size", [10**5, 10**7, 10**9])
 def test_buffers_take_turns_on_a_gpu(module, monkeypatch, size):
     cache = 60_000_000
@@ -145,6 +257,10 @@ def test_op_on_a_gpu(options, tmp_path):
         (["op", "--repeats", "0"], "'0' is not a positive integer"),
         (["op", "--groups", "3"], "--groups 3 must divide the 64 channels"),
         (["op", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["layer", "--groups", "3"], "--groups 3 must divide the 64 channels"),
+        (["model"], "the following arguments are required: config"),
+        (["model", "x.py", "--shape", "8,0"], "'8,0' is not H or H,W, as in 224 or 800,1333"),
+        (["model", "x.py", "--cfg-options", "a"], "'a' is not of the form KEY=VALUE"),
         ([], "command"),
     ],
 )
@@ -153,3 +269,25 @@ def test_bad_options_are_named(module, monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         module.parse_args()
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("no.py", "config 'no.py' is not a file"),
+        ("mmpretrain::resnet/no.py", "config 'mmpretrain::resnet/no.py' is not to be found"),
+        ("nobody::resnet/no.py", "config 'nobody::resnet/no.py': nobody is not installed"),
+        (
+            "configs/upsampling/ddf-up-net_x4_digit-scenes.py",
+            "must be one of mmpretrain, mmdet, mmseg",
+        ),
+    ],
+)
+def test_bad_configs_are_named(module, arguments, capsys, config, message):
+    pytest.importorskip("mmpretrain")
+    args = arguments(config if "::" in config else str(ROOT / config), command="model")
+    with pytest.raises(SystemExit):
+        args.run(args)
+    err = capsys.readouterr().err
+    assert message.replace("'no.py'", repr(args.configs[0])) in err
+    assert len(err.strip().splitlines()) == 1

@@ -18,7 +18,6 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 
 from ddf_mm.engine.cli import UserError
-from ddf_mm.ops import ddf_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "classification" / "ddf-mul-resnet26_digits.py"
@@ -36,12 +35,6 @@ def load_tool(name: str):
 visualize_filters = load_tool("visualize_filters")
 plot_curves = load_tool("plot_curves")
 draw_ddf = load_tool("draw_ddf")
-
-
-@pytest.fixture(autouse=True)
-def _no_open_figures():
-    yield
-    visualize_filters.plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -74,50 +67,6 @@ def pixels(path: Path) -> np.ndarray:
 
 
 class TestFilters:
-    def test_captured_filters_are_those_the_layers_apply(self, cfg, model):
-        init_default_scope("mmpretrain")
-        data = visualize_filters.load_image(cfg, "dataset:2")
-        layers = visualize_filters.find_layers(model, None)
-        assert list(layers) == [1, 2, 3, 4]
-        for stage, layer in layers.items():
-            assert layer is getattr(model.backbone, f"layer{stage}")[-1].conv2
-
-        seen = {}
-        handles = [
-            layer.register_forward_hook(lambda _, x, y, s=stage: seen.update({s: (x[0], y)}))
-            for stage, layer in layers.items()
-        ]
-        filters, prediction = visualize_filters.capture_filters(model, data, layers)
-        for handle in handles:
-            handle.remove()
-
-        assert 0 <= int(prediction.pred_label) < 10
-        for stage, (x, y) in seen.items():
-            spatial = torch.from_numpy(filters[stage].spatial).flatten(0, 1)[None]
-            channel = torch.from_numpy(filters[stage].channel)[None]
-            torch.testing.assert_close(ddf_reference(x, channel, spatial), y)
-
-    def test_leaves_no_hooks(self, cfg, model):
-        init_default_scope("mmpretrain")
-        data = visualize_filters.load_image(cfg, "dataset:0")
-        visualize_filters.capture_filters(model, data, visualize_filters.find_layers(model, [1]))
-        assert not any(module._forward_hooks for module in model.modules())
-
-    def test_first_group_of_several(self):
-        from ddf_mm.layers import DDFPack
-
-        layer = DDFPack(4, head=2)
-        wrapper = torch.nn.Module()
-        wrapper.layer1 = torch.nn.ModuleList([torch.nn.ModuleDict(dict(conv2=layer))])
-        wrapper.test_step = lambda batch: [layer(batch["inputs"][0][None])]
-        data = dict(inputs=torch.randn(4, 5, 7))
-        filters, _ = visualize_filters.capture_filters(
-            wrapper, data, visualize_filters.find_layers(wrapper, None)
-        )
-        assert filters[1].groups == 2
-        expected = layer.spatial_branch(data["inputs"][None])[0, :9].reshape(3, 3, 5, 7)
-        np.testing.assert_allclose(filters[1].spatial, expected.detach().numpy(), rtol=1e-6)
-
     def test_an_image_file_is_read_as_the_dataset_reads_it(self, cfg, model, tmp_path):
         init_default_scope("mmpretrain")
         dataset_cfg = dict(cfg.test_dataloader.dataset, pipeline=[])
@@ -134,39 +83,30 @@ class TestFilters:
         ]
         torch.testing.assert_close(*scores)
 
-    def test_distance_is_that_from_the_mean_filter(self):
-        spatial = np.zeros((3, 3, 2, 2))
-        filters = visualize_filters.Filters(spatial + 5.0, np.zeros((4, 3, 3)), 1)
-        np.testing.assert_array_equal(filters.distance, np.zeros((2, 2)))
-        spatial[0, 1, 1, 0] = 4.0  # mean 1: three pixels at distance 1, one at 3
-        filters = visualize_filters.Filters(spatial, np.zeros((4, 3, 3)), 1)
-        np.testing.assert_allclose(filters.distance, [[1, 1], [3, 1]])
-
-    def test_chosen_points_differ_and_start_at_the_farthest(self):
-        spatial = np.zeros((3, 3, 4, 6))
-        spatial[0, 0, 2, 5], spatial[1, 1, 0, 1], spatial[2, 2, 3, 3] = 9.0, 6.0, 3.0
-        filters = visualize_filters.Filters(spatial, np.zeros((4, 3, 3)), 1)
-        points = visualize_filters.choose_points(filters, height=40, width=60)
-        assert points[:3] == [(55, 25), (15, 5), (35, 35)]
-        assert len(set(points)) == visualize_filters.DEFAULT_POINTS
-
-    def test_draws_a_row_for_each_stage(self, monkeypatch, tmp_path, checkpoint, capsys):
+    def test_writes_pictures_and_a_page(self, monkeypatch, tmp_path, checkpoint, capsys):
         everything, some = tmp_path / "new" / "all.png", tmp_path / "some.png"
         run(visualize_filters, monkeypatch, CONFIG, checkpoint, "dataset:0", "--out", everything)
-        assert capsys.readouterr().out.splitlines()[-1] == f"filters: {everything}"
+        assert capsys.readouterr().out.splitlines()[-3:] == [
+            f"filters: {everything}",
+            f"filters: {tmp_path / 'new' / 'all_combined.png'}",
+            f"page: {tmp_path / 'new' / 'all.html'}",
+        ]
         points = ("10,20", "30,5", "47,47", "0,0", "24,24")
         run(
             visualize_filters, monkeypatch, CONFIG, checkpoint, "dataset:1", "--out", some,
-            "--stages", 3, 1, "--points", *points,
+            "--stages", 3, "--layers", "backbone.layer1.1.conv2", "--points", *points,
         )  # fmt: skip
         a, b = pixels(everything), pixels(some)
         assert a.shape[1] == b.shape[1] == 1650
         assert a.shape[0] - b.shape[0] == pytest.approx(2 * 310, abs=2)
-        for picture in (a, b):
+        combined = pixels(tmp_path / "some_combined.png")
+        for picture in (a, b, combined):
             assert picture.std() > 30
             # Red and blue taps, not an empty frame.
             assert ((picture[..., 0] - picture[..., 2]) > 100).mean() > 0.01
             assert ((picture[..., 2] - picture[..., 0]) > 100).mean() > 0.01
+        page = everything.with_suffix(".html").read_text(encoding="utf-8")
+        assert "dataset:0" in page and page.count("data:image/png;base64,") == 2 * 4 + 3
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -174,8 +114,8 @@ class TestFilters:
             (["dataset:360"], "the test dataset has 360 images, the last is dataset:359"),
             (["dataset:-1"], "must be dataset:INDEX with a whole number"),
             (["no.png"], "'no.png' is neither a file nor dataset:INDEX"),
-            (["dataset:0", "--stages", "2", "7"], "--stages 7: no DDF layers there; .* 1, 2, 3, 4"),
-            (["dataset:0", "--points", "48,0"], "--points 48,0 is outside .* 48 x 48 pixels"),
+            (["dataset:0", "--stages", "2", "7"], "stages 7: no DDF layers there; .* 1, 2, 3, 4"),
+            (["dataset:0", "--points", "48,0"], "points 48,0 is outside .* 48 x 48 pixels"),
             (
                 ["dataset:0", "--cfg-options", "model.backbone.base_channels=8"],
                 "is not one of the model: .* size mismatch",
@@ -194,7 +134,7 @@ class TestFilters:
         out = tmp_path / "filters.png"
         with pytest.raises(UserError, match=message):
             run(visualize_filters, monkeypatch, CONFIG, checkpoint, *arguments, "--out", out)
-        assert not out.exists()
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("point", ["3", "3,", "a,b", "1.5,2", "-1,2", "1,2,3"])
     def test_bad_points(self, monkeypatch, checkpoint, capsys, point):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Put what ``benchmark.py op --json`` wrote into one Markdown table.
+"""Put what ``benchmark.py op|layer|model --json`` wrote into one Markdown table.
 
     benchmark_table.py FILE.json ... [--out TABLE.md]
 
-Each line is one shape: the least time of each call in milliseconds, then what the report compares.
+Each line is one shape, with the least time of each call in milliseconds, then what the report
+compares; or one network.
 """
 
 from __future__ import annotations
@@ -13,8 +14,28 @@ import json
 from pathlib import Path
 
 
+def network_of(row: dict) -> dict[str, str]:
+    """The line of one network."""
+    extra = row.get("peak_extra_bytes")
+    return {
+        "config": Path(row["config"]).stem,
+        **{name: str(row[name]) for name in ("mode", "precision", "layout", "batch_size")},
+        "image": "x".join(map(str, row["shape"])),
+        "M params": f"{row['parameters'] / 1e6:.2f}",
+        "GMAC": f"{row['gmac']:.3g}",
+        "ms": f"{row['milliseconds']['median']:.1f}",
+        "least ms": f"{row['milliseconds']['least']:.1f}",
+        "images/s": f"{row['images_per_s']:.2f}",
+        "MB": "" if extra is None else f"{extra / 1e6:.0f}",
+        "speed": f"{row['speed']:.2f}",
+    }
+
+
 def rows_of(report: dict) -> list[dict[str, str]]:
     """The table's lines of one report, column by column."""
+    # Reports of before there were other commands do not say which they are of.
+    if report["options"].get("command") == "model":
+        return [network_of(row) for row in report["rows"]]
     return [
         {
             "pass": report["options"]["which"],

@@ -11,7 +11,6 @@ import importlib
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import nn
 
 import ddf_mm.layers
 from ddf_mm.engine import cli
+from ddf_mm.engine.models import dicts_with, example_batch, fit_to, without_weights
 
 FRAGMENTS = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "backbones"
 # Enough for every level of a pyramid to hold a few pixels; odd, so that each level rounds.
@@ -140,26 +140,11 @@ def swapped(toolbox: str, config: str, swap: str) -> Config:
         return Config.fromfile(path)
 
 
-def dicts_with(value: object, key: str) -> Iterator[dict]:
-    """All dicts of a config that have a key."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from dicts_with(item, key)
-
-
 def prepare(cfg: Config) -> None:
     """Takes out of a config what needs a download, and what makes large inputs and outputs."""
     # A block whose last norm starts at zero passes no gradient to its DDF in the first iteration.
     cfg.model.get("detector", cfg.model).backbone.zero_init_residual = False
-    for part in dicts_with(cfg.model, "init_cfg"):
-        if isinstance(part.init_cfg, dict) and part.init_cfg.get("type") == "Pretrained":
-            part.init_cfg = None
-    if "pretrained" in cfg.model:
-        cfg.model.pretrained = None
+    without_weights(cfg.model)
     for part in dicts_with(cfg.model, "type"):
         if part.type == "MMSyncBN":  # works in distributed training only
             part.type = "BN"
@@ -201,9 +186,8 @@ def run(toolbox: str, cfg: Config, image_size: tuple[int, int] = IMAGE_SIZE) -> 
         MessageHub.get_current_instance().update_info(key, 0)
     torch.manual_seed(0)
     np.random.seed(0)
-    model, data = {"mmdet": mmdet_model_and_data, "mmseg": mmseg_model_and_data}[toolbox](
-        cfg, image_size
-    )
+    cfg.default_scope = toolbox
+    model, data = model_and_data(cfg, image_size)
     model = revert_sync_batchnorm(model)
     model.init_weights()  # some parameters are uninitialized memory until then
     packs = ddf_layers(model)
@@ -230,25 +214,18 @@ def ddf_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, ddf_mm.layers.DDFPack)]
 
 
-def mmdet_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
-    """The model of a config of mmdet and a batch that it can learn from."""
-    from mmdet.testing import demo_mm_inputs
-
+def model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
+    """The model of a config and a batch of two images that it can learn from."""
+    fit_to(cfg, image_size)
+    toolbox = cfg.default_scope
     model_cfg = cfg.model.get("detector", cfg.model)
-    model_cfg.setdefault("data_preprocessor", dict(type="DetDataPreprocessor", pad_size_divisor=32))
+    if toolbox == "mmdet":
+        default = dict(type="DetDataPreprocessor", pad_size_divisor=32)
+        model_cfg.setdefault("data_preprocessor", default)
     model = MODELS.build(model_cfg)
-    heads = {name: part for name, part in model_cfg.items() if name != "rpn_head"}
-    classes = [part.num_classes for part in dicts_with(heads, "num_classes")]
-    classes += [part.num_things_classes for part in dicts_with(heads, "num_things_classes")]
-    num_classes = min([n for n in classes if n] or [1])
-    data = demo_mm_inputs(
-        2,
-        image_shapes=(3, *image_size),
-        num_items=[3, 2],
-        num_classes=min(max(num_classes, 2), 80),
-        with_mask=True,
-        with_semantic=True,
-    )
+    data = example_batch(Config(dict(model=model_cfg, default_scope=toolbox)), 2, image_size)
+    if toolbox != "mmdet":
+        return model, data
     # Some semantic heads learn from maps of their own resolution, that of the padded image.
     rescaled = [
         t.scale_factor
@@ -256,32 +233,12 @@ def mmdet_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.M
         if t.type == "SegRescale"
     ]
     for sample in data["data_samples"]:
-        sample.gt_instances.labels.clamp_(max=num_classes - 1)
         if not getattr(model, "with_rpn", True):
             sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes)
         if rescaled:
             size = [round(-(-side // 32) * 32 * rescaled[0]) for side in image_size]
             sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, *size, dtype=torch.uint8))
     return model, data
-
-
-def mmseg_model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
-    """The model of a config of mmseg and a batch that it can learn from."""
-    from mmseg.structures import SegDataSample
-
-    cfg.model.data_preprocessor.size = image_size
-    model = MODELS.build(cfg.model)
-    num_classes = min(part.num_classes for part in dicts_with(cfg.model, "num_classes"))
-    meta = dict(img_shape=image_size, ori_shape=image_size, pad_shape=image_size)
-    samples = [
-        SegDataSample(
-            gt_sem_seg=PixelData(data=torch.randint(0, num_classes, (1, *image_size))),
-            metainfo=meta,
-        )
-        for _ in range(2)
-    ]
-    images = [torch.randint(0, 256, (3, *image_size), dtype=torch.uint8) for _ in range(2)]
-    return model, dict(inputs=images, data_samples=samples)
 
 
 def check(toolbox: str, config: str, swap: str) -> Outcome:

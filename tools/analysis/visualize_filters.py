@@ -1,60 +1,27 @@
 #!/usr/bin/env python3
-"""Draw the spatial and channel filters that a DDF network generates for one image."""
+"""Draw the spatial and channel filters that a DDF network generates for one image.
+
+Writes FILE.png (a row of panels for each layer), FILE_combined.png (the filters that are applied at
+a few points) and FILE.html, one page with both on which a click shows the filters of a pixel.
+"""
 
 import argparse
 import re
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot is imported: a server has no display
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from matplotlib.gridspec import GridSpecFromSubplotSpec, SubplotSpec
-from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from ddf_mm import visualization
 from ddf_mm.engine import cli, launch
-from ddf_mm.layers import DDFPack
-
-POINT_COLORS = ("#ffb000", "#00c2a8", "#ff5fa2", "#6f8cff", "#b6e300", "#ff7b3a")
-DEFAULT_POINTS = 4
-FILTER_CMAP, DISTANCE_CMAP = "RdBu_r", "viridis"
-ARROWS = "↖↑↗←·→↙↓↘"
-_STAGE = re.compile(r"(?:^|\.)layer(\d+)\.")
-
-
-@dataclass
-class Filters:
-    """The filters of one image in one layer.
-
-    Attributes:
-        spatial: ``float[k, k, H, W]``, the taps of every pixel (of the first filter group).
-        channel: ``float[C, k, k]``, the taps of every channel.
-        groups: filter groups of the layer.
-    """
-
-    spatial: np.ndarray
-    channel: np.ndarray
-    groups: int
-
-    @property
-    def distance(self) -> np.ndarray:
-        """``float[H, W]``: how far each pixel's filter is from the mean over the image.
-
-        FilterNorm gives all filters of a layer the same norm, so that says nothing; the distance
-        is zero everywhere for a filter that does not depend on the place.
-        """
-        deviation = self.spatial - self.spatial.mean(axis=(2, 3), keepdims=True)
-        return np.sqrt((deviation**2).sum(axis=(0, 1)))
+from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
 def parse_point(text: str) -> tuple[int, int]:
@@ -74,14 +41,25 @@ def parse_args() -> argparse.Namespace:
         "image", help="path of an image, or dataset:INDEX for one of the config's test images"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("filters.png"), help="PNG to write; default: %(default)s"
+        "--out",
+        type=Path,
+        default=Path("filters.png"),
+        metavar="FILE.png",
+        help="picture to write, beside which the others go; default: %(default)s",
     )
     parser.add_argument(
         "--stages",
         type=int,
         nargs="+",
         metavar="N",
-        help="stages to draw, the first is 1; of each, the last DDF layer; default: all",
+        help="stages of the ResNet to draw, the first is 1; of each, the last DDF layer",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="DDF layers to draw, as neck.upsample_modules.0; default without --stages: all stages "
+        "and every DDF layer outside them",
     )
     parser.add_argument(
         "--points",
@@ -89,7 +67,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         metavar="X,Y",
         help="pixels of the network's input whose filters to draw; default: the "
-        f"{DEFAULT_POINTS} whose filters differ most in the first stage drawn",
+        f"{DEFAULT_POINTS} whose filters differ most in the first layer drawn",
     )
     parser.add_argument(
         "--cfg-options",
@@ -99,37 +77,6 @@ def parse_args() -> argparse.Namespace:
         help="override settings of the config",
     )
     return parser.parse_args()
-
-
-def find_layers(model: nn.Module, stages: list[int] | None) -> dict[int, DDFPack]:
-    """The last DDF layer of each stage of a ResNet.
-
-    Args:
-        model: a model that holds a ResNet, whose stages are named ``layer1``, ``layer2``, ….
-        stages: numbers of the stages to take, or ``None`` for all that have DDF layers.
-
-    Returns:
-        Layers by number of the stage, ascending.
-
-    Raises:
-        UserError: the model, or a stage to take, has none.
-    """
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, DDFPack) and (match := _STAGE.search(name)):
-            layers[int(match[1])] = module
-    if not layers:
-        raise cli.UserError("the model has no DDF layers in stages named layer1, layer2, …")
-    if stages is None:
-        stages = sorted(layers)
-    missing = sorted(set(stages) - set(layers))
-    if missing:
-        raise cli.UserError(
-            f"--stages {' '.join(map(str, missing))}: no DDF layers there; the model has them in "
-            f"{', '.join(map(str, sorted(layers)))}",
-            exit_code=2,
-        )
-    return {stage: layers[stage] for stage in sorted(set(stages))}
 
 
 def load_weights(model: nn.Module, path: str) -> dict:
@@ -188,7 +135,8 @@ def load_image(cfg: Config, image: str) -> dict:
             f"{str(Path.cwd())!r})",
             exit_code=2,
         )
-    steps = list(dataset_cfg.pipeline)
+    # There are no annotations of such an image.
+    steps = [step for step in dataset_cfg.pipeline if "Annotation" not in str(step["type"])]
     # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
     if not steps or not steps[0]["type"].endswith("LoadImageFromFile"):
         steps.insert(0, dict(type="LoadImageFromFile"))
@@ -196,76 +144,6 @@ def load_image(cfg: Config, image: str) -> dict:
     if data is None:
         raise cli.UserError(f"image {image!r} does not pass the config's test pipeline")
     return data
-
-
-@torch.no_grad()
-def capture_filters(
-    model: nn.Module, data: dict, layers: dict[int, DDFPack]
-) -> tuple[dict[int, Filters], object]:
-    """Run the model on an image and keep the filters that its layers generate.
-
-    Args:
-        model: the model, in evaluation mode.
-        data: what :func:`load_image` returns.
-        layers: layers by number of the stage.
-
-    Returns:
-        Filters by number of the stage, and the prediction.
-    """
-    raw: dict[tuple[int, str], torch.Tensor] = {}
-    handles = []
-    for stage, layer in layers.items():
-        for branch in ("spatial_branch", "channel_branch"):
-
-            def keep(module, inputs, output, key=(stage, branch)):
-                raw[key] = output.detach().float().cpu()
-
-            handles.append(getattr(layer, branch).register_forward_hook(keep))
-    try:
-        prediction = model.test_step(pseudo_collate([data]))[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    filters = {}
-    for stage, layer in layers.items():
-        spatial, channel = raw[stage, "spatial_branch"][0], raw[stage, "channel_branch"][0]
-        k = round((channel.numel() / layer.in_channels) ** 0.5)
-        filters[stage] = Filters(
-            spatial=spatial.unflatten(0, (layer.head, k, k))[0].numpy(),
-            channel=channel.reshape(layer.in_channels, k, k).numpy(),
-            groups=layer.head,
-        )
-    return filters, prediction
-
-
-def choose_points(filters: Filters, height: int, width: int) -> list[tuple[int, int]]:
-    """Pixels with filters that differ much.
-
-    The first is the pixel whose filter is farthest from the mean over the image; each next one is
-    the farthest from those chosen.
-
-    Args:
-        filters: filters of a layer.
-        height: height of the network's input.
-        width: width of the network's input.
-
-    Returns:
-        Up to ``DEFAULT_POINTS`` points (x, y) of the input, in the centres of filters' cells.
-    """
-    rows, columns = filters.spatial.shape[-2:]
-    taps = filters.spatial.reshape(-1, rows * columns).T
-    nearest = filters.distance.ravel()
-    chosen = []
-    for _ in range(min(DEFAULT_POINTS, rows * columns)):
-        index = int(nearest.argmax())
-        distance = np.linalg.norm(taps - taps[index], axis=1)
-        nearest = distance if not chosen else np.minimum(nearest, distance)
-        chosen.append(index)
-    return [
-        (int((i % columns + 0.5) * width / columns), int((i // columns + 0.5) * height / rows))
-        for i in chosen
-    ]
 
 
 def describe_prediction(prediction: object, classes: tuple[str, ...] | None) -> str:
@@ -282,189 +160,12 @@ def describe_prediction(prediction: object, classes: tuple[str, ...] | None) -> 
     return text if truth is None or truth.numel() != 1 else f"{text}, true {name(int(truth))}"
 
 
-def _plain(axis: plt.Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def _badge(axis: plt.Axes, x: float, y: float, i: int, **kwargs) -> None:
-    """The letter of the i-th point."""
-    axis.text(
-        x,
-        y,
-        chr(ord("A") + i),
-        ha="center",
-        va="center",
-        fontsize=9,
-        fontweight="bold",
-        bbox=dict(
-            boxstyle="circle,pad=0.2",
-            facecolor=POINT_COLORS[i % len(POINT_COLORS)],
-            edgecolor="black",
-            linewidth=0.8,
-        ),
-        **kwargs,
-    )
-
-
-def _draw_tap_maps(figure: plt.Figure, cell: SubplotSpec, spatial: np.ndarray, limit: float):
-    """The map of each tap over the image, where the tap is in the window."""
-    k = spatial.shape[0]
-    grid = GridSpecFromSubplotSpec(k, k, cell, wspace=0.06, hspace=0.06)
-    for i in range(k):
-        for j in range(k):
-            axis = figure.add_subplot(grid[i, j])
-            drawn = axis.imshow(spatial[i, j], cmap=FILTER_CMAP, vmin=-limit, vmax=limit)
-            _plain(axis)
-    return drawn
-
-
-def _draw_point_filters(
-    figure: plt.Figure,
-    cell: SubplotSpec,
-    spatial: np.ndarray,
-    limit: float,
-    points: list[tuple[int, int]],
-    size: tuple[int, int],
-) -> None:
-    """The k x k filter at each point."""
-    height, width = size
-    rows, columns = spatial.shape[-2:]
-    across = 2 if len(points) <= 4 else 3
-    grid = GridSpecFromSubplotSpec(
-        -(-len(points) // across), across, cell, wspace=0.16, hspace=0.16
-    )
-    for i, (x, y) in enumerate(points):
-        axis = figure.add_subplot(grid[i // across, i % across])
-        taps = spatial[:, :, y * rows // height, x * columns // width]
-        axis.imshow(taps, cmap=FILTER_CMAP, vmin=-limit, vmax=limit)
-        _plain(axis)
-        for spine in axis.spines.values():
-            spine.set(color=POINT_COLORS[i % len(POINT_COLORS)], linewidth=3)
-        _badge(axis, 0, 1, i, transform=axis.transAxes)
-
-
-def draw(
-    image: np.ndarray,
-    filters: dict[int, Filters],
-    points: list[tuple[int, int]],
-    title: str,
-) -> plt.Figure:
-    """Draw a row of panels for each stage.
-
-    Args:
-        image: ``uint8[H, W, 3]``, RGB, as the network reads it.
-        filters: filters by number of the stage.
-        points: pixels (x, y) of the image.
-        title: title of the figure.
-
-    Returns:
-        The figure.
-    """
-    height, width = image.shape[:2]
-    # Inches; rows and columns have fixed sizes so that text keeps its room however many there are.
-    row, top, bottom = 3.1, 1.3, 0.65
-    tall = row * len(filters) + top + bottom
-    figure = plt.figure(figsize=(16.5, tall))
-    grid = figure.add_gridspec(
-        len(filters),
-        5,
-        width_ratios=(1, 1.12, 1.12, 1.0, 1.2),
-        left=0.045,
-        right=0.955,
-        top=1 - top / tall,
-        bottom=bottom / tall,
-        wspace=0.3,
-        hspace=0.24,
-    )
-    figure.suptitle(title, fontsize=17, y=1 - 0.28 / tall, va="top")
-    headings = (
-        "input",
-        "where the spatial filter departs\nfrom its mean over the image",
-        "spatial filters:\na map for each tap of the window",
-        "spatial filters\nat the marked pixels",
-        "channel filters:\na row for each channel",
-    )
-
-    def heading(axis_or_cell: SubplotSpec, column: int) -> None:
-        box = axis_or_cell.get_position(figure)
-        figure.text(
-            (box.x0 + box.x1) / 2,
-            box.y1 + 0.12 / tall,
-            headings[column],
-            ha="center",
-            va="bottom",
-            fontsize=12.5,
-        )
-
-    for r, (stage, stage_filters) in enumerate(filters.items()):
-        spatial, channel = stage_filters.spatial, stage_filters.channel
-        k, (rows, columns) = len(spatial), spatial.shape[-2:]
-        # Symmetric, so that white is zero; one outlier must not wash all others out.
-        spatial_limit = float(np.quantile(np.abs(spatial), 0.995)) or 1.0
-        channel_limit = float(np.quantile(np.abs(channel), 0.995)) or 1.0
-        if r == 0:
-            for column in range(5):
-                heading(grid[r, column], column)
-
-        axis = figure.add_subplot(grid[r, 0])
-        axis.imshow(image, interpolation="nearest")
-        _plain(axis)
-        # The cells of the input that share a filter.
-        for i in range(1, columns):
-            axis.axvline(i * width / columns - 0.5, color="white", alpha=0.25, linewidth=0.7)
-        for i in range(1, rows):
-            axis.axhline(i * height / rows - 0.5, color="white", alpha=0.25, linewidth=0.7)
-        for i, (x, y) in enumerate(points):
-            _badge(axis, x, y, i)
-        axis.set_ylabel(f"stage {stage}", fontsize=15, fontweight="bold", labelpad=10)
-        axis.set_xlabel(f"{width} x {height} pixels", fontsize=10.5)
-
-        axis = figure.add_subplot(grid[r, 1])
-        drawn = axis.imshow(
-            stage_filters.distance,
-            cmap=DISTANCE_CMAP,
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        )
-        # The outline of what is in the image, to tell the places.
-        gray = image.mean(axis=2)
-        if gray.max() > gray.min():
-            axis.contour(gray, levels=[(gray.max() + gray.min()) / 2], colors="white", linewidths=1)
-        for i, (x, y) in enumerate(points):
-            _badge(axis, x, y, i)
-        _plain(axis)
-        groups = f", group 1 of {stage_filters.groups}" if stage_filters.groups > 1 else ""
-        axis.set_xlabel(f"{columns} x {rows} filters{groups}", fontsize=10.5)
-        figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.04)
-
-        drawn = _draw_tap_maps(figure, grid[r, 2], spatial, spatial_limit)
-        _draw_point_filters(figure, grid[r, 3], spatial, spatial_limit, points, (height, width))
-        box = grid[r, 2].get_position(figure)
-        bar = figure.add_axes((box.x1 + 0.006, box.y0, 0.0075, box.height))
-        figure.colorbar(drawn, cax=bar, extend="both", ticks=MaxNLocator(5))
-
-        axis = figure.add_subplot(grid[r, 4])
-        drawn = axis.imshow(
-            channel.reshape(len(channel), -1),
-            cmap=FILTER_CMAP,
-            vmin=-channel_limit,
-            vmax=channel_limit,
-            aspect="auto",
-            interpolation="nearest",
-        )
-        axis.set_xticks(
-            range(k * k),
-            list(ARROWS) if k == 3 else [f"{i},{j}" for i in range(k) for j in range(k)],
-            fontsize=11 if k == 3 else 5,
-            rotation=0 if k == 3 else 90,
-        )
-        axis.set_ylabel(f"{len(channel)} channels", fontsize=10.5)
-        if r == len(filters) - 1:
-            axis.set_xlabel("tap, by its place in the window", fontsize=10.5)
-        figure.colorbar(
-            drawn, ax=axis, fraction=0.046, pad=0.04, extend="both", ticks=MaxNLocator(5)
-        )
-    return figure
+def told(function: Callable, *arguments: object) -> Any:
+    """Call a function; what it has to say about its arguments is for the user."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise cli.UserError(str(error), exit_code=2) from error
 
 
 def main() -> None:
@@ -478,33 +179,34 @@ def main() -> None:
     if "data_preprocessor" in cfg and isinstance(cfg.data_preprocessor, dict):
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
-    layers = find_layers(model, args.stages)
+    layers = told(visualization.find_layers, model, args.stages, args.layers)
     checkpoint = load_weights(model, args.checkpoint)
-    model.eval()
     data = load_image(cfg, args.image)
+    image = told(visualization.network_image, model, data)
+    size = image.shape[:2]
+    told(check_points, args.points or (), *size)
+    filters, prediction = visualization.capture_filters(model, data, layers)
+    points = args.points or visualization.choose_points(next(iter(filters.values())), *size)
 
-    # mm's loaders give BGR.
-    image = data["inputs"].flip(0).permute(1, 2, 0).numpy().astype(np.uint8)
-    height, width = image.shape[:2]
-    for x, y in args.points or ():
-        if x >= width or y >= height:
-            raise cli.UserError(
-                f"--points {x},{y} is outside the network's input of {width} x {height} pixels",
-                exit_code=2,
-            )
-
-    filters, prediction = capture_filters(model, data, layers)
-    points = args.points or choose_points(next(iter(filters.values())), height, width)
     classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
     parts = (
         "Decoupled dynamic filters",
         args.image if args.image.startswith("dataset:") else Path(args.image).name,
         describe_prediction(prediction, classes),
     )
-    figure = draw(image, filters, points, "  ·  ".join(part for part in parts if part))
+    title = "  ·  ".join(part for part in parts if part)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=100)
-    print(f"filters: {args.out}")
+    figures = []
+    for draw, path in (
+        (visualization.draw_filters, args.out),
+        (visualization.draw_combined, args.out.with_stem(f"{args.out.stem}_combined")),
+    ):
+        figures.append(draw(image, filters, points, title))
+        figures[-1].savefig(path, dpi=100, pil_kwargs=dict(optimize=True))
+        print(f"filters: {path}")
+    page = args.out.with_suffix(".html")
+    visualization.write_page(page, image, filters, points, figures, title)
+    print(f"page: {page}")
 
 
 if __name__ == "__main__":

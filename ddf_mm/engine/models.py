@@ -1,0 +1,203 @@
+"""Models of configs by themselves, without weights and data: to count and to time."""
+
+from __future__ import annotations
+
+import os.path as osp
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddf_mm.engine import launch
+from ddf_mm.engine.cli import UserError
+from ddf_mm.ops import backend_info
+
+# Height and width of the image that each toolbox's results are usually given for.
+SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 1024))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs, in multiply-adds, and the model's parameters."""
+
+    parameters: int
+    taps: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.taps + self.others
+
+
+def read_config(name: str, cfg_options: dict | None = None) -> Config:
+    """The config of a file, or one that a toolbox ships, for the functions below.
+
+    Args:
+        name: a path, or ``toolbox::path`` as in ``mmpretrain::resnet/resnet50_8xb32_in1k.py``.
+        cfg_options: settings that override the config's, by dotted key.
+
+    Raises:
+        UserError: there is no such config, it has no model, its toolbox cannot be imported or is
+            none of mmpretrain, mmdet and mmseg.
+    """
+    if "::" in name:
+        toolbox = name.partition("::")[0]
+        # mmengine would install what is not there.
+        if find_spec(toolbox) is None:
+            raise UserError(f"config {name!r}: {toolbox} is not installed", exit_code=2)
+        try:
+            cfg = get_config(name)
+        except (AssertionError, FileNotFoundError, ImportError, ValueError) as error:
+            raise UserError(f"config {name!r} is not to be found: {error}", exit_code=2) from error
+        cfg.merge_from_dict(cfg_options or {})
+    else:
+        cfg = launch.load_config(name, cfg_options)
+    launch.require_fields(cfg, ("model",), "building a model")
+    scope = cfg.get("default_scope")
+    if scope not in SHAPES:
+        raise UserError(
+            f"default_scope of {name} must be one of {', '.join(SHAPES)}, to make inputs for its "
+            f"model; got {scope!r}"
+        )
+    return cfg
+
+
+def image_shape(cfg: Config, given: tuple[int, ...] | list[int] | None = None) -> tuple[int, int]:
+    """Height and width, of one or two given numbers or else what suits the config's toolbox."""
+    height, *width = given or SHAPES.get(cfg.get("default_scope"), (224, 224))
+    return height, *(width or [height])
+
+
+def dicts_with(value: object, key: str) -> Iterator[dict]:
+    """All dicts below a config node that have a key."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from dicts_with(item, key)
+
+
+def without_weights(node: object) -> None:
+    """Remove what would load weights, everywhere below a config node."""
+    for part in dicts_with(node, "pretrained"):
+        part["pretrained"] = None
+    for part in dicts_with(node, "init_cfg"):
+        if isinstance(part["init_cfg"], dict) and part["init_cfg"].get("type") == "Pretrained":
+            part["init_cfg"] = None
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The config's model, with random weights, in evaluation mode."""
+    without_weights(cfg.model)
+    if cfg.get("data_preprocessor") is not None:
+        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
+
+def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:
+    """Noise with labels that a config's model can learn from, before its data preprocessor.
+
+    Args:
+        cfg: a config of mmpretrain, mmdet or mmseg, which its ``default_scope`` names.
+        batch_size: number of images.
+        shape: their height and width.
+
+    Returns:
+        ``inputs`` and ``data_samples``, a list each.
+    """
+    if cfg.default_scope == "mmdet":
+        return _detection_batch(cfg, batch_size, shape)
+    classes = min((part["num_classes"] for part in dicts_with(cfg.model, "num_classes")), default=2)
+    images = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for _ in range(batch_size)]
+    if cfg.default_scope == "mmpretrain":
+        from mmpretrain.structures import DataSample
+
+        samples = [DataSample().set_gt_label(i % classes) for i in range(batch_size)]
+    else:
+        from mmseg.structures import SegDataSample
+
+        meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
+        samples = [
+            SegDataSample(
+                gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, *shape))), metainfo=meta
+            )
+            for _ in range(batch_size)
+        ]
+    return dict(inputs=images, data_samples=samples)
+
+
+def _detection_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:
+    from mmdet.testing import demo_mm_inputs
+
+    heads = {name: part for name, part in cfg.model.items() if name != "rpn_head"}
+    classes = [part["num_classes"] for part in dicts_with(heads, "num_classes")]
+    classes += [part["num_things_classes"] for part in dicts_with(heads, "num_things_classes")]
+    num_classes = min([n for n in classes if n] or [1])
+    data = demo_mm_inputs(
+        batch_size,
+        image_shapes=(3, *shape),
+        num_items=[3 - i % 2 for i in range(batch_size)],
+        num_classes=min(max(num_classes, 2), 80),
+        with_mask=True,
+        with_semantic=True,
+    )
+    for sample in data["data_samples"]:
+        sample.gt_instances.labels.clamp_(max=num_classes - 1)
+        sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
+    return data
+
+
+def preprocessed(model: BaseModel, batch: dict[str, list]) -> tuple[torch.Tensor, list]:
+    """Inputs and samples of :func:`example_batch` as the model reads them when it predicts."""
+    data = model.data_preprocessor(batch, False)
+    return data["inputs"], data["data_samples"]
+
+
+def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
+    """Make a segmentor's preprocessor pad to the images that come, and not to those of the data."""
+    if cfg.get("default_scope") == "mmseg":
+        for part in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
+            if part and "size" in part:
+                part.size = shape
+
+
+def count(model: BaseModel, inputs: torch.Tensor, samples: list | None) -> Cost:
+    """Count what the inputs, one image, cost.
+
+    Raises:
+        UserError: there are no compiled ops, in which dynamic filters are counted.
+    """
+    if backend_info()["cpu"] != "compiled":
+        raise UserError(
+            "dynamic filters are counted in the compiled ops, which are not there: "
+            f"{backend_info()['why']}"
+        )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs, samples, mode="tensor")
+    counts = counter.get_flop_counts()["Global"]
+    taps = sum(number for op, number in counts.items() if str(op).startswith("ddf_mm."))
+    # A multiply-add is two of the counter's operations.
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        taps=taps // 2,
+        others=(sum(counts.values()) - taps) // 2,
+    )
+
+
+def config_labels(names: list[str]) -> list[str]:
+    """Short names of configs: the files' without suffix, or as given where two are the same."""
+    stems = [osp.splitext(osp.basename(name))[0] for name in names]
+    return [
+        stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)
+    ]

@@ -1,0 +1,247 @@
+"""The filters that the DDF layers of a model generate for one image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mmengine.dataset import pseudo_collate
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
+
+from ddf_mm.layers import DDFPack, DDFUpPack
+
+DEFAULT_POINTS = 4
+_STAGE = re.compile(r"(?:^|\.)layer(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The filters of one image in one layer.
+
+    Attributes:
+        spatial: ``float[g, k, k, H, W]``, the taps of every pixel of the output, by filter group.
+        channel: ``float[r, C, k, k]``, the taps of every channel; r is 1, or the number of
+            subpixels of an upsampling layer.
+        kernel_combine: how the two combine, ``'mul'`` or ``'add'``.
+    """
+
+    spatial: np.ndarray
+    channel: np.ndarray
+    kernel_combine: str
+
+    @property
+    def kernel_size(self) -> int:
+        return self.spatial.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return len(self.spatial)
+
+    @property
+    def distance(self) -> np.ndarray:
+        """``float[H, W]``: how far each pixel's filter is from the mean over the image.
+
+        FilterNorm gives all filters of a layer the same norm, so that says nothing; the distance
+        is zero everywhere for a filter that does not depend on the place. Of the first group.
+        """
+        spatial = self.spatial[0]
+        deviation = spatial - spatial.mean(axis=(2, 3), keepdims=True)
+        return np.sqrt((deviation**2).sum(axis=(0, 1)))
+
+    def cell(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
+        """Row and column of the filter at pixel (x, y) of a network's input of width x height."""
+        rows, columns = self.spatial.shape[-2:]
+        return y * rows // height, x * columns // width
+
+    def combined(self, row: int, column: int, channel: int) -> np.ndarray:
+        """``float[k, k]``: the filter that is applied to one channel at one pixel of the output."""
+        scale_factor = round(len(self.channel) ** 0.5)
+        subpixel = row % scale_factor * scale_factor + column % scale_factor
+        group = channel * self.groups // self.channel.shape[1]
+        spatial = self.spatial[group, :, :, row, column]
+        ours = self.channel[subpixel, channel]
+        return spatial * ours if self.kernel_combine == "mul" else spatial + ours
+
+
+def find_layers(
+    model: nn.Module,
+    stages: Iterable[int] | None = None,
+    layers: Iterable[str] | None = None,
+) -> dict[str, nn.Module]:
+    """The layers of a model to draw.
+
+    Args:
+        model: any model.
+        stages: numbers of the stages of a ResNet, the first is 1; of each, its last DDF layer.
+        layers: names of DDF layers, as in ``model.named_modules()``.
+
+    Returns:
+        :class:`~ddf_mm.layers.DDFPack` and :class:`~ddf_mm.layers.DDFUpPack` modules by a label:
+        ``stage N`` or the layer's name. With neither ``stages`` nor ``layers`` the last DDF layer
+        of each stage, and every DDF layer outside stages.
+
+    Raises:
+        ValueError: the model has no DDF layers, or none of such a stage or name.
+    """
+    named = {n: m for n, m in model.named_modules() if isinstance(m, (DDFPack, DDFUpPack))}
+    if not named:
+        raise ValueError("the model has no DDF layers")
+    by_stage, others = {}, {}
+    for name, module in named.items():
+        if match := _STAGE.search(name):
+            by_stage[int(match[1])] = module
+        else:
+            others[name] = module
+    by_stage = dict(sorted(by_stage.items()))
+    if stages is None and layers is None:
+        return {**{f"stage {n}": module for n, module in by_stage.items()}, **others}
+
+    stages, layers = sorted(set(stages or ())), list(dict.fromkeys(layers or ()))
+    for what, wanted, there in (("stages", stages, by_stage), ("layers", layers, named)):
+        if missing := [str(name) for name in wanted if name not in there]:
+            raise ValueError(
+                f"{what} {', '.join(missing)}: no DDF layers there; the model has them in "
+                f"{', '.join(map(str, there)) or 'no stage named layer1, layer2, …'}"
+            )
+    return {**{f"stage {n}": by_stage[n] for n in stages}, **{n: named[n] for n in layers}}
+
+
+@torch.no_grad()
+def capture_filters(
+    model: nn.Module, data: dict, layers: dict[str, nn.Module]
+) -> tuple[dict[str, Filters], object]:
+    """Run a model on an image and keep the filters that its layers generate.
+
+    A layer that runs several times is kept as it ran last. What the model is trained by (its mode,
+    its statistics) is left as it was.
+
+    Args:
+        model: a model of an OpenMMLab toolbox.
+        data: one sample of its dataset.
+        layers: what :func:`find_layers` returns.
+
+    Returns:
+        Filters by the layers' labels, and the model's prediction.
+
+    Raises:
+        ValueError: the model did not run one of the layers.
+    """
+    filters: dict[str, Filters] = {}
+
+    def keep_filters(label: str):
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            channel, spatial = (f[0].float().cpu() for f in layer.generate_filters(*args, **kwargs))
+            k = layer.kernel_size
+            if isinstance(layer, DDFUpPack):
+                # The filters of the subpixels, to the places of the pixels that they make.
+                spatial = pixel_shuffle(spatial.transpose(0, 1).flatten(0, 1), layer.scale_factor)
+            else:
+                channel = channel[None]
+            filters[label] = Filters(
+                spatial.unflatten(0, (layer.head, k, k)).numpy(),
+                channel.numpy(),
+                layer.kernel_combine,
+            )
+
+        return hook
+
+    # A forward may fuse its steps and never hold the filters, so the layers are asked for them.
+    handles = [
+        layer.register_forward_pre_hook(keep_filters(label), with_kwargs=True)
+        for label, layer in layers.items()
+    ]
+    training = model.training
+    model.eval()
+    try:
+        prediction = model.test_step(pseudo_collate([data]))[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    if missing := [label for label in layers if label not in filters]:
+        raise ValueError(f"the model predicts without its layers {', '.join(missing)}")
+    return {label: filters[label] for label in layers}, prediction
+
+
+def network_image(model: nn.Module, data: dict) -> np.ndarray:
+    """The image of a sample as the network reads it, padded but not normalized.
+
+    Args:
+        model: a model of an OpenMMLab toolbox.
+        data: one sample of its dataset.
+
+    Returns:
+        ``uint8[H, W, 3]``, RGB.
+
+    Raises:
+        ValueError: the sample has no ``inputs`` of three channels, as mmcv's loaders make them.
+    """
+    inputs = data.get("inputs")
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3 or len(inputs) != 3:
+        got = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs of the sample must be a Tensor[3, H, W], an image, got {got}")
+    height, width = model.data_preprocessor(pseudo_collate([data]), False)["inputs"].shape[-2:]
+    image = np.zeros((height, width, 3), np.uint8)
+    # mmcv's loaders give BGR.
+    pixels = inputs.flip(0).permute(1, 2, 0).clamp(0, 255).to(torch.uint8).cpu().numpy()
+    pixels = pixels[:height, :width]
+    image[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return image
+
+
+def choose_differing(vectors: np.ndarray, count: int) -> list[int]:
+    """Indices of vectors that differ much.
+
+    The first is the one farthest from the mean; each next one is the farthest from those chosen.
+
+    Args:
+        vectors: ``float[n, d]``.
+        count: how many to choose, if there are so many.
+    """
+    nearest = np.linalg.norm(vectors - vectors.mean(0), axis=1)
+    chosen: list[int] = []
+    for _ in range(min(count, len(vectors))):
+        index = int(nearest.argmax())
+        distance = np.linalg.norm(vectors - vectors[index], axis=1)
+        nearest = np.minimum(nearest, distance) if chosen else distance
+        chosen.append(index)
+    return chosen
+
+
+def choose_points(
+    filters: Filters, height: int, width: int, count: int = DEFAULT_POINTS
+) -> list[tuple[int, int]]:
+    """Pixels with spatial filters that differ much.
+
+    Args:
+        filters: filters of a layer.
+        height: height of the network's input.
+        width: width of the network's input.
+        count: number of points.
+
+    Returns:
+        Up to ``count`` points (x, y) of the input, in the centres of filters' cells.
+    """
+    rows, columns = filters.spatial.shape[-2:]
+    taps = filters.spatial[0].reshape(-1, rows * columns).T
+    return [
+        (int((i % columns + 0.5) * width / columns), int((i // columns + 0.5) * height / rows))
+        for i in choose_differing(taps, count)
+    ]
+
+
+def check_points(points: Sequence[tuple[int, int]], height: int, width: int) -> None:
+    """Check that points lie in an image.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f"points {x},{y} is outside the network's input of {width} x {height} pixels"
+            )
