@@ -494,6 +494,8 @@ def test_results_of_several_launches(tmp_path, at_once):
             assert (launches > 1) == (name != "grad_channel")
 
 
+# File, what in it is replaced by what, the passes to run, and what is found.
+GRADIENTS = "grad_features grad_channel grad_spatial"
 FAULTS = {
     "removed barrier": (
         "window3.cuh",
@@ -560,6 +562,34 @@ FAULTS = {
         "grad_channel",
         "depends on the order of the threads",
     ),
+    "taps read before they are there, whole backward": (
+        "backward3.cuh",
+        "  sync_threads();",
+        "",
+        GRADIENTS,
+        "depends on the order of the threads",
+    ),
+    "taps read before they are there, 5 x 5": (
+        "window_quads.cuh",
+        "  sync_threads();",
+        "",
+        "forward",
+        "depends on the order of the threads",
+    ),
+    "taps of a row read before they are there": (
+        "filter_grads_channels_last.cuh",
+        "    sync_warp();\n\n    const int top",
+        "\n    const int top",
+        "grad_channel",
+        "depends on the order of the threads",
+    ),
+    "taps of a row overwritten before they are read": (
+        "filter_grads_channels_last.cuh",
+        "    // The taps of the row before are read before they are overwritten.\n    sync_warp();",
+        "",
+        "grad_channel",
+        "depends on the order of the threads",
+    ),
     "blocks beyond the grid": (
         "dispatch.cuh",
         "launch(name, kernel, blocks, kWindowThreads",
@@ -572,12 +602,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(tmp_path, fault):
-    file, old, new, name, message = FAULTS[fault]
+    file, old, new, names, message = FAULTS[fault]
     host = changed(tmp_path, file, old, new)
     dilation = 2 if file == "generic.cuh" else 1
-    grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20))
-    host_run = [name, grad, x, cf, sf, 3, dilation, 1, "mul"]
+    k = 5 if file == "window_quads.cuh" else 3
+    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
+    grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20), k=k, layout=layout)
     if "vector" in fault:  # one float of padding before: no row is aligned
-        host_run[2] = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+        x = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
     with pytest.raises(RuntimeError, match=message):
-        host.run(*host_run)
+        host.run_several(names.split(), grad, x, cf, sf, k, dilation, 1, "mul")
