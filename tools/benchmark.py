@@ -193,8 +193,7 @@ def peak_extra_bytes(call: Call, device: str) -> int:
 
 
 def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessing.Queue) -> None:
-    for value in function(*args):
-        queue.put(value)
+    queue.put(list(function(*args)))
 
 
 def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
@@ -214,7 +213,7 @@ def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
     if process.exitcode:
         print("peak memory: not measured, see the error above", file=sys.stderr)
         return []
-    return [queue.get() for _ in range(queue.qsize())]
+    return queue.get()
 
 
 def processor(device: str) -> str:
