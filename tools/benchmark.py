@@ -819,7 +819,7 @@ def plot_models(
         axis.margins(x=0.1)
         axis.set_xlabel("ms")
         axis.set_title(str(setting), fontsize=10)
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
