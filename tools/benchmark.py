@@ -233,6 +233,8 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     return {
         "processor": processor(args.device),
         "threads": args.threads,
+        # Much above 0 on a machine that did not measure alone.
+        "load": round(os.getloadavg()[0], 1),
         "ddf": info.get(args.device, info["default"]),
         "ddf_mm": __version__,
         "torch": torch.__version__,
