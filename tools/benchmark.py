@@ -193,8 +193,7 @@ def peak_extra_bytes(call: Call, device: str) -> int:
 
 
 def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessing.Queue) -> None:
-    for value in function(*args):
-        queue.put(value)
+    queue.put(list(function(*args)))
 
 
 def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
@@ -214,7 +213,7 @@ def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
     if process.exitcode:
         print("peak memory: not measured, see the error above", file=sys.stderr)
         return []
-    return [queue.get() for _ in range(queue.qsize())]
+    return queue.get()
 
 
 def processor(device: str) -> str:
@@ -234,6 +233,8 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     return {
         "processor": processor(args.device),
         "threads": args.threads,
+        # Much above 0 on a machine that did not measure alone.
+        "load": round(os.getloadavg()[0], 1),
         "ddf": info.get(args.device, info["default"]),
         "ddf_mm": __version__,
         "torch": torch.__version__,
@@ -820,7 +821,7 @@ def plot_models(
         axis.margins(x=0.1)
         axis.set_xlabel("ms")
         axis.set_title(str(setting), fontsize=10)
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecFromSubplotSpec, SubplotSpec
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ddf_mm.visualization.filters import Filters, check_points, choose_differing
@@ -260,33 +261,38 @@ def _draw_combined_block(
     cells = [ours.cell(x, y, width, height) for x, y in points]
     flat = ours.channel.swapaxes(0, 1).reshape(channels, -1)
     chosen = sorted(choose_differing(flat, COMBINED_CHANNELS))
-    grid = GridSpecFromSubplotSpec(
-        len(points) + 1, len(chosen) + 1, cell, wspace=0.12, hspace=0.12,
-        width_ratios=[1.25] + [1] * len(chosen), height_ratios=[1.25] + [1] * len(points),
-    )  # fmt: skip
-    corner = figure.add_subplot(grid[0, 0])
-    corner.axis("off")
+    # One axis for all: each would take a while to draw. A filter is a square of side 1 in it.
+    axis = figure.add_subplot(cell)
+    axis.axis("off")
+    step, first = 1.12, 1.3
+
+    def draw(i: int, j: int, taps: np.ndarray, limit: float, color: str, width: float) -> None:
+        x, y = (0.0 if n == 0 else first + step * (n - 1) for n in (j, i))
+        axis.imshow(taps, cmap=FILTER_CMAP, vmin=-limit, vmax=limit, extent=(x, x + 1, y + 1, y))
+        axis.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=color, linewidth=width))
+
     sign = {"mul": "×", "add": "+"}[ours.kernel_combine]
-    corner.text(0.5, 0.5, f"spatial\n{sign} channel", ha="center", va="center", fontsize=9)
+    axis.text(0.5, 0.5, f"spatial\n{sign} channel", ha="center", va="center", fontsize=9)
     channel_limit, spatial_limit = limit_of(ours.channel), limit_of(ours.spatial[0])
+    # Of an upsampling layer's subpixels, the first point's.
+    s = round(subpixels**0.5)
+    subpixel = cells[0][0] % s * s + cells[0][1] % s
     for j, channel in enumerate(chosen, 1):
-        axis = figure.add_subplot(grid[0, j])
-        # Of an upsampling layer's subpixels, the first point's.
-        row, column = cells[0]
-        s = round(subpixels**0.5)
-        taps = ours.channel[row % s * s + column % s, channel]
-        _draw_filter(axis, taps, channel_limit, "black")
-        axis.set_title(f"ch {channel}", fontsize=8, pad=3)
+        draw(0, j, ours.channel[subpixel, channel], channel_limit, "black", 1)
+        axis.text(first + step * (j - 1) + 0.5, -0.08, f"ch {channel}", ha="center", fontsize=8)
     combined = np.array([[ours.combined(*place, c) for c in chosen] for place in cells])
     limit = limit_of(combined)
-    for i, place in enumerate(cells):
-        axis = figure.add_subplot(grid[i + 1, 0])
-        color = POINT_COLORS[i % len(POINT_COLORS)]
-        _draw_filter(axis, ours.spatial[(0, ..., *place)], spatial_limit, color, 3)
-        _badge(axis, 0, 1, i, transform=axis.transAxes)
+    for i, place in enumerate(cells, 1):
+        color = POINT_COLORS[(i - 1) % len(POINT_COLORS)]
+        draw(i, 0, ours.spatial[(0, ..., *place)], spatial_limit, color, 3)
+        _badge(axis, 0, first + step * (i - 1), i - 1)
         for j in range(len(chosen)):
-            axis = figure.add_subplot(grid[i + 1, j + 1])
-            _draw_filter(axis, combined[i, j], limit)
+            draw(i, j + 1, combined[i - 1, j], limit, "0.6", 1)
+    axis.set(
+        xlim=(-0.15, first + step * len(chosen)),
+        ylim=(first + step * len(cells), -0.1),
+        anchor="NW",
+    )
     box = cell.get_position(figure)
     tall = figure.get_figheight()
     figure.text(box.x0, box.y1 + 0.27 / tall, label, fontsize=13, fontweight="bold", va="bottom")

@@ -31,7 +31,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 def _data_uri(image: np.ndarray) -> str:
     """The address of an image ``uint8[H, W, 3]`` that holds the image itself, as PNG."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", optimize=True)
+    Image.fromarray(image).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

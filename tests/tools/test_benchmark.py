@@ -57,7 +57,7 @@ def test_op_reports_every_case(tmp_path):
         assert set(row["peak_extra_bytes"]) == {"ddf", "unfold"}
         speed = row["bytes"] / row["milliseconds"]["ddf"]["least"] / 1e6
         assert row["of_copy_speed"] * row["copy_gb_per_s"] == pytest.approx(speed)
-    assert report["machine"]["threads"] == 1
+    assert report["machine"]["threads"] == 1 and report["machine"]["load"] >= 0
     first, second = (row["ratios"]["ddf/conv"] for row in report["rows"][:2])
     mean = report["geometric_means"][0]
     assert (mean["layout"], mean["dtype"], mean["kernel_size"]) == ("nchw", "float32", 3)

@@ -109,6 +109,28 @@ class TestFilters:
         assert "dataset:0" in page and page.count("data:image/png;base64,") == 2 * 4 + 3
 
     @pytest.mark.parametrize(
+        ("toolbox", "config"),
+        [
+            ("mmdet", "detection/mask-rcnn_ddf-mul-r26_ddfup-fpn_digit-scenes.py"),
+            ("mmseg", "segmentation/fpn_ddf-mul-r26_ddfup-fpn_digit-scenes.py"),
+        ],
+    )
+    def test_detectors_and_segmentors(self, monkeypatch, tmp_path, toolbox, config):
+        pytest.importorskip(f"{toolbox}.structures")
+        image, checkpoint = tmp_path / "image.jpg", tmp_path / "random.pth"
+        Image.fromarray(np.random.randint(0, 256, (50, 70, 3), np.uint8)).save(image)
+        cfg = Config.fromfile(ROOT / "configs" / config)
+        init_default_scope(toolbox)
+        torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)
+        out = tmp_path / "filters.png"
+        which = ("--stages", 1, "--layers", "neck.upsample_modules.0")
+        arguments = (ROOT / "configs" / config, checkpoint, image, "--out", out)
+        run(visualize_filters, monkeypatch, *arguments, *which)
+        assert pixels(out).std() > 30
+        page = out.with_suffix(".html").read_text(encoding="utf-8")
+        assert "stage 1" in page and "neck.upsample_modules.0" in page and "image.jpg" in page
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["dataset:360"], "the test dataset has 360 images, the last is dataset:359"),

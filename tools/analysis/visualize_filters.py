@@ -202,7 +202,7 @@ def main() -> None:
         (visualization.draw_combined, args.out.with_stem(f"{args.out.stem}_combined")),
     ):
         figures.append(draw(image, filters, points, title))
-        figures[-1].savefig(path, dpi=100, pil_kwargs=dict(optimize=True))
+        figures[-1].savefig(path, dpi=100)
         print(f"filters: {path}")
     page = args.out.with_suffix(".html")
     visualization.write_page(page, image, filters, points, figures, title)
