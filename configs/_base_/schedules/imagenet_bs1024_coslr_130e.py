@@ -15,8 +15,8 @@ param_scheduler = [
     dict(_scope_="mmpretrain", type="LinearLR", start_factor=1e-4 / 0.4, begin=0, end=6),
     # timm counts the cosine from epoch 0, warm-up included. CosineAnnealingLR moves from the
     # cosine of one epoch to that of the next, so it is handed the cosine of epoch 4 at epoch 5.
-    # That cosine is the real part of a root of -1 here: mmengine 0.10.7 takes a config that imports,
-    # even math, for one of its lazy configs.
+    # That cosine is the real part of a root of -1 here: mmengine 0.10.7 takes a config that
+    # imports, even math, for one of its lazy configs.
     dict(
         _scope_="mmpretrain",
         type="ConstantLR",
