@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def test_every_config_is_listed_once_by_its_name(folder):
     listed = sorted((model["Config"], model["Name"]) for model in models(folder))
     configs = (ROOT / "configs" / folder).glob("*.py")
     assert listed == sorted((f"configs/{folder}/{path.name}", path.stem) for path in configs)
+
+
+def test_configs_import_nothing():
+    """mmengine 0.10.7 takes a config that imports, even from the standard library, for a lazy one,
+    and refuses it beside others."""
+    importing = [
+        path.name
+        for path in ROOT.glob("configs/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert not importing
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,7 +1,5 @@
 # The official training: train.py of theFoxofSky/ddfnet with timm 0.4.5 and
 # `--lr 0.4 --warmup-epochs 5 --epochs 120 --sched cosine -b 128 --amp --dist-bn reduce`, 8 GPUs.
-import math
-
 optim_wrapper = dict(
     _scope_="mmpretrain",
     type="AmpOptimWrapper",
@@ -17,10 +15,12 @@ param_scheduler = [
     dict(_scope_="mmpretrain", type="LinearLR", start_factor=1e-4 / 0.4, begin=0, end=6),
     # timm counts the cosine from epoch 0, warm-up included. CosineAnnealingLR moves from the
     # cosine of one epoch to that of the next, so it is handed the cosine of epoch 4 at epoch 5.
+    # That cosine is the real part of a root of -1 here: mmengine 0.10.7 takes a config that
+    # imports, even math, for one of its lazy configs.
     dict(
         _scope_="mmpretrain",
         type="ConstantLR",
-        factor=(1e-5 + (0.4 - 1e-5) * (1 + math.cos(math.pi * 4 / 120)) / 2) / 0.4,
+        factor=(1e-5 + (0.4 - 1e-5) * (1 + ((-1) ** (4 / 120)).real) / 2) / 0.4,
         begin=5,
         end=6,
     ),
