@@ -68,6 +68,7 @@ class OneSize(torch.nn.Module):
         self.out_channels = 8
 
     def forward(self, x):
+        x = x[0] if isinstance(x, tuple) else x
         return (x.reshape(x.shape[0], 3, 64, 96),)
 
 
@@ -135,7 +136,7 @@ def run(folder):
     with ForkServer(folder, PRELOAD) as server:
 
         def run(*arguments: object, **env: str):
-            return server.run(EXPORT, "../config.py", "--size", "64", "96", *arguments, env=env)
+            return server.run(EXPORT, "--size", "64", "96", "../config.py", *arguments, env=env)
 
         yield run
 
