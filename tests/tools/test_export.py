@@ -163,8 +163,8 @@ def test_standard_operators_of_a_bounded_number(exported):
     onnx.checker.check_model(model, full_check=True)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
     assert not model.functions
-    # 942 when written: four DDF layers and four branches of the upsampler, 36 or more for the taps of
-    # each. A graph unrolled over the 6144 pixels would have tens of thousands.
+    # 942 when written: four DDF layers and four branches of the upsampler, each with 36 or more for
+    # its taps. A graph unrolled over the 6144 pixels would have tens of thousands.
     assert 8 * 36 < len(model.graph.node) < 1500
     (images,) = model.graph.input
     assert [bool(d.dim_param) for d in images.type.tensor_type.shape.dim] == [
