@@ -50,6 +50,9 @@ class Net(BaseModel):
         )
         self.neck = DDFUpFPN([32, 64, 128, 256], 8, num_outs=4)
 
+    def init_weights(self):
+        """The runner starts with the weights above."""
+
     def forward(self, images, mode="tensor"):
         if isinstance(images, list):
             images = torch.stack(images)
@@ -103,6 +106,9 @@ runner = FlexibleRunner(
     ),
     optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
     train_cfg=dict(by_epoch=True, max_epochs=1),
+    # torch 2.11 ends in a segmentation fault when it gathers the optimizer's state on CPUs, of
+    # whatever network.
+    default_hooks=dict(checkpoint=None),
 )
 runner.train()
 is_sharded = isinstance(runner.model, FSDP)

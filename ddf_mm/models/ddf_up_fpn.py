@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule, ModuleList
@@ -16,6 +17,9 @@ from ddf_mm.ops.checks import check_int
 EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
 # What DDFUpFPN itself decides for its upsamplers.
 _OWN_UPSAMPLE_ARGUMENTS = ("in_channels", "scale_factor", "joint_channels")
+
+# Of torch >= 2.7; before, only what holds for torch.compile too could be asked.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 @MODELS.register_module()
@@ -213,10 +217,22 @@ class DDFUpFPN(BaseModule):
             x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
         excess = (rows * s - height, columns * s - width)
         joint_x = lateral if self.guidance else None
-        if self.guidance and any(excess):
-            # The values of the padding make filters of pixels that the crop below drops.
+        # torch.export would tie padding and the strides of a crop to even sizes or to odd ones.
+        exporting = _is_exporting()
+        # The values of the padding make filters of pixels that the crop below drops.
+        if self.guidance and exporting:
+            joint_x = _fit(lateral, rows * s, columns * s)
+        elif self.guidance and any(excess):
             joint_x = F.pad(lateral, (0, excess[1], 0, excess[0]))
-        return upsample(x, joint_x)[:, :, :height, :width]
+        out = upsample(x, joint_x)
+        return _fit(out, height, width) if exporting else out[:, :, :height, :width]
+
+
+def _fit(x: Tensor, height: int, width: int) -> Tensor:
+    """Crops ``Tensor[B, C, H, W]`` to a size, or repeats its last row and column up to it."""
+    for dim, size in ((2, height), (3, width)):
+        x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=x.shape[dim] - 1))
+    return x
 
 
 def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:

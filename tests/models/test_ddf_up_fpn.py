@@ -263,3 +263,27 @@ def test_bad_arguments_are_named(arguments, exception, message):
 def test_another_number_of_inputs_is_refused():
     with pytest.raises(ValueError, match="inputs must hold a tensor for each .* 4, got 3"):
         DDFUpFPN(CHANNELS, 8, 4)(pyramid(8, 8)[:3])
+
+
+class TwoLevels(nn.Module):
+    def __init__(self, guidance: bool) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.coarse = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.neck = DDFUpFPN([4, 4], 4, num_outs=2, guidance=guidance)
+
+    def forward(self, images):
+        fine = self.fine(images)
+        return self.neck([fine, self.coarse(fine)])
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_exported_for_even_sizes_serves_odd_ones(guidance):
+    model = TwoLevels(guidance).eval()
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(free,), strict=False
+    ).module()
+    for shape in ((1, 3, 64, 96), (3, 3, 49, 129), (2, 3, 31, 46)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(program(images), model(images))
