@@ -142,7 +142,6 @@ def main() -> None:
         launch.require_checkpoint(args.checkpoint, "checkpoint")
     model, channels = load_model(args)
     size = Size(args.batch, *args.size)
-    program = export.export_program(model, size, channels, not args.static)
     sizes = export.check_sizes(size, not args.static)
 
     functions: dict[str, Callable] = {"pytorch": torch.no_grad()(model.forward)}
@@ -151,8 +150,10 @@ def main() -> None:
         if args.format not in (kind, "both"):
             continue
         path = stem.with_name(stem.name + suffix)
+        is_onnx = kind == "onnx"
+        program = export.export_program(model, size, channels, not args.static, guarded=is_onnx)
         with files.whole_file(path) as part:
-            if kind == "onnx":
+            if is_onnx:
                 operators = export.save_onnx(program, part, args.opset)
                 run = export.load_onnx(part, torch.get_num_threads())
             else:

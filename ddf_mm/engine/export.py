@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,8 +156,34 @@ def check_sizes(example: Size, dynamic: bool) -> list[Size]:
     ]
 
 
+@contextlib.contextmanager
+def _poolings_of_any_size(model: nn.Module) -> Iterator[None]:
+    """Lets max poolings stride by slicing, which gives the same values from more comparisons.
+
+    PyTorch's rule of the size of a strided pooling ties a program to odd or to even sizes.
+    """
+    pools = [m for m in model.modules() if isinstance(m, nn.MaxPool2d) and not m.ceil_mode]
+
+    def pool(m: nn.MaxPool2d, x: Tensor) -> Tensor:
+        rows, columns = m.stride if isinstance(m.stride, tuple) else (m.stride, m.stride)
+        out = nn.functional.max_pool2d(x, m.kernel_size, 1, m.padding, m.dilation)
+        return out[..., ::rows, ::columns]
+
+    for m in pools:
+        m.forward = functools.partial(pool, m)
+    try:
+        yield
+    finally:
+        for m in pools:
+            del m.forward
+
+
 def export_program(
-    model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True
+    model: nn.Module,
+    size: Size,
+    channels: int = 3,
+    dynamic: bool = True,
+    guarded: bool = False,
 ) -> ExportedProgram:
     """What torch.export makes of a model of images.
 
@@ -164,6 +192,9 @@ def export_program(
         size: Sizes to trace it with.
         channels: Channels of the images.
         dynamic: Whether B, H and W of the program are free.
+        guarded: Keep strided max poolings as they are. The program then refuses sizes that are
+            even where the given one is odd after the same halvings, or the reverse; ONNX, which
+            has no such guards, is faster with them.
 
     Raises:
         UserError: Something in the model fixes one of the dynamic sizes.
@@ -173,8 +204,10 @@ def export_program(
         width = size.width + 32 * (size.width == size.height)
         size = Size(max(size.batch, 2), size.height, width)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    free_pools = dynamic and not guarded
+    pools = _poolings_of_any_size(model) if free_pools else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), pools:
             return torch.export.export(
                 model,
                 (size.images(channels),),
