@@ -190,7 +190,8 @@ class DDFUpFPN(BaseModule):
             outs.append(self.fpn_convs[len(outs)](sources[self.add_extra_convs]))
         while len(outs) < self.num_outs:
             if not self.add_extra_convs:
-                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                # FPN's max pooling of single pixels; pooling ties exported programs to a parity.
+                outs.append(outs[-1][:, :, ::2, ::2])
                 continue
             x = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
             outs.append(self.fpn_convs[len(outs)](x))
