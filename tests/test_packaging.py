@@ -83,11 +83,11 @@ def installed(wheel: Path) -> Path:
 
 
 def package_files(project: Path) -> set[str]:
-    """What a wheel has to hold: the modules, and what .mim links to."""
+    """What a wheel has to hold: the modules, the page they fill, and what .mim links to."""
     modules = {
         str(path.relative_to(project))
-        for path in (project / "ddf_mm").rglob("*.py")
-        if ".mim" not in path.parts
+        for path in (project / "ddf_mm").rglob("*")
+        if path.suffix in [".py", ".html"] and ".mim" not in path.parts
     }
     linked = {
         f"ddf_mm/.mim/{path.relative_to(project)}"
