@@ -11,4 +11,11 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
       "ddf_backward(Tensor grad, Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
       "int kernel_size, int dilation, int stride, bool mul, "
       "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
+  // x is [B, filters * taps, ...]; std and mean are [filters * taps], in the dtype of the sums.
+  m.def(
+      "filter_norm(Tensor x, int filters, Tensor? std, Tensor? mean, float scale, float eps) "
+      "-> Tensor");
+  m.def(
+      "filter_norm_backward(Tensor grad, Tensor x, int filters, Tensor? std, float scale, "
+      "float eps, bool need_x, bool need_std, bool need_mean) -> (Tensor, Tensor, Tensor)");
 }

@@ -47,10 +47,42 @@ struct Backward {
   SpatialStrides grad_spatial_strides;
 };
 
+// Filters to normalize: [batch][filters][taps][pixels], or [batch][pixels][filters][taps].
+struct NormSizes {
+  int64_t batch, filters, taps, pixels;
+  bool taps_inner;
+};
+
+struct Norm {
+  NormSizes sizes;
+  DType dtype;
+  const void* x;
+  // [filters * taps] of the type that sums are kept in; null if there is none.
+  const void* std;
+  const void* mean;
+  double scale, eps;
+  void* result;
+};
+
+struct NormBackward {
+  NormSizes sizes;
+  DType dtype;
+  const void* grad;
+  const void* x;
+  const void* std;
+  double scale, eps;
+  // Null where a gradient is not needed.
+  void* grad_x;
+  void* grad_std;
+  void* grad_mean;
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   void (*forward)(const Forward&, ParallelFor);
   void (*backward)(const Backward&, ParallelFor);
+  void (*norm)(const Norm&, ParallelFor);
+  void (*norm_backward)(const NormBackward&, ParallelFor);
 };
 
 extern const Kernels baseline_kernels;

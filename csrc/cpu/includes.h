@@ -2,6 +2,7 @@
 // switches that set on.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
