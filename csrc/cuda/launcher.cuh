@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "arguments.cuh"
+#include "norm.cuh"
 
 namespace ddf::cuda {
 
@@ -38,5 +39,11 @@ void run_forward(const Arguments<T>& a, cudaStream_t stream);
 template <typename T>
 void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
                   cudaStream_t stream);
+
+template <typename T>
+void run_norm(const NormArguments<T>& a, cudaStream_t stream);
+
+template <typename T>
+void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream);
 
 }  // namespace ddf::cuda

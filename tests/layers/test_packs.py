@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm
-from ddf_mm.ops import ddf, filter_norm
+from ddf_mm.ops import backend_info, ddf, filter_norm
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -252,3 +252,89 @@ def test_filter_norm_layer():
     learned = FilterNorm(2, 3, "channel", running_std=True)
     assert set(learned.state_dict()) == {"std"}
     assert learned.std.shape == (18,)
+
+
+def by_modules(monkeypatch, call):
+    """What ``call`` returns where the pack runs its modules one after the other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(DDFPack, "_can_fuse", lambda pack, x: False)
+        return call()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("stride, head, k", [(1, 1, 3), (1, 2, 5), (2, 2, 3)])
+def test_pack_as_one_function_equals_its_modules(
+    stride, head, k, combine, dtype, layout, monkeypatch
+):
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops on this machine")
+    pack = DDFPack(16, k, stride, head=head, kernel_combine=combine).to(dtype)
+    x = torch.randn(3, 16, 11, 9, dtype=dtype).contiguous(memory_format=layout)
+    x.requires_grad_()
+    assert pack._can_fuse(x)
+    grad = torch.randn_like(pack(x))
+
+    def run():
+        out = pack(x)
+        return [out, *torch.autograd.grad(out, [x, *pack.parameters()], grad)]
+
+    fused, apart = run(), by_modules(monkeypatch, run)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03
+    for got, want in zip(fused, apart, strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * want.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(pack(x), fused[0])
+
+
+def test_frozen_parameters_get_no_gradient(monkeypatch):
+    pack = DDFPack(8).double()
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+    pack.spatial_branch.requires_grad_(False)
+    pack.channel_branch[1].weight.requires_grad_(False)
+    pack(x).square().sum().backward()
+    trained = {name for name, p in pack.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in pack.named_parameters() if p.requires_grad}
+    got = x.grad.clone()
+    x.grad = None
+    by_modules(monkeypatch, lambda: pack(x).square().sum().backward())
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_pack_keeps_the_features_and_the_raw_filters():
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops on this machine")
+    pack = DDFPack(64)
+    x = torch.randn(2, 64, 24, 24, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pack(x)
+    parameters = {p.data_ptr() for p in pack.parameters()}
+    sizes = sorted(size for address, size in kept.items() if address not in parameters)
+    hidden, pooled, channel, spatial = 2 * 12, 2 * 64, 2 * 64 * 9, 2 * 9 * 24 * 24
+    assert sizes == [hidden, pooled, channel, spatial, x.numel()]
+
+
+def test_hooks_and_replaced_modules_are_heeded():
+    x = torch.randn(1, 8, 5, 6)
+    pack = DDFPack(8)
+    seen = []
+    handle = pack.spatial_branch[1].register_forward_hook(lambda *args: seen.append(args[2]))
+    pack(x)
+    assert len(seen) == 1
+    handle.remove()
+
+    class Zero(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    convolution = pack.channel_branch[3]
+    pack.channel_branch[3] = Zero(convolution.in_channels, convolution.out_channels, 1)
+    assert (pack(x) == 0).all()
