@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddf_mm.ops import backend_info, filter_norm, library
-from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
+from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 
 def by_numpy(x, filters, std, mean):
@@ -136,11 +136,12 @@ def test_compiled_op_equals_the_formula(dtype, layout, shape, device):
     exact = accumulate_dtype(dtype)
     x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     if x.numel():
-        x[0, :, ..., -1:] = 0.1
+        x[0] = 0.1  # filters of equal taps
     if len(shape) == 4:
         x = x.contiguous(memory_format=layout)
     factor, shift = (torch.randn(shape[1], dtype=exact, device=device) for _ in range(2))
-    fitting = [n for n in (1, 2, 9) if shape[1] % n == 0 and shape[1] > n]
+    # The gradient of fewer taps is a difference of much larger numbers.
+    fitting = [n for n in (1, 2, 9) if shape[1] % n == 0 and shape[1] >= 4 * n]
     cases = itertools.product(fitting, [(0.5, None), (factor, None), (0.5, shift), (factor, shift)])
     for filters, (std, mean) in cases:
         for got, want in zip(*both_ways(x, filters, std, mean, grad), strict=True):
@@ -148,7 +149,7 @@ def test_compiled_op_equals_the_formula(dtype, layout, shape, device):
             bound = scale * (torch.finfo(got.dtype).eps / 2 + 8 * torch.finfo(exact).eps)
             assert ((got.double() - want).abs() <= bound).all()
         out = library.run_filter_norm(x, filters, std, mean, 1e-10)
-        assert out.shape == x.shape and out.dtype == dtype and out.stride() == x.stride()
+        assert out.shape == x.shape and out.dtype == dtype and layout_of(out) == layout_of(x)
 
 
 @COMPILED
