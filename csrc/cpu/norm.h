@@ -12,23 +12,23 @@ struct Deviations {
   Vector<A, L> inverse, slope;
 };
 
-// Standardizes L filters in place, values[t * step + lane].
+// Standardizes L filters in place, values[t * L + lane], and multiplies them by scale.
 template <class A, int L>
-DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, int64_t step, A eps) {
+DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, A eps, A scale = 1) {
   using V = Vector<A, L>;
   // Less the first tap, equal taps are 0 whatever rounding does to their mean.
   const V first = load<L>(values);
   V sum{};
   for (int64_t t = 0; t < taps; ++t) {
-    const V difference = load<L>(values + t * step) - first;
-    store<L>(values + t * step, difference);
+    const V difference = load<L>(values + t * L) - first;
+    store<L>(values + t * L, difference);
     sum += difference;
   }
   const V mean = sum / static_cast<A>(taps);
   V squares{};
   for (int64_t t = 0; t < taps; ++t) {
-    const V difference = load<L>(values + t * step) - mean;
-    store<L>(values + t * step, difference);
+    const V difference = load<L>(values + t * L) - mean;
+    store<L>(values + t * L, difference);
     squares += difference * difference;
   }
   const V variance = squares / static_cast<A>(taps - 1);
@@ -37,8 +37,8 @@ DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, int64_t step, A
   const auto is_constant = variance == V{};
   const V inverse = is_constant ? V{} : A(1) / (deviation + eps);
   const V slope = is_constant ? V{} : A(1) / (deviation * static_cast<A>(taps - 1));
-  for (int64_t t = 0; t < taps; ++t)
-    store<L>(values + t * step, load<L>(values + t * step) * inverse);
+  const V factor = inverse * scale;
+  for (int64_t t = 0; t < taps; ++t) store<L>(values + t * L, load<L>(values + t * L) * factor);
   return {inverse, slope};
 }
 
@@ -58,14 +58,24 @@ struct PixelsInner {
     return data + ((image * s.filters + filter) * s.taps + t) * s.pixels + pixel;
   }
   template <class T>
-  DDF_INLINE void load_all(const T* from, A* values) const {
-    for (int64_t t = 0; t < s.taps; ++t)
-      store<L>(values + t * L, load_first<L>(line(from, t), count()));
+  DDF_INLINE void load_all(const T* from, A* values, int64_t taps) const {
+    const T* first = line(from, 0);
+    const auto load_lanes = [&](auto is_whole) __attribute__((always_inline)) {
+      for (int64_t t = 0; t < taps; ++t)
+        store<L>(values + t * L,
+                 load_first<L>(first + t * s.pixels, decltype(is_whole)::value ? L : count()));
+    };
+    count() == L ? load_lanes(std::true_type()) : load_lanes(std::false_type());
   }
   template <class T>
-  DDF_INLINE void store_all(T* to, const A* values) const {
-    for (int64_t t = 0; t < s.taps; ++t)
-      store_first<L>(line(to, t), load<L>(values + t * L), count());
+  DDF_INLINE void store_all(T* to, const A* values, int64_t taps) const {
+    T* first = line(to, 0);
+    const auto store_lanes = [&](auto is_whole) __attribute__((always_inline)) {
+      for (int64_t t = 0; t < taps; ++t)
+        store_first<L>(first + t * s.pixels, load<L>(values + t * L),
+                       decltype(is_whole)::value ? L : count());
+    };
+    count() == L ? store_lanes(std::true_type()) : store_lanes(std::false_type());
   }
   // Of a parameter [filters * taps].
   DDF_INLINE Vector<A, L> parameter(const A* data, int64_t t) const {
@@ -82,18 +92,17 @@ struct TapsInner {
   int64_t row, rows;
 
   template <class T>
-  DDF_INLINE void load_all(const T* from, A* values) const {
-    if (rows < L) std::fill(values, values + s.taps * L, A(0));
-    const T* first = from + row * s.taps;
+  DDF_INLINE void load_all(const T* from, A* values, int64_t taps) const {
+    const T* first = from + row * taps;
+    if (rows < L) std::fill(values, values + taps * L, A(0));
     for (int64_t lane = 0; lane < rows; ++lane)
-      for (int64_t t = 0; t < s.taps; ++t) values[t * L + lane] = widen(first[lane * s.taps + t]);
+      for (int64_t t = 0; t < taps; ++t) values[t * L + lane] = widen(first[lane * taps + t]);
   }
   template <class T>
-  DDF_INLINE void store_all(T* to, const A* values) const {
-    T* first = to + row * s.taps;
+  DDF_INLINE void store_all(T* to, const A* values, int64_t taps) const {
+    T* first = to + row * taps;
     for (int64_t lane = 0; lane < rows; ++lane)
-      for (int64_t t = 0; t < s.taps; ++t)
-        first[lane * s.taps + t] = narrow<T>(values[t * L + lane]);
+      for (int64_t t = 0; t < taps; ++t) first[lane * taps + t] = narrow<T>(values[t * L + lane]);
   }
   DDF_INLINE Vector<A, L> parameter(const A* data, int64_t t) const {
     Vector<A, L> values;
@@ -106,8 +115,21 @@ struct TapsInner {
   }
 };
 
-// Calls body(filters) for all filters, L at a time.
-template <class A, class F>
+// Calls body(filters, taps, room) with room for kArrays times L filters: the scratch, or, where the
+// number of taps is 9, a constant then, registers.
+template <int kArrays, class Filters, class A, class F>
+DDF_INLINE void call_with_taps(int64_t taps, const Filters& filters, A* scratch, const F& body) {
+  constexpr int kRoom = kArrays * 9 * kLanes<A>;
+  if (taps == 9) {
+    alignas(DDF_VECTOR_BYTES) A room[kRoom];
+    body(filters, std::integral_constant<int64_t, 9>(), room);
+  } else {
+    body(filters, taps, scratch);
+  }
+}
+
+// Does so for all filters, L at a time.
+template <class A, int kArrays, class F>
 void for_each_filters(const NormSizes& s, ParallelFor run, const F& body) {
   constexpr int L = kLanes<A>;
   if (s.taps_inner) {
@@ -115,20 +137,24 @@ void for_each_filters(const NormSizes& s, ParallelFor run, const F& body) {
     // Threads take whole pages of filters.
     constexpr int64_t kBlocks = 16;
     parallel(run, ceil_div(blocks, kBlocks), [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(2 * s.taps * L);
+      Scratch<A> scratch(kArrays * s.taps * L);
       for (int64_t block = begin * kBlocks; block < std::min(end * kBlocks, blocks); ++block)
-        body(TapsInner<A>{s, block * L, std::min<int64_t>(L, rows - block * L)}, scratch.get());
+        call_with_taps<kArrays>(s.taps,
+                                TapsInner<A>{s, block * L, std::min<int64_t>(L, rows - block * L)},
+                                scratch.get(), body);
     });
   } else {
     // Runs of pixels, whose taps stay in the nearest cache.
     constexpr int64_t kPixels = 16 * L;
     const int64_t runs = ceil_div(s.pixels, kPixels);
     parallel(run, s.batch * s.filters * runs, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(2 * s.taps * L);
+      Scratch<A> scratch(kArrays * s.taps * L);
       for (int64_t index = begin; index < end; ++index) {
         const int64_t plane = index / runs, first = index % runs * kPixels;
         for (int64_t pixel = first; pixel < std::min(first + kPixels, s.pixels); pixel += L)
-          body(PixelsInner<A>{s, plane / s.filters, plane % s.filters, pixel}, scratch.get());
+          call_with_taps<kArrays>(s.taps,
+                                  PixelsInner<A>{s, plane / s.filters, plane % s.filters, pixel},
+                                  scratch.get(), body);
       }
     });
   }
@@ -142,17 +168,19 @@ void norm(const Norm& n, ParallelFor run) {
   const auto* std = static_cast<const A*>(n.std);
   const auto* mean = static_cast<const A*>(n.mean);
   const A scale = static_cast<A>(n.scale), eps = static_cast<A>(n.eps);
-  for_each_filters<A>(s, run, [&](const auto& filters, A* values) {
-    filters.load_all(static_cast<const T*>(n.x), values);
-    standardize<A, L>(values, s.taps, L, eps);
-    for (int64_t t = 0; t < s.taps; ++t) {
-      auto value = load<L>(values + t * L) * scale;
-      if (std) value *= filters.parameter(std, t);
-      if (mean) value += filters.parameter(mean, t);
-      store<L>(values + t * L, value);
-    }
-    filters.store_all(static_cast<T*>(n.result), values);
-  });
+  for_each_filters<A, 1>(
+      s, run, [&](const auto& filters, const auto taps, A* values) __attribute__((always_inline)) {
+        filters.load_all(static_cast<const T*>(n.x), values, taps);
+        standardize<A, L>(values, taps, eps, scale);
+        if (std || mean)
+          for (int64_t t = 0; t < taps; ++t) {
+            auto value = load<L>(values + t * L);
+            if (std) value *= filters.parameter(std, t);
+            if (mean) value += filters.parameter(mean, t);
+            store<L>(values + t * L, value);
+          }
+        filters.store_all(static_cast<T*>(n.result), values, taps);
+      });
 }
 
 template <class T>
@@ -163,25 +191,26 @@ void norm_grad_x(const NormBackward& n, ParallelFor run) {
   const NormSizes& s = n.sizes;
   const auto* std = static_cast<const A*>(n.std);
   const A scale = static_cast<A>(n.scale), eps = static_cast<A>(n.eps);
-  for_each_filters<A>(s, run, [&](const auto& filters, A* values) {
-    A* const grads = values + s.taps * L;
-    filters.load_all(static_cast<const T*>(n.x), values);
-    filters.load_all(static_cast<const T*>(n.grad), grads);
-    const auto deviations = standardize<A, L>(values, s.taps, L, eps);
-    V sum{}, product{};
-    for (int64_t t = 0; t < s.taps; ++t) {
-      V grad = load<L>(grads + t * L) * scale;
-      if (std) grad *= filters.parameter(std, t);
-      store<L>(grads + t * L, grad);
-      sum += grad;
-      product += grad * load<L>(values + t * L);
-    }
-    const V mean = sum / static_cast<A>(s.taps), slope = product * deviations.slope;
-    for (int64_t t = 0; t < s.taps; ++t)
-      store<L>(values + t * L, (load<L>(grads + t * L) - mean) * deviations.inverse -
-                                   load<L>(values + t * L) * slope);
-    filters.store_all(static_cast<T*>(n.grad_x), values);
-  });
+  for_each_filters<A, 2>(
+      s, run, [&](const auto& filters, const auto taps, A* values) __attribute__((always_inline)) {
+        A* const grads = values + taps * L;
+        filters.load_all(static_cast<const T*>(n.x), values, taps);
+        filters.load_all(static_cast<const T*>(n.grad), grads, taps);
+        const auto deviations = standardize<A, L>(values, taps, eps);
+        V sum{}, product{};
+        for (int64_t t = 0; t < taps; ++t) {
+          V grad = load<L>(grads + t * L) * scale;
+          if (std) grad *= filters.parameter(std, t);
+          store<L>(grads + t * L, grad);
+          sum += grad;
+          product += grad * load<L>(values + t * L);
+        }
+        const V mean = sum / static_cast<A>(taps), slope = product * deviations.slope;
+        for (int64_t t = 0; t < taps; ++t)
+          store<L>(values + t * L, (load<L>(grads + t * L) - mean) * deviations.inverse -
+                                       load<L>(values + t * L) * slope);
+        filters.store_all(static_cast<T*>(n.grad_x), values, taps);
+      });
 }
 
 // The sums over images and pixels for the parameters: a thread has all of a filter's, so that they
@@ -198,9 +227,9 @@ void norm_grad_parameters(const NormBackward& n, ParallelFor run) {
     A* const values = scratch;
     A* const grads = scratch + s.taps * L;
     A* const sums = grads + s.taps * L;
-    filters.load_all(static_cast<const T*>(n.x), values);
-    filters.load_all(static_cast<const T*>(n.grad), grads);
-    standardize<A, L>(values, s.taps, L, eps);
+    filters.load_all(static_cast<const T*>(n.x), values, s.taps);
+    filters.load_all(static_cast<const T*>(n.grad), grads, s.taps);
+    standardize<A, L>(values, s.taps, eps);
     for (int64_t t = 0; t < s.taps; ++t) {
       const auto grad = load<L>(grads + t * L);
       store<L>(sums + 2 * t * L, load<L>(sums + 2 * t * L) + grad * load<L>(values + t * L));
