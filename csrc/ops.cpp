@@ -18,4 +18,13 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "filter_norm_backward(Tensor grad, Tensor x, int filters, Tensor? std, float scale, "
       "float eps, bool need_x, bool need_std, bool need_mean) -> (Tensor, Tensor, Tensor)");
+  // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
+  // W].
+  m.def(
+      "ddf_up(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
+      "int kernel_size, int scale_factor, int dilation, bool mul) -> Tensor");
+  m.def(
+      "ddf_up_backward(Tensor grad, Tensor features, Tensor? channel_filter, "
+      "Tensor? spatial_filter, int kernel_size, int scale_factor, int dilation, bool mul, "
+      "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
 }

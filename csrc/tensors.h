@@ -31,8 +31,10 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool c
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-inline void check(const Tensor& tensor, const Tensor& features, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4, "ddf: ", name, " must have 4 dimensions, got ", tensor.dim());
+inline void check(const Tensor& tensor, const Tensor& features, const char* name,
+                  int64_t dimensions = 4) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions, "ddf: ", name, " must have ", dimensions,
+                  " dimensions, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf: ", name,
                   " must have the dtype of features");
   STD_TORCH_CHECK(tensor.device() == features.device(), "ddf: ", name,
@@ -40,7 +42,7 @@ inline void check(const Tensor& tensor, const Tensor& features, const char* name
 }
 
 inline void check_size(const Tensor& tensor, const std::vector<int64_t>& size, const char* name) {
-  for (int i = 0; i < 4; ++i)
+  for (size_t i = 0; i < size.size(); ++i)
     STD_TORCH_CHECK(tensor.size(i) == size[i], "ddf: ", name, " must have size ", size[i],
                     " in dimension ", i, ", got ", tensor.size(i));
 }
@@ -151,5 +153,27 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 }
 
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// The same for ddf_up, whose filters have a dimension of subpixels behind the batch.
+inline Geometry up_geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
+                               const OptionalTensor& spatial_filter, int64_t kernel_size,
+                               int64_t scale_factor, int64_t dilation) {
+  // More would overflow the number of subpixels.
+  constexpr int64_t kMaxScale = int64_t{1} << 30;
+  STD_TORCH_CHECK(scale_factor >= 1 && scale_factor <= kMaxScale,
+                  "ddf_up: scale_factor must be at least 1, got ", scale_factor);
+  const int64_t subpixels = scale_factor * scale_factor;
+  const auto first = [&](const OptionalTensor& filter, const char* name) {
+    if (!filter) return filter;
+    check(*filter, features, name, 5);
+    STD_TORCH_CHECK(filter->size(1) == subpixels, "ddf_up: ", name, " must have ", subpixels,
+                    " subpixels, got ", filter->size(1));
+    return OptionalTensor(torch::stable::select(*filter, 1, 0));
+  };
+  Geometry g = geometry_of(features, first(channel_filter, "channel_filter"),
+                           first(spatial_filter, "spatial_filter"), kernel_size, dilation, 1);
+  g.scale = scale_factor;
+  return g;
+}
 
 }  // namespace ddf

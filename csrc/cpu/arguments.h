@@ -9,10 +9,22 @@ namespace ddf::cpu {
 
 enum class DType { f32, f64, f16, bf16 };
 
-// A spatial filter or its gradient, [B, groups * taps, Ho, Wo], with strides in elements.
+// A spatial filter or its gradient, [B, subpixels, groups * taps, Ho, Wo], with strides in
+// elements.
 struct SpatialStrides {
-  int64_t batch, tap, row, column;
+  int64_t batch, subpixel, tap, row, column;
+
+  // Where the filters of one of batch * subpixels images start.
+  int64_t start(int64_t image, int64_t subpixels) const {
+    return image / subpixels * batch + image % subpixels * subpixel;
+  }
 };
+
+// The geometry of the filters' gradients: what each subpixel reads counts as an image of its own.
+inline Geometry by_subpixel(Geometry g) {
+  g.batch *= g.subpixels();
+  return g;
+}
 
 // Runs body(begin, end, context) over the items 0..count in torch's thread pool.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
@@ -24,7 +36,8 @@ struct Forward {
   bool mul;
   bool channels_last;  // features and output
   const void* features;
-  const void* channel_filter;  // contiguous; null if there is none
+  // [B, subpixels, C, taps], contiguous; null if there is none
+  const void* channel_filter;
   const void* spatial_filter;  // null if there is none
   SpatialStrides spatial_strides;
   void* output;

@@ -65,30 +65,37 @@ Tensor in_layout(const Tensor& t, bool channels_last) {
       t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// With a dimension of subpixels, or without.
 SpatialStrides strides_of(const Tensor& spatial) {
-  return {spatial.stride(0), spatial.stride(1), spatial.stride(2), spatial.stride(3)};
+  const int64_t last = spatial.dim() - 1;
+  return {spatial.stride(0), last == 4 ? spatial.stride(1) : 0, spatial.stride(last - 2),
+          spatial.stride(last - 1), spatial.stride(last)};
 }
 
 bool is_empty(const Geometry& g) {
   return g.batch * g.channels * g.out_height * g.out_width == 0 || g.height * g.width == 0;
 }
 
-Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
-               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
-               int64_t stride, bool mul) {
+std::vector<int64_t> output_size(const Geometry& g) {
+  return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
+}
+
+OptionalTensor contiguous(const OptionalTensor& filter) {
+  return filter ? OptionalTensor(in_layout(*filter, false)) : std::nullopt;
+}
+
+Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
+                  const OptionalTensor& spatial_filter, bool mul) {
   Forward f{};
-  f.geometry = geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
-  const Geometry& g = f.geometry;
+  f.geometry = g;
   f.dtype = dtype_of(features);
   f.mul = mul;
   f.channels_last = is_channels_last(features);
-  Tensor output =
-      empty(features, {g.batch, g.channels, g.out_height, g.out_width}, f.channels_last);
+  Tensor output = empty(features, output_size(g), f.channels_last);
   if (is_empty(g)) return output;
 
   const Tensor x = in_layout(features, f.channels_last);
-  const OptionalTensor cf =
-      channel_filter ? OptionalTensor(in_layout(*channel_filter, false)) : std::nullopt;
+  const OptionalTensor cf = contiguous(channel_filter);
   f.features = x.const_data_ptr();
   f.channel_filter = cf ? cf->const_data_ptr() : nullptr;
   if (spatial_filter) {
@@ -100,41 +107,39 @@ Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
-                                            const OptionalTensor& channel_filter,
-                                            const OptionalTensor& spatial_filter,
-                                            int64_t kernel_size, int64_t dilation, int64_t stride,
-                                            bool mul, bool need_features, bool need_channel,
-                                            bool need_spatial) {
+std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& grad,
+                                               const Tensor& features,
+                                               const OptionalTensor& channel_filter,
+                                               const OptionalTensor& spatial_filter, bool mul,
+                                               bool need_features, bool need_channel,
+                                               bool need_spatial) {
   Backward b{};
-  b.geometry = geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
-  const Geometry& g = b.geometry;
+  b.geometry = g;
   check(grad, features, "grad");
-  check_size(grad, {g.batch, g.channels, g.out_height, g.out_width}, "grad");
+  check_size(grad, output_size(g), "grad");
   b.dtype = dtype_of(features);
   b.mul = mul;
   b.channels_last = is_channels_last(features);
   need_channel = need_channel && channel_filter;
   need_spatial = need_spatial && spatial_filter;
 
-  const std::vector<int64_t> none{0};
-  const std::vector<int64_t> size{g.batch, g.channels, g.height, g.width};
-  Tensor grad_features =
-      need_features ? empty(features, size, b.channels_last) : empty(features, none, false);
-  Tensor grad_channel = need_channel
-                            ? empty(features, {g.batch, g.channels, g.kernel, g.kernel}, false)
-                            : empty(features, none, false);
+  const auto gradient = [&](bool need, const Tensor& of, bool channels_last) {
+    if (!need) return empty(features, {0}, false);
+    std::vector<int64_t> size;
+    for (int64_t i = 0; i < of.dim(); ++i) size.push_back(of.size(i));
+    return empty(features, size, channels_last);
+  };
+  Tensor grad_features = gradient(need_features, features, b.channels_last);
+  Tensor grad_channel = gradient(need_channel, need_channel ? *channel_filter : features, false);
   Tensor grad_spatial =
-      need_spatial ? empty(features, {g.batch, g.groups * g.taps(), g.out_height, g.out_width},
-                           is_channels_last(*spatial_filter))
-                   : empty(features, none, false);
+      gradient(need_spatial, need_spatial ? *spatial_filter : features,
+               need_spatial && spatial_filter->dim() == 4 && is_channels_last(*spatial_filter));
   if (is_empty(g) || !(need_features || need_channel || need_spatial))
     return {grad_features, grad_channel, grad_spatial};
 
   const Tensor x = in_layout(features, b.channels_last);
   const Tensor dy = in_layout(grad, b.channels_last);
-  const OptionalTensor cf =
-      channel_filter ? OptionalTensor(in_layout(*channel_filter, false)) : std::nullopt;
+  const OptionalTensor cf = contiguous(channel_filter);
   b.grad = dy.const_data_ptr();
   b.features = x.const_data_ptr();
   b.channel_filter = cf ? cf->const_data_ptr() : nullptr;
@@ -208,6 +213,45 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
   return {grad_x, grad_std, grad_mean};
 }
 
+Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
+               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
+               int64_t stride, bool mul) {
+  return forward_of(
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride),
+      features, channel_filter, spatial_filter, mul);
+}
+
+Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
+                  const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+                  int64_t dilation, bool mul) {
+  return forward_of(
+      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation),
+      features, channel_filter, spatial_filter, mul);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
+                                            const OptionalTensor& channel_filter,
+                                            const OptionalTensor& spatial_filter,
+                                            int64_t kernel_size, int64_t dilation, int64_t stride,
+                                            bool mul, bool need_features, bool need_channel,
+                                            bool need_spatial) {
+  return backward_of(
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride), grad,
+      features, channel_filter, spatial_filter, mul, need_features, need_channel, need_spatial);
+}
+
+std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& features,
+                                               const OptionalTensor& channel_filter,
+                                               const OptionalTensor& spatial_filter,
+                                               int64_t kernel_size, int64_t scale_factor,
+                                               int64_t dilation, bool mul, bool need_features,
+                                               bool need_channel, bool need_spatial) {
+  return backward_of(
+      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation),
+      grad, features, channel_filter, spatial_filter, mul, need_features, need_channel,
+      need_spatial);
+}
+
 }  // namespace
 }  // namespace ddf::cpu
 
@@ -216,4 +260,6 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::backward));
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
+  m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
+  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));
 }

@@ -18,6 +18,7 @@ class Reach {
  public:
   struct End {
     int64_t tap, at;
+    int64_t pixel, subpixel;  // of an output that `at` leads to; pixel is `at` in features
   };
   struct Strip {
     int64_t first, count;  // positions `step` apart
@@ -25,14 +26,15 @@ class Reach {
 
   // From an output pixel to the pixels of the features that it reads.
   static Reach to_features(const Geometry& g, int64_t out_size, int64_t size) {
-    return Reach(out_size, g.kernel, 1, g.stride, [&](int64_t position, int64_t tap) {
+    return Reach(out_size, g.kernel, 1, 1, g.stride, [&](int64_t position, int64_t tap) {
       const int64_t at = position * g.stride + tap * g.dilation - g.padding();
       return at < size ? at : -1;
     });
   }
-  // From a pixel of the features to the output pixels that read it. Taps are counted backwards.
+  // From a pixel of the features to the output pixels, out_size of every subpixel, that read it.
+  // Taps are counted backwards.
   static Reach to_output(const Geometry& g, int64_t size, int64_t out_size) {
-    return Reach(size, g.kernel, g.stride, 1, [&](int64_t position, int64_t tap) {
+    return Reach(size, g.kernel, g.scale, g.stride, g.scale, [&](int64_t position, int64_t tap) {
       const int64_t from = position + g.padding() - (g.kernel - 1 - tap) * g.dilation;
       return from >= 0 && from % g.stride == 0 && from / g.stride < out_size ? from / g.stride : -1;
     });
@@ -60,12 +62,15 @@ class Reach {
 
  private:
   template <class F>
-  Reach(int64_t size, int64_t kernel, int64_t step, int64_t advance, const F& other_end)
+  Reach(int64_t size, int64_t kernel, int64_t scale, int64_t step, int64_t advance,
+        const F& other_end)
       : step(step), advance(advance) {
     for (int64_t position = 0; position < size; ++position) {
       first_.push_back(static_cast<int64_t>(ends_.size()));
       for (int64_t tap = 0; tap < kernel; ++tap)
-        if (const int64_t at = other_end(position, tap); at >= 0) ends_.push_back({tap, at});
+        if (const int64_t pixel = other_end(position, tap); pixel >= 0)
+          for (int64_t subpixel = 0; subpixel < scale; ++subpixel)
+            ends_.push_back({tap, pixel * scale + subpixel, pixel, subpixel});
     }
     first_.push_back(static_cast<int64_t>(ends_.size()));
   }
@@ -89,7 +94,7 @@ struct Taps {
   std::unique_ptr<const T*[]> pixel;  // where each leads from the strip's first pixel
   int64_t advance = 0;                // from one pixel of the strip to the next
   std::unique_ptr<Sum<T>[]> spatial;  // [count][pixels of the strip]
-  std::unique_ptr<int64_t[]> tap;
+  std::unique_ptr<int64_t[]> tap;     // in the blocks of the channel filter
 };
 
 // Lists the taps of strips. The spatial filter belongs to an output pixel: to those of the strip
@@ -113,33 +118,37 @@ struct Lister {
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
       for (const auto* c = columns.begin(column); c != columns.end(column); ++c) {
         const int64_t t = r->tap * g.kernel + c->tap;
-        taps.tap[u] = t;
+        const int64_t subpixel = r->subpixel * g.scale + c->subpixel;
+        taps.tap[u] = subpixel * g.taps() + t;
         taps.pixel[u] = image + (r->at * width + c->at) * g.channels;
         Sum<T>* to = taps.spatial.get() + u * P;
         ++u;
         const T* from =
             filter + (own_filter ? t * strides.tap + row * strides.row + column * strides.column
-                                 : (g.taps() - 1 - t) * strides.tap + r->at * strides.row +
-                                       c->at * strides.column);
+                                 : subpixel * strides.subpixel + (g.taps() - 1 - t) * strides.tap +
+                                       r->pixel * strides.row + c->pixel * strides.column);
         for (int p = 0; p < P; ++p) to[p] = spatial ? widen(from[p * strides.column]) : neutral;
       }
     taps.count = u;
   }
 
-  // The spatial filter of a group of an image, as list() takes it.
+  // The spatial filter of a group of one of batch * subpixels images, as list() takes it.
   const T* filter_of(int64_t image, int64_t group) const {
-    return spatial ? spatial + image * strides.batch + group * g.taps() * strides.tap : nullptr;
+    return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
+                   : nullptr;
   }
 };
 
-// The channel filter of channels [channel0, channel1) of an image, to[(v * taps + t) * L + lane];
-// lanes behind the last channel are zero. With reversed, in the order of the mirrored filter.
+// The channel filter of channels [channel0, channel1) of one of batch * subpixels images,
+// to[(v * block_taps + t) * L + lane]; lanes behind the last channel are zero. With reversed, in
+// the order of the mirrored filter.
 template <class T>
-void fill_channel_blocks(Sum<T>* to, const Geometry& g, const T* filter, int64_t image,
-                         int64_t channel0, int64_t channel1, bool reversed, Sum<T> neutral) {
+void fill_channel_blocks(Sum<T>* to, int64_t block_taps, const Geometry& g, const T* filter,
+                         int64_t image, int64_t channel0, int64_t channel1, bool reversed,
+                         Sum<T> neutral) {
   constexpr int L = kLanes<Sum<T>>;
   const int64_t taps = g.taps();
-  for (int64_t c = channel0; c < channel1; c += L, to += taps * L) {
+  for (int64_t c = channel0; c < channel1; c += L, to += block_taps * L) {
     const int64_t lanes = std::min<int64_t>(L, channel1 - c);
     const T* from = filter + (image * g.channels + c) * taps;
     for (int64_t t = 0; t < taps; ++t) {
@@ -225,50 +234,60 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
   constexpr int L = kLanes<A>;
   const Geometry& g = lister.g;
   const auto strips = lister.columns.strips();
-  const int64_t out_step = lister.columns.step * g.channels;
-  const bool shares = g.kernel == 3 && g.dilation == 1 && g.stride == 1;
+  // A pixel makes all of its subpixels, or gathers from all of them at once.
+  const int64_t scale = lister.own_filter ? g.scale : 1, subpixels = scale * scale;
+  const int64_t all_taps = lister.own_filter ? g.taps() : g.subpixels() * g.taps();
+  const int64_t out_step = scale * lister.columns.step * g.channels;
+  const bool shares = g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
-    Taps<T> taps(g.taps());
-    const int64_t block = round_up(g.group_channels, L) * g.taps();
-    Scratch<A> channel(g.groups * block);
+    Taps<T> taps(all_taps);
+    const int64_t block = round_up(g.group_channels, L) * all_taps;
+    Scratch<A> channel(subpixels * g.groups * block);
     int64_t filled = -1;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t image = index / rows, row = index % rows;
       const T* pixels = from + image * from_size * g.channels;
-      if (image != filled)
-        for (int64_t group = 0; group < g.groups; ++group)
-          fill_channel_blocks(channel + group * block, g, channel_filter, image,
+      for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
+        for (int64_t group = 0; group < g.groups; ++group) {
+          A* of_group = lister.own_filter ? channel + (r * g.groups + group) * block
+                                          : channel + group * block + r * g.taps() * L;
+          fill_channel_blocks(of_group, all_taps, g, channel_filter, image * g.subpixels() + r,
                               group * g.group_channels, (group + 1) * g.group_channels,
                               !lister.own_filter, A(Combine::kNeutral));
-      filled = image;
-      for (const auto& strip : strips)
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const int64_t first = group * g.group_channels;
-          const T* filter = lister.filter_of(image, group);
-          T* out = to + (index * columns + strip.first) * g.channels + first;
-          const A* block_of = channel + group * block;
-          if (strip.count == kStrip) {
-            lister.template list<kStrip>(taps, pixels, filter, row, strip.first);
-            if (shares && taps.count == 9)
-              filter_strip3<kStrip, T, Combine>(taps, first, block_of, out, out_step,
-                                                g.group_channels);
-            else
-              filter_strip<kStrip, T, Combine>(taps, g.taps(), first, block_of, out, out_step,
-                                               g.group_channels);
-          } else {
-            lister.template list<1>(taps, pixels, filter, row, strip.first);
-            filter_strip<1, T, Combine>(taps, g.taps(), first, block_of, out, out_step,
-                                        g.group_channels);
-          }
         }
+      filled = image;
+      for (int64_t r = 0; r < subpixels; ++r)
+        for (const auto& strip : strips)
+          for (int64_t group = 0; group < g.groups; ++group) {
+            const int64_t first = group * g.group_channels;
+            const T* filter = lister.filter_of(image * g.subpixels() + r, group);
+            T* out =
+                to +
+                ((index * scale + r / scale) * scale * columns + strip.first * scale + r % scale) *
+                    g.channels +
+                first;
+            const A* block_of = channel + (r * g.groups + group) * block;
+            if (strip.count == kStrip) {
+              lister.template list<kStrip>(taps, pixels, filter, row, strip.first);
+              if (shares && taps.count == 9)
+                filter_strip3<kStrip, T, Combine>(taps, first, block_of, out, out_step,
+                                                  g.group_channels);
+              else
+                filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, out, out_step,
+                                                 g.group_channels);
+            } else {
+              lister.template list<1>(taps, pixels, filter, row, strip.first);
+              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, out, out_step,
+                                          g.group_channels);
+            }
+          }
     }
   });
 }
 
 // From output pixels to the features, for the arguments of either pass.
 template <class T, class Combine, class Arguments>
-Lister<T> lister_to_features(const Arguments& a) {
-  const Geometry& g = a.geometry;
+Lister<T> lister_to_features(const Arguments& a, const Geometry& g) {
   return {g,
           Reach::to_features(g, g.out_height, g.height),
           Reach::to_features(g, g.out_width, g.width),
@@ -282,7 +301,7 @@ Lister<T> lister_to_features(const Arguments& a) {
 template <class T, class Combine>
 void forward_pixels(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const auto lister = lister_to_features<T, Combine>(f);
+  const auto lister = lister_to_features<T, Combine>(f, g);
   filter_pixels<T, Combine>(lister, static_cast<const T*>(f.channel_filter),
                             static_cast<const T*>(f.features), g.height * g.width,
                             static_cast<T*>(f.output), g.out_height, g.out_width, run);
@@ -294,13 +313,14 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
   const Lister<T> lister{g,
                          Reach::to_output(g, g.height, g.out_height),
                          Reach::to_output(g, g.width, g.out_width),
-                         g.out_width,
+                         g.scale * g.out_width,
                          static_cast<const T*>(b.spatial_filter),
                          b.spatial_strides,
                          false,
                          Sum<T>(Combine::kNeutral)};
   filter_pixels<T, Combine>(lister, static_cast<const T*>(b.channel_filter),
-                            static_cast<const T*>(b.grad), g.out_height * g.out_width,
+                            static_cast<const T*>(b.grad),
+                            g.subpixels() * g.out_height * g.out_width,
                             static_cast<T*>(b.grad_features), g.height, g.width, run);
 }
 
@@ -370,12 +390,12 @@ template <class T, class Combine>
 void grad_filters_pixels(const Backward& b, ParallelFor run) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
-  const Geometry& g = b.geometry;
+  const Geometry g = by_subpixel(b.geometry);
   const Plan plan(g, g.taps() * g.out_width * static_cast<int64_t>(sizeof(A)));
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const auto lister = lister_to_features<T, Combine>(b);
+  const auto lister = lister_to_features<T, Combine>(b, g);
   const auto& strides = b.grad_spatial_strides;
   const auto strips = lister.columns.strips();
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
@@ -391,20 +411,22 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
-      const T* pixels = features + item.image * g.height * g.width * g.channels;
+      const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
+      const T* pixels = features + image * g.height * g.width * g.channels;
       const T* filter = lister.filter_of(item.image, item.group);
       std::fill(dc.get(), dc + block, A(0));
-      fill_channel_blocks(channel.get(), g, channel_filter, item.image, item.channel0,
+      fill_channel_blocks(channel.get(), g.taps(), g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
       for (int64_t row = item.row0; row < item.row1; ++row)
         for (const auto& strip : strips) {
+          const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
           const T* dy =
-              grad + ((item.image * g.out_height + row) * g.out_width + strip.first) * g.channels;
+              grad + ((out_row * g.out_width + strip.first) * g.scale + r % g.scale) * g.channels;
           const auto filter_strip = [&](auto pixels_of_strip) {
             constexpr int P = decltype(pixels_of_strip)::value;
             lister.template list<P>(taps, pixels, filter, row, strip.first);
-            grad_filters_strip<P, T, Combine>(taps, g.taps(), item.channel0, dy, g.channels,
-                                              channel, dc, ds, count);
+            grad_filters_strip<P, T, Combine>(taps, g.taps(), item.channel0, dy,
+                                              g.scale * g.channels, channel, dc, ds, count);
           };
           if (strip.count == kStrip)
             filter_strip(std::integral_constant<int, kStrip>());
@@ -423,8 +445,8 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
                 spatial_parts[((item.chunk * g.batch + item.image) * maps + map) * out_size +
                               row * g.out_width + column] = value;
               else
-                grad_spatial[item.image * strides.batch + map * strides.tap + row * strides.row +
-                             column * strides.column] = narrow<T>(value);
+                grad_spatial[strides.start(item.image, g.subpixels()) + map * strides.tap +
+                             row * strides.row + column * strides.column] = narrow<T>(value);
             }
           }
         }

@@ -73,11 +73,11 @@ struct Window {
   }
 };
 
-// Pixels that filter with the same taps: `stride` apart, from (row, column) on.
+// Pixels that filter with the same taps: `step` apart, from (row, column) on.
 struct Phase {
   struct Tap {
-    int64_t number;
-    int64_t down, right;  // from pixel (i, j) to the one whose spatial filter it is
+    int64_t channel, spatial;  // where in the filters of a channel and of a pixel
+    int64_t down, right;       // from pixel (i, j) to the one whose spatial filter it is
   };
   int64_t row, column;
   std::vector<Tap> taps;
@@ -103,8 +103,7 @@ void pack_spatial(Sum<T>* to, const std::vector<Phase::Tap>& taps, int64_t width
       std::fill(line.get(), line + blocks * L, neutral);
       if (filter && from >= 0 && from < rows && begin < end)
         load_row(line + begin,
-                 filter + taps[t].number * strides.tap + from * strides.row +
-                     (begin + right) * strides.column,
+                 filter + taps[t].spatial + from * strides.row + (begin + right) * strides.column,
                  end - begin, strides.column);
       for (int64_t b = 0; b < blocks; ++b)
         store<L>(to + (((row - row0) * blocks + b) * count + t) * L, load<L>(line + b * L));
@@ -178,36 +177,44 @@ void for_each_channels(int64_t begin, int64_t end, const F& body) {
   for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
 }
 
-// Rows of a phase, of NC channels, to where they belong among those of the other phases.
+// Rows of the phases that share their rows, of NC channels each, from[(phase, channel)][row]: to
+// rows in which the phases take turns.
 template <int NC, class T>
-void spread_rows(const T* from, int64_t from_size, int64_t rows, int64_t width, const Phase& phase,
-                 int64_t step, int64_t row0, T* to, int64_t to_height, int64_t to_width) {
-  const int64_t count = ceil_div(to_width - phase.column, step);
+void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t width,
+                     int64_t phase_row, int64_t step, int64_t row0, T* to, int64_t to_height,
+                     int64_t to_width) {
   for (int n = 0; n < NC; ++n)
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = (row0 + i) * step + phase.row;
+      const int64_t row = (row0 + i) * step + phase_row;
       if (row >= to_height) break;
-      T* line = to + (n * to_height + row) * to_width + phase.column;
+      T* line = to + (n * to_height + row) * to_width;
       const T* values = from + n * from_size + i * width;
-      for (int64_t j = 0; j < count; ++j) line[j * step] = values[j];
+      if (step == 2)
+        store_by_turns(line, values, values + NC * from_size, to_width);
+      else
+        for (int64_t phase = 0; phase < std::min(step, to_width); ++phase)
+          for (int64_t j = phase; j < to_width; j += step)
+            line[j] = values[phase * NC * from_size + j / step];
     }
 }
 
 // Both directions: filters `from`, whose windows g describes, for the pixels of every phase of
-// `to`, which has to_height x to_width pixels, step apart in a phase.
+// `to`, which has to_height x to_width pixels, step apart in a phase. The filters are those of the
+// operator's geometry.
 template <class T, class Combine>
 void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& window,
-                   const std::vector<Phase>& phases, const T* from, const T* channel_filter,
-                   int64_t all_taps, const T* spatial_filter, int64_t spatial_height,
-                   int64_t spatial_width, const SpatialStrides& strides, T* to, int64_t to_height,
-                   int64_t to_width, int64_t step, ParallelFor run) {
+                   const std::vector<Phase>& phases, const T* from, const Geometry& filters,
+                   const T* channel_filter, const T* spatial_filter, const SpatialStrides& strides,
+                   T* to, int64_t to_height, int64_t to_width, int64_t step, ParallelFor run) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const int64_t tile_size = plan.rows * round_up(g.out_width, L), to_size = to_height * to_width;
+  int64_t all_taps = 0;
+  for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     Scratch<A> spatial(tile_size * all_taps), channel(all_taps * 4), x(4 * window.size);
-    Scratch<T> part(step > 1 ? 4 * tile_size : 0);
+    Scratch<T> parts(step > 1 ? 4 * tile_size * std::min(step, to_width) : 0);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
@@ -216,12 +223,12 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
       if (item.row0 != padded_for) std::fill(x.get(), x + 4 * window.size, A(0));
       padded_for = item.row0;
       const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
-                                             item.group * all_taps * strides.tap
+                                             item.group * filters.taps() * strides.tap
                                        : nullptr;
       A* packed = spatial;
       for (const Phase& phase : phases) {
-        pack_spatial(packed, phase.taps, g.out_width, item.row0, item.row1, filter, spatial_height,
-                     spatial_width, strides, A(Combine::kNeutral));
+        pack_spatial(packed, phase.taps, g.out_width, item.row0, item.row1, filter,
+                     filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
         packed += tile_size * static_cast<int64_t>(phase.taps.size());
       }
       for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto number) {
@@ -229,24 +236,29 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
         const int64_t first = item.image * g.channels + c;
         for (int n = 0; n < NC; ++n)
           window.fill(x + n * window.size, from + (first + n) * g.height * g.width, item.row0);
+        const int64_t taps = filters.taps();
+        const T* const channel_taps =
+            channel_filter
+                ? channel_filter + (item.image * filters.subpixels() * g.channels + c) * taps
+                : nullptr;
         const A* packed = spatial;
         for (const Phase& phase : phases) {
           const int64_t count = static_cast<int64_t>(phase.taps.size());
           for (int64_t t = 0; t < count; ++t)
             for (int n = 0; n < NC; ++n)
-              channel[t * NC + n] =
-                  channel_filter
-                      ? widen(channel_filter[(first + n) * all_taps + phase.taps[t].number])
-                      : A(Combine::kNeutral);
+              channel[t * NC + n] = channel_taps
+                                        ? widen(channel_taps[phase.taps[t].channel + n * taps])
+                                        : A(Combine::kNeutral);
           T* plane = to + first * to_size;
           const bool is_dense = step == 1;
+          T* part = parts.get() + phase.column * NC * tile_size;
           filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), window.pitch,
                                       x, window.size, packed, channel,
-                                      is_dense ? plane + item.row0 * to_width : part.get(),
+                                      is_dense ? plane + item.row0 * to_width : part,
                                       is_dense ? to_size : tile_size);
-          if (!is_dense)
-            spread_rows<NC>(part.get(), tile_size, rows, g.out_width, phase, step, item.row0, plane,
-                            to_height, to_width);
+          if (!is_dense && phase.column == std::min(step, to_width) - 1)
+            interleave_rows<NC>(parts.get(), tile_size, rows, g.out_width, phase.row, step,
+                                item.row0, plane, to_height, to_width);
           packed += tile_size * count;
         }
       });
@@ -260,18 +272,60 @@ int64_t spatial_row_bytes(int64_t width, int64_t taps) {
   return taps * round_up(width, kLanes<Sum<T>>) * static_cast<int64_t>(sizeof(Sum<T>));
 }
 
+// Tap t of subpixel r of the pixel that lies `down` and `right` of the one that filters.
+inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64_t r, int64_t t,
+                         int64_t down, int64_t right) {
+  return {r * g.channels * g.taps() + t, r * strides.subpixel + t * strides.tap, down, right};
+}
+
 template <class T, class Combine>
 void forward_planes(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.taps()));
+  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.subpixels() * g.taps()));
   const Window<Sum<T>> window(g, plan.rows);
-  Phase phase{0, 0, {}, window.offset};
-  for (int64_t t = 0; t < g.taps(); ++t) phase.taps.push_back({t, 0, 0});
-  filter_planes<T, Combine>(g, plan, window, {phase}, static_cast<const T*>(f.features),
-                            static_cast<const T*>(f.channel_filter), g.taps(),
-                            static_cast<const T*>(f.spatial_filter), g.out_height, g.out_width,
-                            f.spatial_strides, static_cast<T*>(f.output), g.out_height, g.out_width,
-                            1, run);
+  std::vector<Phase> phases;
+  for (int64_t row = 0; row < g.scale; ++row)
+    for (int64_t column = 0; column < g.scale; ++column) {
+      Phase phase{row, column, {}, window.offset};
+      for (int64_t t = 0; t < g.taps(); ++t)
+        phase.taps.push_back(tap_of(g, f.spatial_strides, row * g.scale + column, t, 0, 0));
+      phases.push_back(phase);
+    }
+  filter_planes<T, Combine>(g, plan, window, phases, static_cast<const T*>(f.features), g,
+                            static_cast<const T*>(f.channel_filter),
+                            static_cast<const T*>(f.spatial_filter), f.spatial_strides,
+                            static_cast<T*>(f.output), g.scale * g.out_height,
+                            g.scale * g.out_width, g.scale, run);
+}
+
+// Every pixel of the features gathers from all subpixels of the pixels that read it.
+template <class T, class Combine>
+void grad_features_up_planes(const Backward& b, ParallelFor run) {
+  const Geometry& g = b.geometry;
+  // The windows of the output's gradient, which start `reach` before a pixel's first subpixel.
+  const int64_t reach = g.scale * g.padding() + g.scale - 1;
+  Geometry windows = g;
+  windows.height = g.scale * g.height;
+  windows.width = g.scale * g.width;
+  windows.kernel = 2 * reach + 1;
+  windows.dilation = 1;
+  windows.stride = g.scale;
+  const Plan plan(windows, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()));
+  const Window<Sum<T>> window(windows, plan.rows);
+  Phase phase{0, 0, {}, {}};
+  for (int64_t r = 0; r < g.subpixels(); ++r)
+    for (int64_t t = 0; t < g.taps(); ++t) {
+      const int64_t down = g.padding() - t / g.kernel * g.dilation;
+      const int64_t right = g.padding() - t % g.kernel * g.dilation;
+      phase.taps.push_back(tap_of(g, b.spatial_strides, r, t, down, right));
+      phase.x_offset.push_back(
+          window.offset[(g.scale * down + r / g.scale + reach) * windows.kernel + g.scale * right +
+                        r % g.scale + reach]);
+    }
+  filter_planes<T, Combine>(windows, plan, window, {phase}, static_cast<const T*>(b.grad), g,
+                            static_cast<const T*>(b.channel_filter),
+                            static_cast<const T*>(b.spatial_filter), b.spatial_strides,
+                            static_cast<T*>(b.grad_features), g.height, g.width, 1, run);
 }
 
 // Every pixel of the features gathers from the output's pixels that read it, which by some of the
@@ -279,6 +333,7 @@ void forward_planes(const Forward& f, ParallelFor run) {
 template <class T, class Combine>
 void grad_features_planes(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
+  if (g.scale > 1) return grad_features_up_planes<T, Combine>(b, run);
   // The windows of the output's gradient from which the pixels of a phase gather.
   const int64_t reach = ceil_div(g.padding(), g.stride);
   Geometry windows = g;
@@ -298,17 +353,16 @@ void grad_features_planes(const Backward& b, ParallelFor run) {
         const int64_t down = row + g.padding() - t / g.kernel * g.dilation;
         const int64_t right = column + g.padding() - t % g.kernel * g.dilation;
         if (down % g.stride || right % g.stride) continue;
-        phase.taps.push_back({t, down / g.stride, right / g.stride});
+        phase.taps.push_back(tap_of(g, b.spatial_strides, 0, t, down / g.stride, right / g.stride));
         phase.x_offset.push_back(
             window.offset[(down / g.stride + reach) * windows.kernel + right / g.stride + reach]);
       }
       phases.push_back(phase);
     }
-  filter_planes<T, Combine>(windows, plan, window, phases, static_cast<const T*>(b.grad),
-                            static_cast<const T*>(b.channel_filter), g.taps(),
-                            static_cast<const T*>(b.spatial_filter), g.out_height, g.out_width,
-                            b.spatial_strides, static_cast<T*>(b.grad_features), g.height, g.width,
-                            g.stride, run);
+  filter_planes<T, Combine>(windows, plan, window, phases, static_cast<const T*>(b.grad), g,
+                            static_cast<const T*>(b.channel_filter),
+                            static_cast<const T*>(b.spatial_filter), b.spatial_strides,
+                            static_cast<T*>(b.grad_features), g.height, g.width, g.stride, run);
 }
 
 // Adds up partial sums [parts][count], in order.
@@ -344,8 +398,8 @@ void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
   parallel(run, g.batch * maps, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index)
       for (int64_t i = 0; i < g.out_height; ++i)
-        sum_parts(grad_spatial + index / maps * strides.batch + index % maps * strides.tap +
-                      i * strides.row,
+        sum_parts(grad_spatial + strides.start(index / maps, g.subpixels()) +
+                      index % maps * strides.tap + i * strides.row,
                   strides.column, parts + index * size + i * g.out_width, plan.chunks,
                   g.batch * maps * size, g.out_width);
   });
@@ -363,8 +417,8 @@ void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, c
         std::fill(line, line + g.out_width, neutral);
       else
         load_row(line,
-                 filter + image * strides.batch + (group * g.taps() + t) * strides.tap +
-                     row * strides.row,
+                 filter + strides.start(image, g.subpixels()) +
+                     (group * g.taps() + t) * strides.tap + row * strides.row,
                  g.out_width, strides.column);
     }
 }
@@ -420,10 +474,20 @@ void grad_filter_rows(const Geometry& g, int64_t rows, const Window<Sum<T>>& win
   }
 }
 
+// Rows of subpixel r of a plane of the output, widened.
+template <class T>
+void load_subpixels(Sum<T>* to, int64_t pitch, const T* plane, const Geometry& g, int64_t r,
+                    int64_t row0, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    load_row(to + i * pitch,
+             plane + ((row0 + i) * g.scale + r / g.scale) * g.scale * g.out_width + r % g.scale,
+             g.out_width, g.scale);
+}
+
 template <class T, class Combine>
 void grad_filters_planes(const Backward& b, ParallelFor run) {
   using A = Sum<T>;
-  const Geometry& g = b.geometry;
+  const Geometry g = by_subpixel(b.geometry);
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
   // All taps read the same features and gradients of four channels, out of the nearest cache.
   const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)));
@@ -453,14 +517,20 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
                    item.group, item.row0, item.row1, A(Combine::kNeutral));
       for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto count) {
         constexpr int NC = decltype(count)::value;
-        const int64_t first = item.image * g.channels + c;
-        fill_channel<NC>(channel.get(),
-                         channel_filter ? channel_filter + first * g.taps() : nullptr, g.taps(),
-                         A(Combine::kNeutral));
+        fill_channel<NC>(
+            channel.get(),
+            channel_filter ? channel_filter + (item.image * g.channels + c) * g.taps() : nullptr,
+            g.taps(), A(Combine::kNeutral));
+        const int64_t first = item.image / g.subpixels() * g.channels + c;
         for (int n = 0; n < NC; ++n) {
           window.fill(x + n * window.size, features + (first + n) * g.height * g.width, item.row0);
-          load_rows(dy + n * plane, pitch, grad + (first + n) * out_size + item.row0 * g.out_width,
-                    g.out_width, rows, g.out_width);
+          const T* dy_plane = grad + (first + n) * g.subpixels() * out_size;
+          if (g.scale == 1)
+            load_rows(dy + n * plane, pitch, dy_plane + item.row0 * g.out_width, g.out_width, rows,
+                      g.out_width);
+          else
+            load_subpixels(dy + n * plane, pitch, dy_plane, g, item.image % g.subpixels(),
+                           item.row0, rows);
         }
         A* to = channel_parts + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
         grad_filter_rows<T, Combine, NC>(g, rows, window, x, dy, plane, pitch, plane, spatial,
@@ -477,8 +547,8 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
                 spatial_parts + (((item.chunk * g.batch + item.image) * maps + map) * out_size +
                                  row * g.out_width));
           else
-            sum_parts(grad_spatial_out + item.image * strides.batch + map * strides.tap +
-                          row * strides.row,
+            sum_parts(grad_spatial_out + strides.start(item.image, g.subpixels()) +
+                          map * strides.tap + row * strides.row,
                       strides.column, from, 1, 0, g.out_width);
         }
     }

@@ -29,7 +29,8 @@ template <class A, int N>
 using Vector = typename VectorOf<A, N>::type;
 
 template <int kBytes>
-using IntegerOf = std::conditional_t<kBytes == 8, int64_t, int32_t>;
+using IntegerOf =
+    std::conditional_t<kBytes == 8, int64_t, std::conditional_t<kBytes == 2, int16_t, int32_t>>;
 
 // Values a vector holds of a type that sums are kept in.
 template <class A>
@@ -232,6 +233,31 @@ DDF_INLINE void sum_lanes_of_each(const Vector<A, L> (&v)[K], A* to) {
 template <int kFirst, class V, int... I>
 DDF_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
   return DDF_SHUFFLE(a, b, (2 * I + kFirst)...);
+}
+
+// Lanes of a and b by turns, from lane kFirst of each on.
+template <int kFirst, class V, int... I>
+DDF_INLINE V by_turns(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int kN = sizeof...(I);
+  return DDF_SHUFFLE(a, b, (I / 2 + kFirst + (I % 2 ? kN : 0))...);
+}
+
+// to[2 * i] = even[i] and to[2 * i + 1] = odd[i], for the first count elements of to.
+template <class T>
+DDF_INLINE void store_by_turns(T* to, const T* even, const T* odd, int64_t count) {
+  using Raw = std::conditional_t<sizeof(T) == 2, int16_t, T>;
+  constexpr int kN = DDF_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  constexpr auto kLanesOf = std::make_integer_sequence<int, kN>();
+  int64_t i = 0;
+  for (; 2 * (i + kN) <= count; i += kN) {
+    Vector<Raw, kN> a, b;
+    std::memcpy(&a, even + i, sizeof(a));
+    std::memcpy(&b, odd + i, sizeof(b));
+    const auto low = by_turns<0>(a, b, kLanesOf), high = by_turns<kN / 2>(a, b, kLanesOf);
+    std::memcpy(to + 2 * i, &low, sizeof(low));
+    std::memcpy(to + 2 * i + kN, &high, sizeof(high));
+  }
+  for (i *= 2; i < count; ++i) to[i] = (i % 2 ? odd : even)[i / 2];
 }
 
 // Rows of count elements, widened. The last vector of a row overlaps the one before it.
