@@ -18,6 +18,12 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "filter_norm_backward(Tensor grad, Tensor x, int filters, Tensor? std, float scale, "
       "float eps, bool need_x, bool need_std, bool need_mean) -> (Tensor, Tensor, Tensor)");
+  // ddf with FilterNorm of its filters before it, a bias [C] and ReLU behind it; for the forward
+  // pass only.
+  m.def(
+      "ddf_pack(Tensor features, Tensor raw_channel, Tensor raw_spatial, Tensor? channel_std, "
+      "float channel_scale, float spatial_scale, float eps, Tensor? bias, bool relu, "
+      "int kernel_size, int dilation, int stride, bool mul) -> Tensor");
   // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
   // W].
   m.def(

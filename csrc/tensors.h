@@ -119,10 +119,11 @@ inline torch::headeronly::ScalarType sum_type_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_parameter(const OptionalTensor& parameter, const Tensor& x, const char* name) {
+inline void check_parameter(const OptionalTensor& parameter, const Tensor& x, int64_t size,
+                            const char* name) {
   if (!parameter) return;
-  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == x.size(1), "filter_norm: ", name,
-                  " must have one dimension of ", x.size(1));
+  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == size, "filter_norm: ", name,
+                  " must have one dimension of ", size);
   STD_TORCH_CHECK(parameter->scalar_type() == sum_type_of(x), "filter_norm: ", name,
                   " must be float64 for x in float64, float32 otherwise");
   STD_TORCH_CHECK(parameter->device() == x.device(), "filter_norm: ", name,

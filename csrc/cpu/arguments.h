@@ -30,6 +30,17 @@ inline Geometry by_subpixel(Geometry g) {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
 
+// What surrounds ddf in a DDFPack.
+struct Surroundings {
+  // Whether the filters are raw, before FilterNorm.
+  bool normalize = false;
+  double channel_scale = 1, spatial_scale = 1, eps = 0;
+  // Of the type that sums are kept in; null if there is none.
+  const void* channel_std = nullptr;  // [C * taps]
+  const void* bias = nullptr;         // [C], added to the output
+  bool relu = false;
+};
+
 struct Forward {
   Geometry geometry;
   DType dtype;
@@ -40,6 +51,7 @@ struct Forward {
   const void* channel_filter;
   const void* spatial_filter;  // null if there is none
   SpatialStrides spatial_strides;
+  Surroundings around;
   void* output;
 };
 

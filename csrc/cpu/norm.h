@@ -12,23 +12,23 @@ struct Deviations {
   Vector<A, L> inverse, slope;
 };
 
-// Standardizes L filters in place, values[t * L + lane], and multiplies them by scale.
+// Standardizes L filters in place, values[t * step + lane], and multiplies them by scale.
 template <class A, int L>
-DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, A eps, A scale = 1) {
+DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, int64_t step, A eps, A scale = 1) {
   using V = Vector<A, L>;
   // Less the first tap, equal taps are 0 whatever rounding does to their mean.
   const V first = load<L>(values);
   V sum{};
   for (int64_t t = 0; t < taps; ++t) {
-    const V difference = load<L>(values + t * L) - first;
-    store<L>(values + t * L, difference);
+    const V difference = load<L>(values + t * step) - first;
+    store<L>(values + t * step, difference);
     sum += difference;
   }
   const V mean = sum / static_cast<A>(taps);
   V squares{};
   for (int64_t t = 0; t < taps; ++t) {
-    const V difference = load<L>(values + t * L) - mean;
-    store<L>(values + t * L, difference);
+    const V difference = load<L>(values + t * step) - mean;
+    store<L>(values + t * step, difference);
     squares += difference * difference;
   }
   const V variance = squares / static_cast<A>(taps - 1);
@@ -38,8 +38,48 @@ DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, A eps, A scale 
   const V inverse = is_constant ? V{} : A(1) / (deviation + eps);
   const V slope = is_constant ? V{} : A(1) / (deviation * static_cast<A>(taps - 1));
   const V factor = inverse * scale;
-  for (int64_t t = 0; t < taps; ++t) store<L>(values + t * L, load<L>(values + t * L) * factor);
+  for (int64_t t = 0; t < taps; ++t)
+    store<L>(values + t * step, load<L>(values + t * step) * factor);
   return {inverse, slope};
+}
+
+// What a kernel does with its filters and sums in a DDFPack, in the types of its elements.
+template <class A>
+struct Around {
+  bool normalize;
+  A channel_scale, spatial_scale, eps;
+  const A* channel_std;
+  const A* bias;
+  // Smaller sums become this much.
+  A floor;
+
+  explicit Around(const Surroundings& s = {})
+      : normalize(s.normalize),
+        channel_scale(static_cast<A>(s.channel_scale)),
+        spatial_scale(static_cast<A>(s.spatial_scale)),
+        eps(static_cast<A>(s.eps)),
+        channel_std(static_cast<const A*>(s.channel_std)),
+        bias(static_cast<const A*>(s.bias)),
+        floor(s.relu ? A(0) : -std::numeric_limits<A>::infinity()) {}
+
+  // Of `lanes` channels from `channel` on, values[t * L + lane].
+  template <int L>
+  DDF_INLINE void normalize_channels(A* values, int64_t taps, int64_t channel,
+                                     int64_t lanes) const {
+    if (!normalize) return;
+    standardize<A, L>(values, taps, L, eps, channel_scale);
+    if (channel_std)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          values[t * L + lane] *= channel_std[(channel + lane) * taps + t];
+  }
+};
+
+// NaNs stay.
+template <class V, class A>
+DDF_INLINE V at_least(V v, A floor) {
+  const V least = floor - V{};
+  return v < least ? least : v;
 }
 
 // What filters in either order of memory have in common: L of them from `first` on are loaded to
@@ -171,7 +211,7 @@ void norm(const Norm& n, ParallelFor run) {
   for_each_filters<A, 1>(
       s, run, [&](const auto& filters, const auto taps, A* values) __attribute__((always_inline)) {
         filters.load_all(static_cast<const T*>(n.x), values, taps);
-        standardize<A, L>(values, taps, eps, scale);
+        standardize<A, L>(values, taps, L, eps, scale);
         if (std || mean)
           for (int64_t t = 0; t < taps; ++t) {
             auto value = load<L>(values + t * L);
@@ -196,7 +236,7 @@ void norm_grad_x(const NormBackward& n, ParallelFor run) {
         A* const grads = values + taps * L;
         filters.load_all(static_cast<const T*>(n.x), values, taps);
         filters.load_all(static_cast<const T*>(n.grad), grads, taps);
-        const auto deviations = standardize<A, L>(values, taps, eps);
+        const auto deviations = standardize<A, L>(values, taps, L, eps);
         V sum{}, product{};
         for (int64_t t = 0; t < taps; ++t) {
           V grad = load<L>(grads + t * L) * scale;
@@ -229,7 +269,7 @@ void norm_grad_parameters(const NormBackward& n, ParallelFor run) {
     A* const sums = grads + s.taps * L;
     filters.load_all(static_cast<const T*>(n.x), values, s.taps);
     filters.load_all(static_cast<const T*>(n.grad), grads, s.taps);
-    standardize<A, L>(values, s.taps, eps);
+    standardize<A, L>(values, s.taps, L, eps);
     for (int64_t t = 0; t < s.taps; ++t) {
       const auto grad = load<L>(grads + t * L);
       store<L>(sums + 2 * t * L, load<L>(sums + 2 * t * L) + grad * load<L>(values + t * L));

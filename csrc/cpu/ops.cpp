@@ -80,14 +80,11 @@ std::vector<int64_t> output_size(const Geometry& g) {
   return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
 }
 
-OptionalTensor contiguous(const OptionalTensor& filter) {
-  return filter ? OptionalTensor(in_layout(*filter, false)) : std::nullopt;
-}
-
 Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, bool mul) {
+                  const OptionalTensor& spatial_filter, bool mul, const Surroundings& around = {}) {
   Forward f{};
   f.geometry = g;
+  f.around = around;
   f.dtype = dtype_of(features);
   f.mul = mul;
   f.channels_last = is_channels_last(features);
@@ -176,8 +173,8 @@ struct Filters {
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
   const Filters of(x, filters);
-  check_parameter(std, x, "std");
-  check_parameter(mean, x, "mean");
+  check_parameter(std, x, x.size(1), "std");
+  check_parameter(mean, x, x.size(1), "mean");
   const Tensor result = empty_like(x, of.channels_last);
   if (of.is_empty()) return result;
   const Tensor ordered = of.ordered(x);
@@ -193,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
   const Filters of(x, filters);
-  check_parameter(std, x, "std");
+  check_parameter(std, x, x.size(1), "std");
   check_norm_grad(grad, x);
   const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : empty(x, {0}, false);
   Tensor grad_std = empty_parameter(x, need_std), grad_mean = empty_parameter(x, need_mean);
@@ -229,6 +226,18 @@ Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
       features, channel_filter, spatial_filter, mul);
 }
 
+Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
+            const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
+            double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
+            int64_t dilation, int64_t stride, bool mul) {
+  const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
+  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
+  check_parameter(bias, features, g.channels, "bias");
+  const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
+  return forward_of(g, features, raw_channel, raw_spatial, mul,
+                    {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
                                             const OptionalTensor& channel_filter,
                                             const OptionalTensor& spatial_filter,
@@ -260,6 +269,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::backward));
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
+  m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::pack));
   m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));
 }

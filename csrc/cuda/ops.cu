@@ -190,8 +190,8 @@ struct Filters {
 Tensor norm(const Tensor& x, int64_t filters, const OptionalTensor& std, const OptionalTensor& mean,
             double scale, double eps) {
   const Filters of(x, filters);
-  check_parameter(std, x, "std");
-  check_parameter(mean, x, "mean");
+  check_parameter(std, x, x.size(1), "std");
+  check_parameter(mean, x, x.size(1), "mean");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor result = empty_like(x, of.channels_last);
   if (of.is_empty()) return result;
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
                                                  double scale, double eps, bool need_x,
                                                  bool need_std, bool need_mean) {
   const Filters of(x, filters);
-  check_parameter(std, x, "std");
+  check_parameter(std, x, x.size(1), "std");
   check_norm_grad(grad, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : torch::stable::new_empty(x, {0});

@@ -5,34 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddf_mm.layers.pack import DDFPack
+from ddf_mm.layers.pack import DDFPack, Shift
 
 NO_FOLD = "DDFPack cannot take in the batch norm behind it"
-
-
-class Shift(nn.Module):
-    """Adds one value a channel, then optionally applies ReLU: what is left of a folded norm.
-
-    Args:
-        bias: ``Tensor[C]``.
-        relu: whether ReLU follows.
-    """
-
-    def __init__(self, bias: Tensor, relu: bool = False) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``Tensor[B, C, H, W]`` -> a tensor of the same shape and dtype."""
-        out = x + self.bias.to(x.dtype)[:, None, None]
-        return out.relu_() if self.relu else out
-
-    def extra_repr(self) -> str:
-        return f"{self.bias.numel()}, relu={self.relu}"
 
 
 def fuse_ddf_bn(model: nn.Module) -> nn.Module:

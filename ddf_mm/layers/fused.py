@@ -43,13 +43,21 @@ class PackWeights(NamedTuple):
     channel_std: Tensor  # [C*k*k]
 
 
-def fused_pack(x: Tensor, weights: PackWeights, options: PackOptions) -> Tensor:
+def fused_pack(
+    x: Tensor,
+    weights: PackWeights,
+    options: PackOptions,
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
     """Applies a pack to features, by the compiled ops.
 
     Args:
         x: ``Tensor[B, C, H, W]``, for which ``library.serves(x)``.
         weights: of x's dtype and device, but for autocast.
         options: the pack's settings.
+        bias: ``Tensor[C]``, added to the output; only where no gradient is recorded.
+        relu: whether ReLU follows; likewise.
 
     Returns:
         ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``.
@@ -60,17 +68,32 @@ def fused_pack(x: Tensor, weights: PackWeights, options: PackOptions) -> Tensor:
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
             return _FusedPack.apply(options, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return _apply(options, *arguments)[0]
+            return _apply(options, *arguments, bias=bias, relu=relu)[0]
 
 
-def _apply(o: PackOptions, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def _apply(
+    o: PackOptions, x: Tensor, *weights: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> tuple[Tensor, ...]:
     """The output, then what the backward pass needs besides the arguments."""
     w = PackWeights(*weights)
+    channels, k = x.shape[1], o.kernel_size
+    exact = library.accumulate_dtype(x.dtype)
     pooled = x.mean((2, 3))
     hidden = F.linear(pooled, w.squeeze.flatten(1), w.squeeze_bias).relu_()
     raw_channel = F.linear(hidden, w.expand.flatten(1), w.expand_bias)
     raw_spatial = _project(x, w.spatial, w.spatial_bias, o.stride)
-    out = torch.ops.ddf_mm.ddf(x, *_normalized(o, raw_channel, raw_spatial, w), *_taps(o))
+    out = torch.ops.ddf_mm.ddf_pack(
+        x,
+        raw_channel.view(-1, channels, k, k),
+        raw_spatial,
+        w.channel_std.to(exact),
+        1.0,
+        o.spatial_scale,
+        EPS,
+        None if bias is None else bias.to(exact),
+        relu,
+        *_taps(o),
+    )
     return out, raw_channel, raw_spatial, pooled, hidden
 
 

@@ -77,6 +77,28 @@ def _are_plain(branch: nn.Module, types: tuple[type, ...]) -> bool:
     )
 
 
+class Shift(nn.Module):
+    """Adds one value a channel, then optionally applies ReLU: what is left of a folded norm.
+
+    Args:
+        bias: ``Tensor[C]``.
+        relu: whether ReLU follows.
+    """
+
+    def __init__(self, bias: Tensor, relu: bool = False) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``Tensor[B, C, H, W]`` -> a tensor of the same shape and dtype."""
+        out = x + self.bias.to(x.dtype)[:, None, None]
+        return out.relu_() if self.relu else out
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, relu={self.relu}"
+
+
 class DDFPack(BaseModule):
     """A decoupled dynamic filter with the branches that generate it from the features.
 
@@ -147,6 +169,8 @@ class DDFPack(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
         if self._can_fuse(x):
+            if type(self.output) is Shift and not torch.is_grad_enabled():
+                return fused_pack(x, *self._fused_arguments(), self.output.bias, self.output.relu)
             out = fused_pack(x, *self._fused_arguments())
         else:
             out = ddf(x, *self.generate_filters(x), *self._filter_arguments)

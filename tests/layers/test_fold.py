@@ -10,7 +10,7 @@ from mmcv.cnn import ConvModule, fuse_conv_bn
 from torch import nn
 
 from ddf_mm.layers import DDFConv2d, DDFPack, fuse_ddf_bn, switch_to_deploy
-from ddf_mm.layers.fold import Shift
+from ddf_mm.layers.pack import Shift
 from ddf_mm.models import DDFResNet
 
 
