@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ddf_mm.engine.cli import UserError
-from ddf_mm.ops import ddf_reference
+from ddf_mm.ops import ddf_reference, ddf_up_reference
 
 # Oldest opset that the exporter writes by itself; a newer one is converted from it.
 MIN_OPSET = 18
@@ -48,7 +48,7 @@ class ImageFeatures(nn.Module):
 
 
 def onnx_translations() -> dict[Any, Callable]:
-    """How ``torch.onnx.export(custom_translation_table=…)`` writes the compiled op in ONNX.
+    """How ``torch.onnx.export(custom_translation_table=…)`` writes the compiled ops in ONNX.
 
     One tap after the other, as :func:`ddf_mm.ops.ddf_reference` computes: four standard operators a
     tap, whatever the size of the image. ONNX Runtime takes as long for a stack of all windows that
@@ -62,7 +62,10 @@ def onnx_translations() -> dict[Any, Callable]:
     """
     if not hasattr(torch.ops.ddf_mm, "ddf"):
         return {}
-    return {torch.ops.ddf_mm.ddf.default: _onnx_ddf}
+    return {
+        torch.ops.ddf_mm.ddf.default: _onnx_ddf,
+        torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+    }
 
 
 def _onnx_ddf(
@@ -74,11 +77,18 @@ def _onnx_ddf(
     stride: int = 1,
     mul: bool = True,
 ):
+    groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
+    filters = (channel_filter, spatial_filter)
+    return _onnx_taps(features, *filters, kernel_size, dilation, stride, mul, groups)
+
+
+def _onnx_taps(
+    features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, groups
+):
     from onnxscript import opset18 as op
 
     channels = features.shape[1]
     taps = kernel_size**2
-    groups = 1 if spatial_filter is None else spatial_filter.shape[1] // taps
     before = dilation * (kernel_size // 2)
 
     def constant(*values: int):
@@ -127,6 +137,37 @@ def _onnx_ddf(
     if groups > 1:
         out = reshape(out, -1, channels, 0, 0)
     return op.CastLike(out, features) if wide else out
+
+
+def _onnx_ddf_up(
+    features,
+    channel_filter,
+    spatial_filter,
+    kernel_size: int = 3,
+    scale_factor: int = 2,
+    dilation: int = 1,
+    mul: bool = True,
+):
+    from onnxscript import opset18 as op
+
+    def of_subpixel(filters, r: int):
+        return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
+
+    groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2
+    subpixels = [
+        _onnx_taps(
+            features,
+            of_subpixel(channel_filter, r),
+            of_subpixel(spatial_filter, r),
+            kernel_size,
+            dilation,
+            1,
+            mul,
+            groups,
+        )
+        for r in range(scale_factor**2)
+    ]
+    return op.DepthToSpace(op.Concat(*subpixels, axis=1), blocksize=scale_factor, mode="DCR")
 
 
 @dataclass(frozen=True)
@@ -255,23 +296,30 @@ def save_program(program: ExportedProgram, path: Path, portable: bool = False) -
     Args:
         program: Of :func:`export_program`.
         path: Where; ends with ``.pt2``.
-        portable: Write the formula in PyTorch's own operators in place of the compiled op, which
+        portable: Write the formula in PyTorch's own operators in place of the compiled ops, which
             whoever loads the file has to ``import ddf_mm.ops`` for.
 
     Returns:
         The number of operators in it.
     """
     if portable and hasattr(torch.ops.ddf_mm, "ddf"):
-        program = program.run_decompositions({torch.ops.ddf_mm.ddf.default: _formula})
+        program = program.run_decompositions(
+            {
+                torch.ops.ddf_mm.ddf.default: _formula(ddf_reference),
+                torch.ops.ddf_mm.ddf_up.default: _formula(ddf_up_reference),
+            }
+        )
     torch.export.save(program, path)
     return sum(node.op == "call_function" for node in program.graph.nodes)
 
 
-def _formula(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul):
-    combine = "mul" if mul else "add"
-    return ddf_reference(
-        features, channel_filter, spatial_filter, kernel_size, dilation, stride, combine
-    )
+def _formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reference that takes the arguments of its compiled op, whose last one is ``mul``."""
+
+    def decomposition(*args):
+        return reference(*args[:-1], "mul" if args[-1] else "add")
+
+    return decomposition
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:

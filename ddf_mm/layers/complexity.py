@@ -1,4 +1,4 @@
-"""What mmengine's complexity analysis counts for the compiled op."""
+"""What mmengine's complexity analysis counts for the compiled ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 
 from ddf_mm.ops.flops import count_taps
 
-_DDF = "ddf_mm::ddf"
+_OPS = ("ddf_mm::ddf", "ddf_mm::ddf_up")
 
 
 def _count_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -19,9 +19,10 @@ def _count_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def register() -> None:
-    """Add the op to the tables of ``get_model_complexity_info`` and the analyzers below it.
+    """Add the ops to the tables of ``get_model_complexity_info`` and the analyzers below it.
 
     mmengine has no public way to extend them for all analyzers to come.
     """
-    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_DDF] = _count_flops
-    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_DDF] = generic_activation_jit("ddf")
+    for op in _OPS:
+        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[op] = _count_flops
+        complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[op] = generic_activation_jit("ddf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from ddf_mm.layers.fused import PackOptions, PackWeights, fused_pack
 from ddf_mm.ops import ddf, ddf_up, library
 from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
 
-# torch.fx records the operation as one call instead of tracing through its argument checks
+# torch.fx records the operations as one call each instead of tracing through its argument checks
 # (mmengine's `efficient_conv_bn_eval` traces models).
 torch.fx.wrap("ddf")
+torch.fx.wrap("ddf_up")
 
 
 def _reset_branches(pack: nn.Module) -> None:
@@ -339,10 +341,10 @@ class DDFUpPack(BaseModule):
         """
         k = self.kernel_size
         guides = self._guides(x, joint_x)
-        channel_filter = torch.stack(
-            [branch(x).unflatten(1, (self.in_channels, k, k)) for branch in self.channel_branch],
-            dim=1,
-        )
+        # The branches' own pooling leaves one pixel as it is.
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        channel_filter = torch.stack([branch(pooled) for branch in self.channel_branch], dim=1)
+        channel_filter = channel_filter.unflatten(2, (self.in_channels, k, k))
         spatial_filter = torch.stack(
             [branch(guide) for branch, guide in zip(self.spatial_branch, guides, strict=True)],
             dim=1,
@@ -352,7 +354,13 @@ class DDFUpPack(BaseModule):
     def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:
         """What each spatial branch reads, in the order of the branches."""
         s = self.scale_factor
-        joint_x = x if joint_x is None else joint_x
+        if joint_x is None:
+            joint_x = x
+            is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+            if is_eager and x.device.type == "cpu" and not torch.is_grad_enabled():
+                # oneDNN takes half as long for depthwise convolutions of this layout, and all
+                # branches share the copy.
+                joint_x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         own = (batch, self.joint_channels, height, width)
         upsampled = (batch, self.joint_channels, s * height, s * width)

@@ -142,3 +142,38 @@ def check_ddf_arguments(
     if 0 in (out_h, out_w):
         raise ValueError(f"spatial_filter must have at least one pixel, got {out_h}x{out_w}")
     return out_h, out_w, groups
+
+
+def check_ddf_up_arguments(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    scale_factor: int,
+    dilation: int,
+    kernel_combine: str,
+) -> None:
+    """Checks the arguments of :func:`ddf_mm.ops.ddf_up`.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: wrong value, shape or device of an argument.
+    """
+    check_kernel_size(kernel_size)
+    check_int("scale_factor", scale_factor, 1)
+    check_features(features)
+    subpixels = scale_factor * scale_factor
+    filters = {"channel_filter": channel_filter, "spatial_filter": spatial_filter}
+    for name, given in filters.items():
+        if given is None:
+            continue
+        check_tensor(name, given)
+        if given.dim() != 5 or given.shape[1] != subpixels:
+            shape = "B, s*s, C, k, k" if name == "channel_filter" else "B, s*s, g*k*k, H, W"
+            raise ValueError(
+                f"{name} must be a Tensor[{shape}] with s*s = {subpixels} for scale_factor "
+                f"{scale_factor}, got shape {list(given.shape)}"
+            )
+    # The subpixels' filters have one shape.
+    first = (None if given is None else given[:, 0] for given in filters.values())
+    check_ddf_arguments(features, *first, kernel_size, dilation, 1, kernel_combine)

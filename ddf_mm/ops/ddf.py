@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import (
-    check_ddf_arguments,
-    check_features,
-    check_int,
-    check_kernel_size,
-    check_tensor,
-)
-from ddf_mm.ops.reference import ddf_reference, layout_of
+from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
+from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
 
 
 def ddf(
@@ -91,7 +83,8 @@ def ddf_up(
     r"""Upsamples with decoupled dynamic filters: s*s of them, one for each subpixel.
 
     Output pixel (s*i + p, s*j + q) is the DDF of :func:`ddf` at pixel (i, j) with the filters of
-    subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py).
+    subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py). The compiled op writes the
+    upsampled features directly; sums, autocast and what serves where are as for :func:`ddf`.
 
     Args:
         features: ``Tensor[B, C, H, W]``, as for :func:`ddf`.
@@ -114,32 +107,10 @@ def ddf_up(
         >>> ddf_up(x, torch.randn(2, 4, 16, 3, 3), torch.randn(2, 4, 9, 7, 5)).shape
         torch.Size([2, 16, 14, 10])
     """
-    check_kernel_size(kernel_size)
-    check_int("scale_factor", scale_factor, 1)
-    check_features(features)
-    subpixels = scale_factor * scale_factor
-    filters = {"channel_filter": channel_filter, "spatial_filter": spatial_filter}
-    for name, given in filters.items():
-        if given is None:
-            continue
-        check_tensor(name, given)
-        if given.dim() != 5 or given.shape[1] != subpixels:
-            shape = "B, s*s, C, k, k" if name == "channel_filter" else "B, s*s, g*k*k, H, W"
-            raise ValueError(
-                f"{name} must be a Tensor[{shape}] with s*s = {subpixels} for scale_factor "
-                f"{scale_factor}, got shape {list(given.shape)}"
-            )
-    branches = [
-        ddf(
-            features,
-            None if channel_filter is None else channel_filter[:, r],
-            None if spatial_filter is None else spatial_filter[:, r],
-            kernel_size,
-            dilation,
-            1,
-            kernel_combine,
-        )
-        for r in range(subpixels)
-    ]
-    out = F.pixel_shuffle(torch.stack(branches, dim=2).flatten(1, 2), scale_factor)
-    return out.contiguous(memory_format=layout_of(features))
+    tensors = library.autocast_inputs(features, channel_filter, spatial_filter)
+    check_ddf_up_arguments(*tensors, kernel_size, scale_factor, dilation, kernel_combine)
+    if library.serves(tensors[0]):
+        mul = kernel_combine == "mul"
+        return library.run_ddf_up(*tensors, kernel_size, scale_factor, dilation, mul)
+    library.warn_about_reference(tensors[0].device.type)
+    return ddf_up_reference(*tensors, kernel_size, scale_factor, dilation, kernel_combine)

@@ -28,15 +28,22 @@ def _forward_flops(features, channel, spatial, kernel_size, *args, out_shape, **
 
 
 def _backward_flops(grad, features, channel, spatial, kernel_size, *args, **kwargs) -> int:
-    # dilation, stride and mul, then which gradients are wanted.
+    # Three more options, then which gradients are wanted.
     wanted = args[3:6]
     given = (features, channel, spatial)
     count = sum(need and of is not None for need, of in zip(wanted, given, strict=True))
     return count * 2 * count_taps(grad, kernel_size)
 
 
+def _pack_flops(features, channel, spatial, *args, out_shape, **kwargs) -> int:
+    # The last options are kernel_size, dilation, stride and mul.
+    return 2 * count_taps(out_shape, args[-4])
+
+
 def register() -> None:
     """Tell the counter about the ops, if they are there."""
     if library.COMPILED:
-        register_flop_formula(torch.ops.ddf_mm.ddf)(_forward_flops)
-        register_flop_formula(torch.ops.ddf_mm.ddf_backward)(_backward_flops)
+        for forward, backward in library.OPS.items():
+            register_flop_formula(forward)(_forward_flops)
+            register_flop_formula(backward)(_backward_flops)
+        register_flop_formula(torch.ops.ddf_mm.ddf_pack)(_pack_flops)

@@ -1,13 +1,14 @@
 """The compiled ops: loads them and gives them fake kernels, autograd, autocast and vmap.
 
-The libraries define ``torch.ops.ddf_mm.ddf`` and ``ddf_backward`` and bring their kernels only;
-everything else that PyTorch wants to know about an op is said here, once for all devices.
+The libraries define the ops of ``torch.ops.ddf_mm`` and bring their kernels only; everything else
+that PyTorch wants to know about an op is said here, once for all devices.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddf_mm.ops.checks import check_ddf_arguments
+from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 # Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
@@ -149,10 +150,30 @@ def _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, s
     )
 
 
-def _fake_ddf_backward(
-    grad, features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, *needed
+def _fake_ddf_up(
+    features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation, mul
 ):
-    out = _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul)
+    check_ddf_up_arguments(
+        features,
+        channel_filter,
+        spatial_filter,
+        kernel_size,
+        scale_factor,
+        dilation,
+        _combine(mul),
+    )
+    batch, channels, height, width = features.shape
+    return torch.empty(
+        (batch, channels, scale_factor * height, scale_factor * width),
+        dtype=features.dtype,
+        device=features.device,
+        memory_format=layout_of(features),
+    )
+
+
+def _fake_backward(fake, grad, features, channel_filter, spatial_filter, *rest):
+    options, needed = rest[:4], rest[4:]
+    out = fake(features, channel_filter, spatial_filter, *options)
     if grad.shape != out.shape or grad.dtype != out.dtype:
         raise ValueError(
             f"grad must be a {out.dtype} tensor of the output's shape {list(out.shape)}, got "
@@ -164,11 +185,13 @@ def _fake_ddf_backward(
             return features.new_empty(0)
         return torch.empty_like(of, memory_format=memory_format or layout_of(of))
 
+    spatial_format = torch.contiguous_format if fake is _fake_ddf_up else None
+
     need_features, need_channel, need_spatial = needed
     return (
         gradient(features, need_features, None),
         gradient(channel_filter, need_channel, torch.contiguous_format),
-        gradient(spatial_filter, need_spatial, None),
+        gradient(spatial_filter, need_spatial, spatial_format),
     )
 
 
@@ -177,9 +200,9 @@ def _setup_ddf(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
-def _differentiate_ddf(ctx, grad):
+def _differentiate_ddf(op, ctx, grad):
     needed = ctx.needs_input_grad[:3]
-    grads = torch.ops.ddf_mm.ddf_backward(grad, *ctx.saved_tensors, *ctx.options, *needed)
+    grads = OPS[op](grad, *ctx.saved_tensors, *ctx.options, *needed)
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 4
 
 
@@ -189,16 +212,28 @@ class _EagerDDF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        _setup_ddf(ctx, args, None)
+        *inputs, ctx.op = args
+        _setup_ddf(ctx, inputs, None)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.ddf_mm.ddf.default(*args)
+            return ctx.op.default(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            return _differentiate_ddf(ctx, grad)
+            return *_differentiate_ddf(ctx.op, ctx, grad), None
         with torch._C._AutoDispatchBelowAutograd():
-            return _differentiate_ddf(ctx, grad)
+            return *_differentiate_ddf(ctx.op, ctx, grad), None
+
+
+def _run(op, *args):
+    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    if (
+        eager
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in args[:3])
+    ):
+        return _EagerDDF.apply(*args, op)
+    return op(*args)
 
 
 def run_ddf(
@@ -208,15 +243,17 @@ def run_ddf(
     *options: int | bool,
 ) -> Tensor:
     """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf``."""
-    args = (features, channel_filter, spatial_filter, *options)
-    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    if (
-        eager
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in args[:3])
-    ):
-        return _EagerDDF.apply(*args)
-    return torch.ops.ddf_mm.ddf(*args)
+    return _run(torch.ops.ddf_mm.ddf, features, channel_filter, spatial_filter, *options)
+
+
+def run_ddf_up(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    *options: int | bool,
+) -> Tensor:
+    """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf_up``."""
+    return _run(torch.ops.ddf_mm.ddf_up, features, channel_filter, spatial_filter, *options)
 
 
 def _fake_filter_norm(x, filters, std, mean, scale, eps):
@@ -336,8 +373,8 @@ def _setup_ddf_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_ddf_backward(ctx, *tangents):
-    """Second derivatives by the two ops themselves, so that any order can be had.
+def _differentiate_ddf_backward(op, ctx, *tangents):
+    """Second derivatives by the op and its backward themselves, so that any order can be had.
 
     The gradients g_i of <grad, ddf(x_0, x_1, x_2)> with tangents t_i give the sum over i of
     <t_i, g_i> = <grad, derivative of ddf along t_i>. ddf is linear in its features, and in each
@@ -364,9 +401,9 @@ def _differentiate_ddf_backward(ctx, *tangents):
                 replaced[other] = torch.zeros_like(replaced[other])
             needed[other] = False
         if need_grad:
-            accumulate(0, torch.ops.ddf_mm.ddf(*replaced, *ctx.options))
+            accumulate(0, op(*replaced, *ctx.options))
         if any(needed):
-            terms = torch.ops.ddf_mm.ddf_backward(grad, *replaced, *ctx.options, *needed)
+            terms = OPS[op](grad, *replaced, *ctx.options, *needed)
             for j in range(3):
                 if needed[j]:
                     accumulate(j + 1, terms[j])
@@ -388,14 +425,14 @@ def _unfold(tensor: Tensor, size: int) -> Tensor:
     return tensor.unflatten(0, (size, tensor.shape[0] // size))
 
 
-def _vmap_ddf(info, in_dims, *args):
+def _vmap_ddf(op, info, in_dims, *args):
     folded = [_fold(args[i], in_dims[i], info.batch_size) for i in range(3)]
-    return _unfold(torch.ops.ddf_mm.ddf(*folded, *args[3:]), info.batch_size), 0
+    return _unfold(op(*folded, *args[3:]), info.batch_size), 0
 
 
-def _vmap_ddf_backward(info, in_dims, *args):
+def _vmap_ddf_backward(op, info, in_dims, *args):
     folded = [_fold(args[i], in_dims[i], info.batch_size) for i in range(4)]
-    grads = torch.ops.ddf_mm.ddf_backward(*folded, *args[4:])
+    grads = OPS[op](*folded, *args[4:])
     given = [need and tensor is not None for need, tensor in zip(args[8:], folded[1:], strict=True)]
     return (
         tuple(
@@ -406,23 +443,17 @@ def _vmap_ddf_backward(info, in_dims, *args):
     )
 
 
-def _autocast_kernel(device_type: str):
+def _autocast_kernel(op, device_type: str):
     def kernel(*args):
         tensors = autocast_inputs(*args[:3])
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.ddf_mm.ddf(*tensors, *args[3:])
+            return op(*tensors, *args[3:])
 
     return kernel
 
 
 def _register() -> None:
     """Tells PyTorch about the ops what their libraries do not."""
-    torch.library.register_fake("ddf_mm::ddf", _fake_ddf)
-    torch.library.register_fake("ddf_mm::ddf_backward", _fake_ddf_backward)
-    torch.library.register_autograd("ddf_mm::ddf", _differentiate_ddf, setup_context=_setup_ddf)
-    torch.library.register_autograd(
-        "ddf_mm::ddf_backward", _differentiate_ddf_backward, setup_context=_setup_ddf_backward
-    )
     torch.library.register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
     if "cuda" in COMPILED:
         torch.library.impl("ddf_mm::ddf_pack", "CUDA", _ddf_pack)
@@ -436,14 +467,32 @@ def _register() -> None:
         _differentiate_filter_norm_backward,
         setup_context=_setup_filter_norm_backward,
     )
-    torch.library.register_vmap("ddf_mm::ddf", _vmap_ddf)
-    torch.library.register_vmap("ddf_mm::ddf_backward", _vmap_ddf_backward)
-    # Not torch.library.register_autocast: it casts to a dtype fixed here, not to the user's.
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        torch.library.impl("ddf_mm::ddf", key, _autocast_kernel(device_type))
+    for op, fake in ((torch.ops.ddf_mm.ddf, _fake_ddf), (torch.ops.ddf_mm.ddf_up, _fake_ddf_up)):
+        name = str(op).replace(".", "::")
+        torch.library.register_fake(name, fake)
+        torch.library.register_fake(f"{name}_backward", partial(_fake_backward, fake))
+        torch.library.register_autograd(
+            name, partial(_differentiate_ddf, op), setup_context=_setup_ddf
+        )
+        torch.library.register_autograd(
+            f"{name}_backward",
+            partial(_differentiate_ddf_backward, op),
+            setup_context=_setup_ddf_backward,
+        )
+        torch.library.register_vmap(name, partial(_vmap_ddf, op))
+        torch.library.register_vmap(f"{name}_backward", partial(_vmap_ddf_backward, op))
+        # Not torch.library.register_autocast: it casts to a dtype fixed here, not to the user's.
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            torch.library.impl(name, key, _autocast_kernel(op, device_type))
 
 
 _warned = False
 COMPILED, _WHY = _load_all()
+# Each op and its backward.
+OPS = {}
 if COMPILED:
+    OPS = {
+        torch.ops.ddf_mm.ddf: torch.ops.ddf_mm.ddf_backward,
+        torch.ops.ddf_mm.ddf_up: torch.ops.ddf_mm.ddf_up_backward,
+    }
     _register()

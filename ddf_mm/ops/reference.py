@@ -1,4 +1,4 @@
-"""The DDF operation in plain PyTorch: the specification every faster path is tested against."""
+"""The DDF operations in plain PyTorch: the specification every faster path is tested against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops.checks import check_ddf_arguments
+from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,3 +118,42 @@ def filter_norm_reference(
     if mean is not None:
         out = out + (mean.reshape(per_tap) if isinstance(mean, Tensor) else mean)
     return out.to(x.dtype)
+
+
+def ddf_up_reference(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int = 3,
+    scale_factor: int = 2,
+    dilation: int = 1,
+    kernel_combine: str = "mul",
+) -> Tensor:
+    """DDF upsampling by :func:`ddf_reference`, one subpixel after the other, and a pixel shuffle.
+
+    Takes the arguments of :func:`ddf_mm.ops.ddf_up` and is to it what :func:`ddf_reference` is to
+    :func:`ddf_mm.ops.ddf`.
+    """
+    check_ddf_up_arguments(
+        features,
+        channel_filter,
+        spatial_filter,
+        kernel_size,
+        scale_factor,
+        dilation,
+        kernel_combine,
+    )
+    subpixels = [
+        ddf_reference(
+            features,
+            None if channel_filter is None else channel_filter[:, r],
+            None if spatial_filter is None else spatial_filter[:, r],
+            kernel_size,
+            dilation,
+            1,
+            kernel_combine,
+        )
+        for r in range(scale_factor * scale_factor)
+    ]
+    out = F.pixel_shuffle(torch.stack(subpixels, dim=2).flatten(1, 2), scale_factor)
+    return out.contiguous(memory_format=layout_of(features))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm, fuse_ddf_bn
 from ddf_mm.ops import backend_info, ddf, filter_norm
@@ -389,3 +390,15 @@ def test_ddf_pack_keeps_nan_where_it_is():
     with torch.no_grad():
         out = pack(x)
     assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+def test_flops_of_a_fused_pack_are_those_of_its_modules(monkeypatch):
+    pack = DDFPack(16, stride=2)
+    x = torch.randn(2, 16, 9, 10)
+
+    def count():
+        with FlopCounterMode(display=False) as counter:
+            pack(x).sum().backward()
+        return counter.get_total_flops()
+
+    assert count() == by_modules(monkeypatch, count)
