@@ -1,7 +1,8 @@
 """The compiled ops: loads them and gives them fake kernels, autograd, autocast and vmap.
 
 The libraries define ``ddf``, ``ddf_up`` and their backwards in ``torch.ops.ddf_mm`` and bring their
-kernels only; everything else that PyTorch wants to know about an op is said here, once for all devices.
+kernels only; everything else that PyTorch wants to know about an op is said here, once for all
+devices.
 """
 
 from __future__ import annotations
