@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddf_mm.layers.filter_norm import FilterNorm
 from ddf_mm.layers.fused import PackOptions, PackWeights, fused_pack
-from ddf_mm.ops import ddf, ddf_up, library
+from ddf_mm.ops import ddf, ddf_up, filter_norm, library
 from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
 
 # torch.fx records the operations as one call each instead of tracing through its argument checks
@@ -223,6 +223,52 @@ class DDFPack(BaseModule):
         )
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _layers(branch: nn.Module) -> list[nn.Module]:
+    """The layers of nested ``nn.Sequential``, in order."""
+    if type(branch) is not nn.Sequential:
+        return [branch]
+    return [layer for part in branch for layer in _layers(part)]
+
+
+def _share_one_norm(branches: nn.ModuleList) -> bool:
+    """Whether one call can normalize for all: their FilterNorms are alike and nobody watches."""
+    norms = [_layers(branch)[-1] for branch in branches]
+    if any(type(norm) is not FilterNorm or norm.running_mean for norm in norms):
+        return False
+    skipped = [m for branch in branches for m in branch.modules() if type(m) is nn.Sequential]
+    if any(map(_has_hooks, norms + skipped)):
+        return False
+    kinds = {(n.in_channels, n.filter_type, n.running_std or n.std) for n in norms}
+    return len(kinds) == 1
+
+
+def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
+    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``."""
+    if not _share_one_norm(branches):
+        return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
+    raw = []
+    for branch, value in zip(branches, inputs, strict=True):
+        *layers, norm = _layers(branch)
+        for layer in layers:
+            value = layer(value)
+        raw.append(value)
+    count, std = len(raw), norm.std
+    if norm.running_std:
+        std = torch.cat([_layers(branch)[-1].std for branch in branches])
+    stacked = torch.stack(raw, dim=1).flatten(1, 2)
+    filters = filter_norm(stacked, count * norm.in_channels, norm.filter_type, std)
+    return filters.unflatten(1, (count, -1))
+
+
 @MODELS.register_module("DDFUp")
 class DDFUpPack(BaseModule):
     """DDF upsampling: one pair of filter branches for each of the scale_factor**2 subpixels.
@@ -335,21 +381,22 @@ class DDFUpPack(BaseModule):
     def generate_filters(self, x: Tensor, joint_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies, for the arguments of :meth:`forward`.
 
+        The branches share one pooling of x and, where their FilterNorms have no hooks, one
+        normalization.
+
         Returns:
             The channel filters ``Tensor[B, s*s, C, k, k]`` and the spatial filters
             ``Tensor[B, s*s, head*k*k, H, W]``, as :func:`~ddf_mm.ops.ddf_up` takes them.
         """
         k = self.kernel_size
         guides = self._guides(x, joint_x)
-        # The branches' own pooling leaves one pixel as it is.
-        pooled = F.adaptive_avg_pool2d(x, 1)
-        channel_filter = torch.stack([branch(pooled) for branch in self.channel_branch], dim=1)
-        channel_filter = channel_filter.unflatten(2, (self.in_channels, k, k))
-        spatial_filter = torch.stack(
-            [branch(guide) for branch, guide in zip(self.spatial_branch, guides, strict=True)],
-            dim=1,
+        # Pooled once for all: the branches' own pooling leaves one pixel as it is.
+        pooled = [F.adaptive_avg_pool2d(x, 1)] * len(self.channel_branch)
+        channel_filter = _stack_filters(self.channel_branch, pooled)
+        return (
+            channel_filter.unflatten(2, (self.in_channels, k, k)),
+            _stack_filters(self.spatial_branch, guides),
         )
-        return channel_filter, spatial_filter
 
     def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:
         """What each spatial branch reads, in the order of the branches."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm, fuse_ddf_bn
-from ddf_mm.ops import backend_info, ddf, filter_norm
+from ddf_mm.ops import backend_info, ddf, ddf_up_reference, filter_norm
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -150,6 +150,52 @@ def test_up_pack_writes_branch_ij_to_subpixel_ij():
             channel = up.channel_branch[r](x).view(2, 4, 3, 3)
             want = ddf(x, channel, up.spatial_branch[r](x), kernel_combine="add")
             torch.testing.assert_close(out[:, :, p::3, q::3], want)
+
+
+def by_branches(up, x):
+    """The layer's output, one branch after the other."""
+    channel = torch.stack([branch(x) for branch in up.channel_branch], dim=1)
+    channel = channel.unflatten(2, (up.in_channels, up.kernel_size, up.kernel_size))
+    spatial = torch.stack([branch(x) for branch in up.spatial_branch], dim=1)
+    options = (up.kernel_size, up.scale_factor, up.dilation, up.kernel_combine)
+    return ddf_up_reference(x, channel, spatial, *options)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(head=2, scale_factor=3, dilation=2), dict(kernel_size=5, kernel_combine="add")],
+)
+def test_up_pack_equals_its_branches(options, layout):
+    up = DDFUpPack(8, **options).double()
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    inputs = [x, *up.parameters()]
+    found = []
+    for function in (up, lambda value: by_branches(up, value)):
+        out = function(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(up.eval()(x), found[0][0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["spatial_branch.1", "spatial_branch.2.1.1", "channel_branch.0.4"])
+def test_hooks_of_the_branches_are_called(name):
+    up = DDFUpPack(8).double()
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64)
+    want = up(x)
+    seen = []
+    up.get_submodule(name).register_forward_hook(lambda *args: seen.append(args[-1].shape))
+    torch.testing.assert_close(up(x), want, rtol=1e-9, atol=1e-9)
+    assert len(seen) == 1
+
+
+def test_filter_norms_of_different_scales_stay_apart():
+    up = DDFUpPack(8).double()
+    up.spatial_branch[3][1][1].std *= 2
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(up(x), by_branches(up, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("joint_channels", [5, -1])
