@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ddf_mm.ops import library
