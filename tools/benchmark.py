@@ -58,7 +58,7 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 PASSES = ["forward", "grad_features", "grad_filters", "backward", "forward+backward"]
 PEERS = ["reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 PEERS += ["carafe", "copy"]
-LAYER_PEERS = ["depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
+LAYER_PEERS = ["ddf modules", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 # What a ratio compares: name to numerator and denominator. Below 1 in the first and above 1 in the
 # others is good for ddf.
 RATIOS = {
@@ -622,8 +622,15 @@ def make_layers(case: Case) -> dict[str, torch.nn.Module]:
             filters = self.span(F.relu(self.reduce(x)))
             return self.function(x, None, filters, k, 1, s.stride)
 
+    class ByModules(DDFPack):
+        """The layer as its modules one after the other."""
+
+        def _can_fuse(self, x: Tensor) -> bool:
+            return False
+
     return {
         "ddf": DDFPack(channels, k, s.stride, head=s.groups),
+        "ddf modules": ByModules(channels, k, s.stride, head=s.groups),
         "depthwise conv": nn.Conv2d(channels, channels, k, groups=channels, **geometry),
         "dense conv": nn.Conv2d(channels, channels, k, **geometry),
         "ddf spatial": Involution(ddf),
@@ -723,12 +730,15 @@ def split_changes(name: str) -> tuple[str, list[str]]:
     """A config's own name, and the changes that it is to undergo.
 
     Raises:
-        ValueError: there is no such change.
+        UserError: there is no such change.
     """
+    from ddf_mm.engine.cli import UserError
+
     config, *changes = name.split("+")
     for change in changes:
         if change not in CHANGES:
-            raise ValueError(f"config: no +{change} (in {name!r}); there are {list(CHANGES)}")
+            known = " and ".join(f"+{known}" for known in CHANGES)
+            raise UserError(f"config {name!r}: no +{change}; there are {known}", exit_code=2)
     return config, changes
 
 
@@ -880,7 +890,7 @@ def benchmark_models(args: argparse.Namespace) -> None:
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    from ddf_mm.engine import models
+    from ddf_mm.engine import cli, models
 
     torch.set_num_threads(args.threads)
     quiet_libraries()
@@ -888,7 +898,7 @@ def compare_models(args: argparse.Namespace) -> None:
     for name in args.configs:  # a wrong one is told now, not minutes later
         config, changes = split_changes(name)
         if "folded" in changes and "train" in args.mode:
-            raise ValueError(f"config: {name!r} has no norms to train; leave out --mode train")
+            raise cli.UserError(f"config {name!r} has no norms to train: leave out --mode train")
         models.read_config(config, args.cfg_options)
     settings = [
         ModelSetting(*values)
