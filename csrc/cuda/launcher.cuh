@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "arguments.cuh"
+#include "up.cuh"
 
 namespace ddf::cuda {
 
@@ -38,5 +39,13 @@ void run_forward(const Arguments<T>& a, cudaStream_t stream);
 template <typename T>
 void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
                   cudaStream_t stream);
+
+// The kernels of ddf_up alone, compiled in up.cu. The first says whether it serves the call.
+template <typename T>
+bool run_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
+
+template <typename T>
+void run_up_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                          cudaStream_t stream);
 
 }  // namespace ddf::cuda
