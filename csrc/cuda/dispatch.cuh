@@ -18,17 +18,6 @@
 
 namespace ddf::cuda {
 
-// Elements that one launch of a generic kernel writes.
-constexpr int64_t kMaxElements = INT32_MAX;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Channels that are neighbours in memory are walked first.
-template <typename T>
-bool is_channels_last(const View<T>& tensor) {
-  return tensor.channel_stride == 1 && tensor.column_stride != 1;
-}
-
 // The choice depends on the shape alone, never on the device: so do the sums' orders.
 inline Tiling tiling_of(const Geometry& g) {
   Tiling tiling;
@@ -195,30 +184,6 @@ bool launch_window_quads(const Arguments<T>& a, const char* name, Launch&& launc
         return true;
       }
     });
-  }
-}
-
-// Launches a generic kernel for [batch, channels, rows, columns] results, in several boxes if they
-// are too many for one.
-template <typename T, typename Kernel, typename Launch>
-void launch_boxes(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
-                  int64_t rows, int64_t columns, Launch&& launch) {
-  const int64_t batch = a.geometry.batch;
-  const int64_t rows_at_once = std::clamp<int64_t>(kMaxElements / (channels * columns), 1, rows);
-  const int64_t image = channels * rows_at_once * columns;
-  const int64_t batches_at_once =
-      rows_at_once < rows ? 1 : std::clamp<int64_t>(kMaxElements / image, 1, batch);
-  for (int64_t first_batch = 0; first_batch < batch; first_batch += batches_at_once) {
-    for (int64_t first_row = 0; first_row < rows; first_row += rows_at_once) {
-      Box box;
-      box.first_batch = first_batch, box.first_row = first_row;
-      box.batches = std::min(batches_at_once, batch - first_batch);
-      box.rows = std::min(rows_at_once, rows - first_row);
-      box.channels = channels, box.columns = columns;
-      box.channels_last = is_channels_last(a.result);
-      const int64_t count = box.batches * channels * box.rows * columns;
-      launch(name, kernel, ceil_div(count, kGenericThreads), kGenericThreads, 0, a, box);
-    }
   }
 }
 

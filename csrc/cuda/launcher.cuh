@@ -8,6 +8,7 @@
 
 #include "arguments.cuh"
 #include "norm.cuh"
+#include "up.cuh"
 
 namespace ddf::cuda {
 
@@ -45,5 +46,13 @@ void run_norm(const NormArguments<T>& a, cudaStream_t stream);
 
 template <typename T>
 void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream);
+
+// The kernels of ddf_up alone, compiled in up.cu. The first says whether it serves the call.
+template <typename T>
+bool run_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
+
+template <typename T>
+void run_up_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                          cudaStream_t stream);
 
 }  // namespace ddf::cuda

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -46,10 +47,16 @@ Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes) {
   return empty(like, sizes, ddf::is_channels_last(like));
 }
 
+// Of filters of several subpixels, [B, subpixels, ...], those of the first.
+template <typename T>
+View<T> strided_view(T* data, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return {data, t.stride(0), t.stride(last - 2), t.stride(last - 1), t.stride(last)};
+}
+
 template <typename T>
 View<const T> view_of(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+  return strided_view(static_cast<const T*>(t.const_data_ptr()), t);
 }
 
 template <typename T>
@@ -59,8 +66,7 @@ View<const T> view_of(const OptionalTensor& t) {
 
 template <typename T>
 View<T> writable_view_of(const Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+  return strided_view(static_cast<T*>(t.mutable_data_ptr()), t);
 }
 
 // Rows, columns and the pixels of one channel are counted in 32 bits; elements are not.
@@ -68,9 +74,11 @@ void check_limits(const Geometry& g) {
   constexpr int64_t limit = INT32_MAX / 4;
   STD_TORCH_CHECK(g.height <= limit && g.width <= limit && g.height * g.width <= limit &&
                       g.channels <= limit && g.kernel <= limit && g.dilation <= limit &&
-                      g.kernel * g.dilation <= limit && g.stride <= limit,
+                      g.kernel * g.dilation <= limit && g.stride <= limit && g.scale <= INT16_MAX &&
+                      g.scale * std::max(g.height, g.width) <= limit,
                   "CUDA kernels serve images of at most ", limit,
-                  " pixels, and as many channels, kernel_size * dilation and stride");
+                  " pixels, and as many channels, kernel_size * dilation and stride; of rows and "
+                  "columns of the output of ddf_up, too");
 }
 
 template <typename T>
@@ -237,6 +245,89 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   return {grad_x, grad_std, grad_mean};
 }
 
+int64_t subpixel_stride(const OptionalTensor& filter) { return filter ? filter->stride(1) : 0; }
+
+Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
+                  const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+                  int64_t dilation, bool mul) {
+  const Geometry g =
+      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation);
+  check_limits(g);
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const Tensor out =
+      empty_as(features, {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width});
+  if (out.numel() == 0) return out;
+  const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
+  const cudaStream_t stream = current_stream(features);
+  with_type(features.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    a.result = writable_view_of<T>(out);
+    if (run_up_window3(a, strides, stream)) return;
+    for_each_subpixel(a, strides,
+                      [&](const Arguments<T>& call, int64_t) { run_forward(call, stream); });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& features,
+                                               const OptionalTensor& channel_filter,
+                                               const OptionalTensor& spatial_filter,
+                                               int64_t kernel_size, int64_t scale_factor,
+                                               int64_t dilation, bool mul, bool need_features,
+                                               bool need_channel, bool need_spatial) {
+  const Geometry g =
+      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation);
+  check_limits(g);
+  check(grad, features, "grad");
+  check_size(grad, {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width}, "grad");
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const auto gradient = [&](bool need, const std::vector<int64_t>& size) {
+    return torch::stable::new_empty(features, need ? size : std::vector<int64_t>{0});
+  };
+  const int64_t n = g.subpixels();
+  const Tensor grad_features = need_features
+                                   ? empty_as(features, {g.batch, g.channels, g.height, g.width})
+                                   : gradient(false, {});
+  const Tensor grad_channel =
+      gradient(need_channel && channel_filter, {g.batch, n, g.channels, g.kernel, g.kernel});
+  const Tensor grad_spatial = gradient(
+      need_spatial && spatial_filter, {g.batch, n, g.groups * g.taps(), g.out_height, g.out_width});
+  if (grad.numel() == 0) return {grad_features, grad_channel, grad_spatial};
+  const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
+  const cudaStream_t stream = current_stream(features);
+  with_type(features.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    a.grad = view_of<T>(grad);
+    if (grad_features.numel() > 0) {
+      a.result = writable_view_of<T>(grad_features);
+      run_up_grad_features(a, strides, stream);
+    }
+    Gradients<T> to{};
+    SubpixelStrides to_strides{};
+    if (grad_channel.numel() > 0) {
+      to.channel_filter = writable_view_of<T>(grad_channel);
+      to_strides.channel_filter = grad_channel.stride(1);
+    }
+    if (grad_spatial.numel() > 0) {
+      to.spatial_filter = writable_view_of<T>(grad_spatial);
+      to_strides.spatial_filter = grad_spatial.stride(1);
+    }
+    if (to.channel_filter.data == nullptr && to.spatial_filter.data == nullptr) return;
+    a.result = View<T>{};
+    for_each_subpixel(a, strides, [&](const Arguments<T>& call, int64_t r) {
+      std::vector<Tensor> scratch;
+      const auto allocate = [&](int64_t floats) {
+        scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
+        return static_cast<float*>(scratch.back().mutable_data_ptr());
+      };
+      run_backward(call, filter_grads_of(to, to_strides, r), Allocate(allocate), stream);
+    });
+  });
+  return {grad_features, grad_channel, grad_spatial};
+}
+
 }  // namespace
 }  // namespace ddf::cuda
 
@@ -245,4 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
   m.impl("ddf_backward", TORCH_BOX(&ddf::cuda::backward));
   m.impl("filter_norm", TORCH_BOX(&ddf::cuda::norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cuda::norm_backward));
+  m.impl("ddf_up", TORCH_BOX(&ddf::cuda::up_forward));
+  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::up_backward));
 }

@@ -326,6 +326,12 @@ void store4(T* p, const float* from) {
   for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(from[i]);
 }
 
+template <typename T>
+void store2(T* p, const float* from) {
+  host::machine().check_access(p, 2 * sizeof(T), true);
+  for (int i = 0; i < 2; ++i) p[i] = static_cast<T>(from[i]);
+}
+
 inline void load_shared4(float* to, const float* p) {
   host::machine().check_shared4(p);
   std::copy(p, p + 4, to);

@@ -1,4 +1,4 @@
-// A library for ctypes that runs one pass of the operation through the CUDA kernels on the host.
+// A library for ctypes that runs one pass of an operation through the CUDA kernels on the host.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -8,6 +8,7 @@
 
 #include "dispatch.cuh"
 #include "norm.cuh"
+#include "up.cuh"
 
 namespace {
 
@@ -28,6 +29,8 @@ struct Call {
   // Of the forward pass the first; of the backward pass grad_features, grad_channel, grad_spatial.
   HostTensor results[3];
   ddf::Geometry geometry;
+  // From the filters of a subpixel, and their gradients, to the next.
+  ddf::cuda::SubpixelStrides filters, gradients;
   int32_t mul;
 };
 
@@ -106,6 +109,20 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
     launch_forward(a, Launch{});
   } else if (pass == "backward") {
     launch_backward(a, ddf::cuda::Gradients<T>{views[0], views[1], views[2]}, allocate, Launch{});
+  } else if (pass == "up forward") {
+    a.result = views[0];
+    if (!launch_up_window3(a, call.filters, Launch{})) {
+      for_each_subpixel(a, call.filters,
+                        [](const auto& subpixel, int64_t) { launch_forward(subpixel, Launch{}); });
+    }
+  } else if (pass == "up backward") {
+    a.result = views[0];
+    if (a.result.data != nullptr) launch_up_grad_features(a, call.filters, Launch{});
+    a.result = {};
+    const ddf::cuda::Gradients<T> to{{}, views[1], views[2]};
+    for_each_subpixel(a, call.filters, [&](const auto& subpixel, int64_t r) {
+      launch_backward(subpixel, filter_grads_of(to, call.gradients, r), allocate, Launch{});
+    });
   } else {
     fail("no pass ", pass);
   }

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddf_mm.ops import ddf_reference
+from ddf_mm.ops import ddf_reference, ddf_up_reference
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +62,9 @@ class HostTensor(ctypes.Structure):
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = sum((size - 1) * stride for size, stride in steps)
         size = (last + 1) * tensor.element_size()
-        return cls(tensor.data_ptr(), size, (ctypes.c_int64 * 4)(*tensor.stride()))
+        # Less the dimension of subpixels, where there is one.
+        strides = [tensor.stride(0), *tensor.stride()[-3:]]
+        return cls(tensor.data_ptr(), size, (ctypes.c_int64 * 4)(*strides))
 
 
 class Call(ctypes.Structure):
@@ -72,7 +74,9 @@ class Call(ctypes.Structure):
         ("channel_filter", HostTensor),
         ("spatial_filter", HostTensor),
         ("results", HostTensor * 3),
-        ("geometry", ctypes.c_int64 * 11),
+        ("geometry", ctypes.c_int64 * 12),
+        ("filters", ctypes.c_int64 * 2),
+        ("gradients", ctypes.c_int64 * 2),
         ("mul", ctypes.c_int32),
     ]
 
@@ -121,20 +125,45 @@ class Host:
             tensors.append(torch.empty(like[name].shape, dtype=x.dtype, memory_format=layout))
             results[max(PASSES.index(name) - 1, 0)] = HostTensor.of(tensors[-1])
         groups = 1 if sf is None else sf.shape[1] // k**2
-        geometry = [*x.shape, *grad.shape[2:], groups, x.shape[1] // groups, k, dilation, stride]
+        geometry = [*x.shape, *grad.shape[2:], groups, x.shape[1] // groups, k, dilation, stride, 1]
         read = None if names == ["forward"] else grad
         call = Call(
             *[HostTensor.of(t) for t in (read, x, cf, sf)],
             (HostTensor * 3)(*results),
-            (ctypes.c_int64 * 11)(*geometry),
+            (ctypes.c_int64 * 12)(*geometry),
+            mul=combine == "mul",
+        )
+        self.start("forward" if names == ["forward"] else "backward", x.dtype, call)
+        return tensors
+
+    def run_up(self, kind, grad, x, cf, sf, k, scale, dilation, combine) -> list[Tensor]:
+        """The output of ddf_up, or all gradients (``kind`` "forward", "backward")."""
+        inputs = [x, cf, sf]
+        of = [grad] if kind == "forward" else inputs
+        results = [None if t is None else torch.empty_like(t) for t in of]
+        groups = 1 if sf is None else sf.shape[2] // k**2
+        geometry = [*x.shape, *x.shape[2:], groups, x.shape[1] // groups, k, dilation, 1, scale]
+
+        def strides(filters):
+            return (ctypes.c_int64 * 2)(*(0 if t is None else t.stride(1) for t in filters))
+
+        # A filter's tensor ends behind the filters of the last subpixel.
+        call = Call(
+            *[HostTensor.of(t) for t in (None if kind == "forward" else grad, *inputs)],
+            (HostTensor * 3)(*map(HostTensor.of, results)),
+            (ctypes.c_int64 * 12)(*geometry),
+            strides(inputs[1:]),
+            strides([None, None] if kind == "forward" else results[1:]),
             combine == "mul",
         )
-        kind = "forward" if names == ["forward"] else "backward"
-        dtype = str(x.dtype).removeprefix("torch.")
-        message = self.library.ddf_run_on_host(kind.encode(), dtype.encode(), ctypes.byref(call))
+        self.start(f"up {kind}", x.dtype, call)
+        return results
+
+    def start(self, kind: str, dtype: torch.dtype, call: Call) -> None:
+        name = str(dtype).removeprefix("torch.")
+        message = self.library.ddf_run_on_host(kind.encode(), name.encode(), ctypes.byref(call))
         if message:
             raise RuntimeError(message.decode())
-        return tensors
 
     def norm(self, grad, x, filters, std, mean, scale, eps=1e-10) -> list[Tensor]:
         """The result of filter_norm, or, with ``grad``, the gradients of x, std and mean."""
@@ -553,7 +582,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> Host:
 def test_results_of_several_launches(tmp_path, at_once):
     """What is done for 2**31 elements and more, with a smaller number."""
     old = "kMaxElements = INT32_MAX"
-    host = changed(tmp_path, "dispatch.cuh", old, f"kMaxElements = {at_once}")
+    host = changed(tmp_path, "generic.cuh", old, f"kMaxElements = {at_once}")
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
         for name in PASSES:
@@ -688,3 +717,99 @@ def test_a_fault_of_filter_norm_is_found(tmp_path):
     x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
     with pytest.raises(RuntimeError, match="depends on the order of the threads"):
         host.norm(torch.randn_like(x), x, 1, std, None, 1.0)
+
+
+def make_up(
+    channels=6, size=(5, 8), k=3, scale=2, groups=1, which="both", dtype=torch.float32,
+    layout=torch.contiguous_format,
+) -> list[Tensor | None]:  # fmt: skip
+    """[grad, features, channel_filter, spatial_filter] of ddf_up, random."""
+    shapes = [
+        (2, channels, scale * size[0], scale * size[1]),
+        (2, channels, *size),
+        (2, scale**2, channels, k, k) if which != "spatial" else None,
+        (2, scale**2, groups * k * k, *size) if which != "channel" else None,
+    ]
+    tensors = [None if shape is None else torch.randn(shape).to(dtype) for shape in shapes]
+    return [t if t is None or t.dim() == 5 else t.contiguous(memory_format=layout) for t in tensors]
+
+
+def check_up(host: Host, tensors, k=3, scale=2, dilation=1, combine="mul") -> str:
+    """Output and gradients are right but for rounding; the kernels that made them."""
+    dtype = tensors[0].dtype
+    of_result, of_term = EPSILON[dtype]
+
+    def results(values):
+        grad, *inputs = [None if t is None else t.detach().double() for t in values]
+        inputs = [None if t is None else t.requires_grad_() for t in inputs]
+        out = ddf_up_reference(*inputs, k, scale, dilation, combine)
+        given = [t for t in inputs if t is not None]
+        return [out.detach(), *torch.autograd.grad(out, given, grad)]
+
+    got, kernels = [], ""
+    for kind in ("forward", "backward"):
+        found = host.run_up(kind, *tensors, k, scale, dilation, combine)
+        got += [t for t in found if t is not None]
+        kernels += host.last_kernels
+    terms = results([None if t is None else t.abs() for t in tensors])
+    for value, want, size in zip(got, results(tensors), terms, strict=True):
+        smallest = torch.finfo(dtype).smallest_normal * of_result
+        bound = of_result * want.abs() + ROUNDINGS * of_term * size + smallest
+        assert value.dtype == dtype and value.shape == want.shape
+        assert ((value.double() - want).abs() <= bound).all()
+    return kernels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_upsampling(host, dtype, combine, layout):
+    for which in ("both", "channel", "spatial"):
+        tensors = make_up(channels=8, which=which, groups=2, dtype=dtype, layout=layout)
+        kernels = check_up(host, tensors, combine=combine)
+        assert "up_grad_features_generic<" in kernels
+        fast = dtype != torch.float64 and layout is torch.contiguous_format
+        assert ("up_window3<" in kernels) == fast
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (12, 13)], ids=str)
+def test_upsampling_in_one_block_and_several(host, size):
+    tensors = make_up(channels=70, size=size, groups=2)
+    (got,) = host.run_up("forward", *tensors, 3, 2, 1, "mul")
+    assert "up_window3<" in host.last_kernels
+    want = ddf_up_reference(*(t.double() for t in tensors[1:]))
+    terms = ddf_up_reference(*(t.double().abs() for t in tensors[1:]))
+    assert ((got.double() - want).abs() <= 2**-24 * (want.abs() + ROUNDINGS * terms)).all()
+
+
+@pytest.mark.parametrize("k, scale, dilation", [(1, 2, 1), (3, 1, 1), (3, 2, 2), (5, 3, 1)])
+def test_upsampling_of_every_kind(host, k, scale, dilation):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensors = make_up(4, (4, 5), k, scale, 2, dtype=torch.float64, layout=layout)
+        check_up(host, tensors, k, scale, dilation)
+
+
+def test_upsampling_keeps_a_nan_where_it_is(host):
+    grad, x, cf, sf = make_up(size=(6, 9))
+    sf[1, 1, 4, 2, 5] = float("nan")
+    (out,) = host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
+    assert out[1, :, 4, 11].isnan().all() and out.isnan().sum() == 6
+    sf[1, 1, 4, 2, 5], x[0, 1, 3, 7] = 0, float("inf")
+    (out,) = host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
+    assert out[0, 1, 4:10, 12:].isfinite().sum() == 0 and (~out.isfinite()).sum() == 36
+
+
+UP_FAULTS = {
+    "removed barrier": ("sync_threads();", "", "depends on the order|shared"),
+    "window one too wide": ("x < width", "x <= width", "outside of every tensor|off by"),
+    "pixel too many": ("pixel >= height * width", "pixel > height * width", "written twice"),
+}
+
+
+@pytest.mark.parametrize("fault", UP_FAULTS)
+def test_a_fault_of_upsampling_is_found(tmp_path, fault):
+    old, new, message = UP_FAULTS[fault]
+    host = changed(tmp_path, "up.cuh", old, new)
+    grad, x, cf, sf = make_up(size=(3, 5))
+    with pytest.raises(RuntimeError, match=message):
+        host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
