@@ -17,8 +17,9 @@ from pathlib import Path
 def network_of(row: dict) -> dict[str, str]:
     """The line of one network."""
     extra = row.get("peak_extra_bytes")
+    config, plus, changes = row["config"].partition("+")
     return {
-        "config": Path(row["config"]).stem,
+        "config": Path(config).stem + plus + changes,
         **{name: str(row[name]) for name in ("mode", "precision", "layout", "batch_size")},
         "image": "x".join(map(str, row["shape"])),
         "M params": f"{row['parameters'] / 1e6:.2f}",
