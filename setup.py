@@ -220,7 +220,8 @@ def plan_ops() -> tuple[list[Extension], str]:
     )
     # -g0: debug information, which Python's own flags ask for, more than doubles the time.
     # -Wno-psabi: vectors are passed between inlined functions only.
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
+    # Without errno, a loop of square roots becomes an instruction.
+    cxx = ["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
     link = []
     if sanitize:
         link = [f"-fsanitize={sanitize}"]

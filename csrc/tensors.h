@@ -98,6 +98,63 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
   return g;
 }
 
+struct NormShape {
+  int64_t batch, taps, pixels;
+};
+
+// x is [B, filters * taps, ...]; what follows are pixels.
+inline NormShape norm_shape_of(const Tensor& x, int64_t filters) {
+  STD_TORCH_CHECK(x.dim() >= 2, "filter_norm: x must have at least 2 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(filters >= 1 && x.size(1) % filters == 0 && x.size(1) / filters >= 2,
+                  "filter_norm: x must have a multiple of filters, at least 2 taps each, got ",
+                  x.size(1), " channels for ", filters, " filters");
+  NormShape shape{x.size(0), x.size(1) / filters, 1};
+  for (int i = 2; i < x.dim(); ++i) shape.pixels *= x.size(i);
+  return shape;
+}
+
+// The type that sums, and the parameters of filter_norm, are kept in.
+inline torch::headeronly::ScalarType sum_type_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_parameter(const OptionalTensor& parameter, const Tensor& x, int64_t size,
+                            const char* name) {
+  if (!parameter) return;
+  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == size, "filter_norm: ", name,
+                  " must have one dimension of ", size);
+  STD_TORCH_CHECK(parameter->scalar_type() == sum_type_of(x), "filter_norm: ", name,
+                  " must be float64 for x in float64, float32 otherwise");
+  STD_TORCH_CHECK(parameter->device() == x.device(), "filter_norm: ", name,
+                  " must be on the device of x");
+}
+
+inline void check_norm_grad(const Tensor& grad, const Tensor& x) {
+  bool fits =
+      grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
+  for (int i = 0; fits && i < x.dim(); ++i) fits = grad.size(i) == x.size(i);
+  STD_TORCH_CHECK(fits, "filter_norm: grad must have the shape, dtype and device of x");
+}
+
+inline Tensor empty_like(const Tensor& x, bool channels_last) {
+  std::vector<int64_t> size;
+  for (int i = 0; i < x.dim(); ++i) size.push_back(x.size(i));
+  return empty(x, size, channels_last);
+}
+
+// Room for the gradient of a parameter of filter_norm, which is empty if it is not needed.
+inline Tensor empty_parameter(const Tensor& x, bool is_needed) {
+  return torch::stable::empty({is_needed ? x.size(1) : 0}, sum_type_of(x), std::nullopt,
+                              x.device());
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
 // The same for ddf_up, whose filters have a dimension of subpixels behind the batch.
 inline Geometry up_geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
                                const OptionalTensor& spatial_filter, int64_t kernel_size,

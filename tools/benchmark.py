@@ -58,7 +58,7 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 PASSES = ["forward", "grad_features", "grad_filters", "backward", "forward+backward"]
 PEERS = ["reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 PEERS += ["carafe", "copy"]
-LAYER_PEERS = ["depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
+LAYER_PEERS = ["ddf modules", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 # What a ratio compares: name to numerator and denominator. Below 1 in the first and above 1 in the
 # others is good for ddf.
 RATIOS = {
@@ -622,8 +622,15 @@ def make_layers(case: Case) -> dict[str, torch.nn.Module]:
             filters = self.span(F.relu(self.reduce(x)))
             return self.function(x, None, filters, k, 1, s.stride)
 
+    class ByModules(DDFPack):
+        """The layer as its modules one after the other."""
+
+        def _can_fuse(self, x: Tensor) -> bool:
+            return False
+
     return {
         "ddf": DDFPack(channels, k, s.stride, head=s.groups),
+        "ddf modules": ByModules(channels, k, s.stride, head=s.groups),
         "depthwise conv": nn.Conv2d(channels, channels, k, groups=channels, **geometry),
         "dense conv": nn.Conv2d(channels, channels, k, **geometry),
         "ddf spatial": Involution(ddf),
@@ -688,18 +695,68 @@ class Network:
     gmac: float
 
 
+class Skeleton(torch.nn.Module):
+    """What is left of a DDFPack that costs nothing: its stride."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride].contiguous() if self.stride > 1 else x
+
+
+def make_skeleton(model: torch.nn.Module) -> None:
+    """Replaces each DDFPack by an identity of the same stride."""
+    from ddf_mm.layers import DDFPack
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DDFPack):
+                setattr(module, name, Skeleton(child.stride))
+
+
+def fold_norms(model: torch.nn.Module) -> None:
+    from ddf_mm.layers import switch_to_deploy
+
+    switch_to_deploy(model.eval())
+
+
+# What +NAME behind a config does to its network.
+CHANGES = {"skeleton": make_skeleton, "folded": fold_norms}
+
+
+def split_changes(name: str) -> tuple[str, list[str]]:
+    """A config's own name, and the changes that it is to undergo.
+
+    Raises:
+        UserError: there is no such change.
+    """
+    from ddf_mm.engine.cli import UserError
+
+    config, *changes = name.split("+")
+    for change in changes:
+        if change not in CHANGES:
+            known = " and ".join(f"+{known}" for known in CHANGES)
+            raise UserError(f"config {name!r}: no +{change}; there are {known}", exit_code=2)
+    return config, changes
+
+
 def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> Network:
     """Builds a config's network and one call of it."""
     from mmengine.optim import build_optim_wrapper
 
     from ddf_mm.engine import launch, models
 
-    cfg = models.read_config(name, args.cfg_options)
+    config, changes = split_changes(name)
+    cfg = models.read_config(config, args.cfg_options)
     shape = models.image_shape(cfg, setting.shape)
     models.fit_to(cfg, shape)
     torch.manual_seed(0)
     model = models.build_model(cfg)
     model.init_weights()
+    for change in changes:
+        CHANGES[change](model)
     # Counted where the compiled ops are certain to be, and for one image.
     cost = models.count(model, *models.preprocessed(model, models.example_batch(cfg, 1, shape)))
     model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
@@ -833,13 +890,16 @@ def benchmark_models(args: argparse.Namespace) -> None:
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    from ddf_mm.engine import models
+    from ddf_mm.engine import cli, models
 
     torch.set_num_threads(args.threads)
     quiet_libraries()
     args.configs = list(dict.fromkeys(args.configs))
-    for name in args.configs:
-        models.read_config(name, args.cfg_options)  # a wrong one is told now, not minutes later
+    for name in args.configs:  # a wrong one is told now, not minutes later
+        config, changes = split_changes(name)
+        if "folded" in changes and "train" in args.mode:
+            raise cli.UserError(f"config {name!r} has no norms to train: leave out --mode train")
+        models.read_config(config, args.cfg_options)
     settings = [
         ModelSetting(*values)
         for values in itertools.product(
@@ -978,7 +1038,13 @@ def parse_args() -> argparse.Namespace:
     )
     model = commands.add_parser("model", help="time the networks of configs", **with_defaults)
     model.set_defaults(run=benchmark_models)
-    model.add_argument("configs", nargs="+", metavar="config", help="path, or toolbox::path")
+    model.add_argument(
+        "configs",
+        nargs="+",
+        metavar="config",
+        help="path, or toolbox::path; +folded behind it folds the batch norms into the layers "
+        "before them, +skeleton makes each DDFPack an identity of the same stride",
+    )
     model.add_argument("--mode", choices=["eval", "train"], nargs="+", default=["eval"])
     model.add_argument(
         "--precision",

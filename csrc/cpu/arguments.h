@@ -30,6 +30,17 @@ inline Geometry by_subpixel(Geometry g) {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
 
+// What surrounds ddf in a DDFPack.
+struct Surroundings {
+  // Whether the filters are raw, before FilterNorm.
+  bool normalize = false;
+  double channel_scale = 1, spatial_scale = 1, eps = 0;
+  // Of the type that sums are kept in; null if there is none.
+  const void* channel_std = nullptr;  // [C * taps]
+  const void* bias = nullptr;         // [C], added to the output
+  bool relu = false;
+};
+
 struct Forward {
   Geometry geometry;
   DType dtype;
@@ -40,6 +51,7 @@ struct Forward {
   const void* channel_filter;
   const void* spatial_filter;  // null if there is none
   SpatialStrides spatial_strides;
+  Surroundings around;
   void* output;
 };
 
@@ -60,10 +72,42 @@ struct Backward {
   SpatialStrides grad_spatial_strides;
 };
 
+// Filters to normalize: [batch][filters][taps][pixels], or [batch][pixels][filters][taps].
+struct NormSizes {
+  int64_t batch, filters, taps, pixels;
+  bool taps_inner;
+};
+
+struct Norm {
+  NormSizes sizes;
+  DType dtype;
+  const void* x;
+  // [filters * taps] of the type that sums are kept in; null if there is none.
+  const void* std;
+  const void* mean;
+  double scale, eps;
+  void* result;
+};
+
+struct NormBackward {
+  NormSizes sizes;
+  DType dtype;
+  const void* grad;
+  const void* x;
+  const void* std;
+  double scale, eps;
+  // Null where a gradient is not needed.
+  void* grad_x;
+  void* grad_std;
+  void* grad_mean;
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   void (*forward)(const Forward&, ParallelFor);
   void (*backward)(const Backward&, ParallelFor);
+  void (*norm)(const Norm&, ParallelFor);
+  void (*norm_backward)(const NormBackward&, ParallelFor);
 };
 
 extern const Kernels baseline_kernels;

@@ -1,6 +1,7 @@
 // All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included
 // once by each kernels_*.cpp.
 #pragma once
+#include "cpu/norm.h"
 #include "cpu/pixels.h"
 #include "cpu/planes.h"
 
@@ -32,13 +33,10 @@ void backward_as(const Backward& b, ParallelFor run) {
   }
 }
 
-template <template <class, class> class Kernel, class Arguments>
-void dispatch(const Arguments& arguments, ParallelFor run) {
-  const auto with = [&](auto element) {
-    using T = decltype(element);
-    arguments.mul ? Kernel<T, Mul>::run(arguments, run) : Kernel<T, Add>::run(arguments, run);
-  };
-  switch (arguments.dtype) {
+// Calls with(T()) for the elements' type.
+template <class F>
+void with_type(DType dtype, const F& with) {
+  switch (dtype) {
     case DType::f32:
       return with(float());
     case DType::f64:
@@ -50,23 +48,35 @@ void dispatch(const Arguments& arguments, ParallelFor run) {
   }
 }
 
-template <class T, class Combine>
-struct ForwardKernel {
-  static void run(const Forward& f, ParallelFor run) { forward_as<T, Combine>(f, run); }
-};
-template <class T, class Combine>
-struct BackwardKernel {
-  static void run(const Backward& b, ParallelFor run) { backward_as<T, Combine>(b, run); }
-};
-
-void forward(const Forward& f, ParallelFor run) { dispatch<ForwardKernel>(f, run); }
-void backward(const Backward& b, ParallelFor run) { dispatch<BackwardKernel>(b, run); }
+void forward(const Forward& f, ParallelFor run) {
+  with_type(f.dtype, [&](auto element) {
+    using T = decltype(element);
+    f.mul ? forward_as<T, Mul>(f, run) : forward_as<T, Add>(f, run);
+  });
+}
+void backward(const Backward& b, ParallelFor run) {
+  with_type(b.dtype, [&](auto element) {
+    using T = decltype(element);
+    b.mul ? backward_as<T, Mul>(b, run) : backward_as<T, Add>(b, run);
+  });
+}
+void norm(const Norm& n, ParallelFor run) {
+  with_type(n.dtype, [&](auto element) { norm<decltype(element)>(n, run); });
+}
+void norm_backward(const NormBackward& n, ParallelFor run) {
+  with_type(n.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (n.grad_x) norm_grad_x<T>(n, run);
+    if (n.grad_std || n.grad_mean) norm_grad_parameters<T>(n, run);
+  });
+}
 
 }  // namespace
 }  // namespace DDF_ISA
 
 #define DDF_JOIN_(a, b) a##b
 #define DDF_JOIN(a, b) DDF_JOIN_(a, b)
-extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward, DDF_ISA::backward};
+extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward, DDF_ISA::backward,
+                                                    DDF_ISA::norm, DDF_ISA::norm_backward};
 
 }  // namespace ddf::cpu

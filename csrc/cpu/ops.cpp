@@ -80,14 +80,11 @@ std::vector<int64_t> output_size(const Geometry& g) {
   return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
 }
 
-OptionalTensor contiguous(const OptionalTensor& filter) {
-  return filter ? OptionalTensor(in_layout(*filter, false)) : std::nullopt;
-}
-
 Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, bool mul) {
+                  const OptionalTensor& spatial_filter, bool mul, const Surroundings& around = {}) {
   Forward f{};
   f.geometry = g;
+  f.around = around;
   f.dtype = dtype_of(features);
   f.mul = mul;
   f.channels_last = is_channels_last(features);
@@ -157,6 +154,62 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
   return {grad_features, grad_channel, grad_spatial};
 }
 
+// Filters as the kernels take them: x as it is, where its order of memory is one that they know,
+// or a contiguous copy.
+struct Filters {
+  NormSizes sizes;
+  bool channels_last;
+
+  Filters(const Tensor& x, int64_t filters) : channels_last(x.dim() == 4 && is_channels_last(x)) {
+    const NormShape shape = norm_shape_of(x, filters);
+    sizes = {shape.batch, filters, shape.taps, shape.pixels, channels_last || shape.pixels == 1};
+  }
+  Tensor ordered(const Tensor& t) const {
+    return t.dim() == 4 ? in_layout(t, channels_last) : torch::stable::contiguous(t);
+  }
+  bool is_empty() const { return sizes.batch * sizes.pixels == 0; }
+};
+
+Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
+                   const OptionalTensor& mean, double scale, double eps) {
+  const Filters of(x, filters);
+  check_parameter(std, x, x.size(1), "std");
+  check_parameter(mean, x, x.size(1), "mean");
+  const Tensor result = empty_like(x, of.channels_last);
+  if (of.is_empty()) return result;
+  const Tensor ordered = of.ordered(x);
+  const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
+  kernels().norm({of.sizes, dtype_of(x), ordered.const_data_ptr(), data_of(factors),
+                  data_of(shifts), scale, eps, result.mutable_data_ptr()},
+                 run_in_parallel);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, const Tensor& x,
+                                                        int64_t filters, const OptionalTensor& std,
+                                                        double scale, double eps, bool need_x,
+                                                        bool need_std, bool need_mean) {
+  const Filters of(x, filters);
+  check_parameter(std, x, x.size(1), "std");
+  check_norm_grad(grad, x);
+  const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : empty(x, {0}, false);
+  Tensor grad_std = empty_parameter(x, need_std), grad_mean = empty_parameter(x, need_mean);
+  if (of.is_empty()) {
+    torch::stable::zero_(grad_std);
+    torch::stable::zero_(grad_mean);
+    return {grad_x, grad_std, grad_mean};
+  }
+  const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
+  const OptionalTensor factors = contiguous(std);
+  kernels().norm_backward(
+      {of.sizes, dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
+       data_of(factors), scale, eps, need_x ? grad_x.mutable_data_ptr() : nullptr,
+       need_std ? grad_std.mutable_data_ptr() : nullptr,
+       need_mean ? grad_mean.mutable_data_ptr() : nullptr},
+      run_in_parallel);
+  return {grad_x, grad_std, grad_mean};
+}
+
 Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
                const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
                int64_t stride, bool mul) {
@@ -171,6 +224,18 @@ Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
   return forward_of(
       up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation),
       features, channel_filter, spatial_filter, mul);
+}
+
+Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
+            const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
+            double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
+            int64_t dilation, int64_t stride, bool mul) {
+  const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
+  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
+  check_parameter(bias, features, g.channels, "bias");
+  const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
+  return forward_of(g, features, raw_channel, raw_spatial, mul,
+                    {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
@@ -202,6 +267,9 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("ddf", TORCH_BOX(&ddf::cpu::forward));
   m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::backward));
+  m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
+  m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
+  m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::pack));
   m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));
 }

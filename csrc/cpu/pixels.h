@@ -4,7 +4,7 @@
 // each leads, and the values of the spatial filter. The channel filter is kept widened, in blocks
 // of one vector of channels with all taps.
 #pragma once
-#include "cpu/vectors.h"
+#include "cpu/norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
@@ -109,10 +109,10 @@ struct Lister {
   bool own_filter;
   Sum<T> neutral;
 
-  // The taps of P pixels in a row.
-  template <int P>
-  DDF_INLINE void list(Taps<T>& taps, const T* image, const T* filter, int64_t row,
-                       int64_t column) const {
+  // The taps of P pixels in a row, for a filter with these strides.
+  template <int P, class F>
+  DDF_INLINE void list(Taps<T>& taps, const T* image, const F* filter,
+                       const SpatialStrides& strides, int64_t row, int64_t column) const {
     int64_t u = 0;
     taps.advance = columns.advance * g.channels;
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
@@ -123,13 +123,20 @@ struct Lister {
         taps.pixel[u] = image + (r->at * width + c->at) * g.channels;
         Sum<T>* to = taps.spatial.get() + u * P;
         ++u;
-        const T* from =
+        const F* from =
             filter + (own_filter ? t * strides.tap + row * strides.row + column * strides.column
                                  : subpixel * strides.subpixel + (g.taps() - 1 - t) * strides.tap +
                                        r->pixel * strides.row + c->pixel * strides.column);
         for (int p = 0; p < P; ++p) to[p] = spatial ? widen(from[p * strides.column]) : neutral;
       }
     taps.count = u;
+  }
+
+  // The same for the filter as it lies in memory.
+  template <int P>
+  DDF_INLINE void list(Taps<T>& taps, const T* image, const T* filter, int64_t row,
+                       int64_t column) const {
+    list<P>(taps, image, filter, strides, row, column);
   }
 
   // The spatial filter of a group of one of batch * subpixels images, as list() takes it.
@@ -160,10 +167,12 @@ void fill_channel_blocks(Sum<T>* to, int64_t block_taps, const Geometry& g, cons
 }
 
 // out[p][c] = sum over the listed taps of pixel[c] * (c[t, c] o spatial[p]) for the P pixels of a
-// strip, out_step apart, and count channels.
+// strip, out_step apart, and count channels, with the bias c[all_taps, c], or the floor if that is
+// more.
 template <int P, class T, class Combine>
 DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
-                             const Sum<T>* channel, T* out, int64_t out_step, int64_t count) {
+                             const Sum<T>* channel, Sum<T> floor, T* out, int64_t out_step,
+                             int64_t count) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
@@ -171,8 +180,11 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   // wide is an integral constant: a whole vector of channels or the last few.
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
-    const A* block = channel + c * all_taps;
-    V sums[P] = {};
+    const A* block = channel + c * (all_taps + 1);
+    const V bias = load<L>(block + all_taps * L);
+    V sums[P];
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) sums[p] = bias;
     for (int64_t u = 0; u < number; ++u) {
       const V tap = load<L>(block + taps.tap[u] * L);
       const T* from = taps.pixel[u] + first + c;
@@ -183,7 +195,8 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
                    Combine::combine(tap, splat<A, L>(spatial[p]));
     }
     DDF_UNROLL
-    for (int p = 0; p < P; ++p) store_first<L>(out + p * out_step + c, sums[p], room);
+    for (int p = 0; p < P; ++p)
+      store_first<L>(out + p * out_step + c, at_least(sums[p], floor), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
@@ -192,8 +205,8 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
 
 // The same for all nine taps of a 3x3 filter, where neighbours read the same pixels.
 template <int P, class T, class Combine>
-DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* channel, T* out,
-                              int64_t out_step, int64_t count) {
+DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* channel,
+                              Sum<T> floor, T* out, int64_t out_step, int64_t count) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
@@ -202,8 +215,11 @@ DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* 
   const A* spatial = taps.spatial.get();
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
-    const A* block = channel + c * 9;
-    V sums[P] = {};
+    const A* block = channel + c * 10;
+    const V bias = load<L>(block + 9 * L);
+    V sums[P];
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) sums[p] = bias;
     DDF_UNROLL
     for (int r = 0; r < 3; ++r) {
       V tap[3];
@@ -219,17 +235,45 @@ DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* 
       }
     }
     DDF_UNROLL
-    for (int p = 0; p < P; ++p) store_first<L>(out + p * out_step + c, sums[p], room);
+    for (int p = 0; p < P; ++p)
+      store_first<L>(out + p * out_step + c, at_least(sums[p], floor), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
   if (c < count) filter(c, std::false_type());
 }
 
+// Normalizes a group's blocks of channels and puts the bias behind the taps of each.
+template <class A>
+void finish_channel_blocks(A* blocks, const Geometry& g, int64_t group, const Around<A>& around) {
+  constexpr int L = kLanes<A>;
+  if (!around.normalize && !around.bias) return;
+  const int64_t taps = g.taps(), end = (group + 1) * g.group_channels;
+  for (int64_t c = group * g.group_channels; c < end; c += L, blocks += (taps + 1) * L) {
+    const int64_t lanes = std::min<int64_t>(L, end - c);
+    around.template normalize_channels<L>(blocks, taps, c, lanes);
+    for (int64_t lane = 0; around.bias && lane < lanes; ++lane)
+      blocks[taps * L + lane] = around.bias[c + lane];
+  }
+}
+
+// to[t * pitch + j], normalized, of a row of a group's spatial filter.
+template <class T>
+void normalize_row(Sum<T>* to, int64_t pitch, int64_t columns, int64_t taps, const T* filter,
+                   const SpatialStrides& strides, const Around<Sum<T>>& around) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t t = 0; t < taps; ++t)
+    load_row(to + t * pitch, filter + t * strides.tap, columns, strides.column);
+  for (int64_t j = 0; j < columns; j += L)
+    standardize<A, L>(to + j, taps, pitch, around.eps, around.spatial_scale);
+}
+
 // Both directions: for each pixel of `to` the taps that the lister finds in `from`, filtered.
 template <class T, class Combine>
 void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* from,
-                   int64_t from_size, T* to, int64_t rows, int64_t columns, ParallelFor run) {
+                   int64_t from_size, T* to, int64_t rows, int64_t columns,
+                   const Around<Sum<T>>& around, ParallelFor run) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = lister.g;
@@ -241,8 +285,11 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
   const bool shares = g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
-    const int64_t block = round_up(g.group_channels, L) * all_taps;
+    const int64_t block = round_up(g.group_channels, L) * (all_taps + 1);
     Scratch<A> channel(subpixels * g.groups * block);
+    // A row of normalized spatial filters, [groups][taps][pitch].
+    const int64_t pitch = round_up(columns, L);
+    Scratch<A> normalized(around.normalize ? g.groups * g.taps() * pitch : 0);
     int64_t filled = -1;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t image = index / rows, row = index % rows;
@@ -251,11 +298,16 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
         for (int64_t group = 0; group < g.groups; ++group) {
           A* of_group = lister.own_filter ? channel + (r * g.groups + group) * block
                                           : channel + group * block + r * g.taps() * L;
-          fill_channel_blocks(of_group, all_taps, g, channel_filter, image * g.subpixels() + r,
+          fill_channel_blocks(of_group, all_taps + 1, g, channel_filter, image * g.subpixels() + r,
                               group * g.group_channels, (group + 1) * g.group_channels,
                               !lister.own_filter, A(Combine::kNeutral));
+          finish_channel_blocks(of_group, g, group, around);
         }
       filled = image;
+      for (int64_t group = 0; around.normalize && group < g.groups; ++group)
+        normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
+                      lister.filter_of(image, group) + row * lister.strides.row, lister.strides,
+                      around);
       for (int64_t r = 0; r < subpixels; ++r)
         for (const auto& strip : strips)
           for (int64_t group = 0; group < g.groups; ++group) {
@@ -267,18 +319,26 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
                     g.channels +
                 first;
             const A* block_of = channel + (r * g.groups + group) * block;
-            if (strip.count == kStrip) {
-              lister.template list<kStrip>(taps, pixels, filter, row, strip.first);
-              if (shares && taps.count == 9)
-                filter_strip3<kStrip, T, Combine>(taps, first, block_of, out, out_step,
-                                                  g.group_channels);
+            const auto list = [&](auto pixels_of_strip) __attribute__((always_inline)) {
+              constexpr int P = decltype(pixels_of_strip)::value;
+              if (around.normalize)
+                lister.template list<P>(taps, pixels, normalized + group * g.taps() * pitch,
+                                        SpatialStrides{0, 0, pitch, 0, 1}, row, strip.first);
               else
-                filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, out, out_step,
-                                                 g.group_channels);
+                lister.template list<P>(taps, pixels, filter, row, strip.first);
+            };
+            if (strip.count == kStrip) {
+              list(std::integral_constant<int, kStrip>());
+              if (shares && taps.count == 9)
+                filter_strip3<kStrip, T, Combine>(taps, first, block_of, around.floor, out,
+                                                  out_step, g.group_channels);
+              else
+                filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
+                                                 out_step, g.group_channels);
             } else {
-              lister.template list<1>(taps, pixels, filter, row, strip.first);
-              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, out, out_step,
-                                          g.group_channels);
+              list(std::integral_constant<int, 1>());
+              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
+                                          out_step, g.group_channels);
             }
           }
     }
@@ -304,7 +364,8 @@ void forward_pixels(const Forward& f, ParallelFor run) {
   const auto lister = lister_to_features<T, Combine>(f, g);
   filter_pixels<T, Combine>(lister, static_cast<const T*>(f.channel_filter),
                             static_cast<const T*>(f.features), g.height * g.width,
-                            static_cast<T*>(f.output), g.out_height, g.out_width, run);
+                            static_cast<T*>(f.output), g.out_height, g.out_width,
+                            Around<Sum<T>>(f.around), run);
 }
 
 template <class T, class Combine>
@@ -318,10 +379,10 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
                          b.spatial_strides,
                          false,
                          Sum<T>(Combine::kNeutral)};
-  filter_pixels<T, Combine>(lister, static_cast<const T*>(b.channel_filter),
-                            static_cast<const T*>(b.grad),
-                            g.subpixels() * g.out_height * g.out_width,
-                            static_cast<T*>(b.grad_features), g.height, g.width, run);
+  filter_pixels<T, Combine>(
+      lister, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
+      g.subpixels() * g.out_height * g.out_width, static_cast<T*>(b.grad_features), g.height,
+      g.width, Around<Sum<T>>(), run);
 }
 
 // With p = dy * x at the listed taps u0.. of a strip of P pixels: ds[u][pixel] = sum over the

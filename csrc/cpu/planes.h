@@ -4,7 +4,7 @@
 // every tap of the filter reads consecutive values, whatever kernel, stride and dilation are. The
 // spatial filter of a tile of rows is kept widened and serves all channels of its group.
 #pragma once
-#include "cpu/vectors.h"
+#include "cpu/norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
@@ -111,8 +111,17 @@ void pack_spatial(Sum<T>* to, const std::vector<Phase::Tap>& taps, int64_t width
   }
 }
 
+// Normalizes what pack_spatial has packed.
+template <class A>
+void normalize_packed(A* packed, int64_t taps, int64_t blocks, const Around<A>& around) {
+  constexpr int L = kLanes<A>;
+  for (int64_t b = 0; around.normalize && b < blocks; ++b)
+    standardize<A, L>(packed + b * taps * L, taps, L, around.eps, around.spatial_scale);
+}
+
 // out[n][r, j] = sum_t x[n][x_offset[t] + r * pitch + j] * (c[t, n] o s[r][t][j]) for one vector
-// of R rows and NC channels. The output has room for so many values from out on.
+// of R rows and NC channels, with the bias c[taps, n], or the floor c[taps + 1, 0] if that is more.
+// The output has room for so many values from out on.
 template <class T, class Combine, int R, int NC>
 DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<T>* x,
                                int64_t pitch, int64_t x_size, const Sum<T>* s, int64_t s_row,
@@ -121,7 +130,9 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  V sums[R * NC] = {};
+  V sums[R * NC];
+  DDF_UNROLL
+  for (int i = 0; i < R * NC; ++i) sums[i] = splat<A, L>(c[taps * NC + i % NC]);
   for (int64_t t = 0; t < taps; ++t) {
     const A* from = x + x_offset[t];
     const V spatial = load<L>(s + t * L), spatial2 = load<L>(s + (R - 1) * s_row + t * L);
@@ -137,7 +148,7 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
     DDF_UNROLL
     for (int r = 0; r < R; ++r) DDF_UNROLL
     for (int n = 0; n < NC; ++n)
-      store_first<L>(out + n * out_size + r * width, sums[r * NC + n],
+      store_first<L>(out + n * out_size + r * width, at_least(sums[r * NC + n], c[(taps + 1) * NC]),
                      decltype(is_whole)::value ? L : room - r * width);
   };
   // One branch for all of them: compilers would put a sum off until its branch, and spill.
@@ -205,7 +216,8 @@ template <class T, class Combine>
 void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& window,
                    const std::vector<Phase>& phases, const T* from, const Geometry& filters,
                    const T* channel_filter, const T* spatial_filter, const SpatialStrides& strides,
-                   T* to, int64_t to_height, int64_t to_width, int64_t step, ParallelFor run) {
+                   T* to, int64_t to_height, int64_t to_width, int64_t step,
+                   const Around<Sum<T>>& around, ParallelFor run) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const int64_t tile_size = plan.rows * round_up(g.out_width, L), to_size = to_height * to_width;
@@ -213,7 +225,7 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
   for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Scratch<A> spatial(tile_size * all_taps), channel(all_taps * 4), x(4 * window.size);
+    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * 4), x(4 * window.size);
     Scratch<T> parts(step > 1 ? 4 * tile_size * std::min(step, to_width) : 0);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
@@ -229,6 +241,8 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
       for (const Phase& phase : phases) {
         pack_spatial(packed, phase.taps, g.out_width, item.row0, item.row1, filter,
                      filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
+        normalize_packed<A>(packed, static_cast<int64_t>(phase.taps.size()),
+                            rows * ceil_div(g.out_width, L), around);
         packed += tile_size * static_cast<int64_t>(phase.taps.size());
       }
       for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto number) {
@@ -249,6 +263,11 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
               channel[t * NC + n] = channel_taps
                                         ? widen(channel_taps[phase.taps[t].channel + n * taps])
                                         : A(Combine::kNeutral);
+          around.template normalize_channels<NC>(channel, count, c, NC);
+          for (int n = 0; n < NC; ++n) {
+            channel[count * NC + n] = around.bias ? around.bias[c + n] : A(0);
+            channel[(count + 1) * NC + n] = around.floor;
+          }
           T* plane = to + first * to_size;
           const bool is_dense = step == 1;
           T* part = parts.get() + phase.column * NC * tile_size;
@@ -295,7 +314,7 @@ void forward_planes(const Forward& f, ParallelFor run) {
                             static_cast<const T*>(f.channel_filter),
                             static_cast<const T*>(f.spatial_filter), f.spatial_strides,
                             static_cast<T*>(f.output), g.scale * g.out_height,
-                            g.scale * g.out_width, g.scale, run);
+                            g.scale * g.out_width, g.scale, Around<Sum<T>>(f.around), run);
 }
 
 // Every pixel of the features gathers from all subpixels of the pixels that read it.
@@ -325,7 +344,8 @@ void grad_features_up_planes(const Backward& b, ParallelFor run) {
   filter_planes<T, Combine>(windows, plan, window, {phase}, static_cast<const T*>(b.grad), g,
                             static_cast<const T*>(b.channel_filter),
                             static_cast<const T*>(b.spatial_filter), b.spatial_strides,
-                            static_cast<T*>(b.grad_features), g.height, g.width, 1, run);
+                            static_cast<T*>(b.grad_features), g.height, g.width, 1,
+                            Around<Sum<T>>(), run);
 }
 
 // Every pixel of the features gathers from the output's pixels that read it, which by some of the
@@ -362,7 +382,8 @@ void grad_features_planes(const Backward& b, ParallelFor run) {
   filter_planes<T, Combine>(windows, plan, window, phases, static_cast<const T*>(b.grad), g,
                             static_cast<const T*>(b.channel_filter),
                             static_cast<const T*>(b.spatial_filter), b.spatial_strides,
-                            static_cast<T*>(b.grad_features), g.height, g.width, g.stride, run);
+                            static_cast<T*>(b.grad_features), g.height, g.width, g.stride,
+                            Around<Sum<T>>(), run);
 }
 
 // Adds up partial sums [parts][count], in order.

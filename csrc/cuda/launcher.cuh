@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "arguments.cuh"
+#include "norm.cuh"
 #include "up.cuh"
 
 namespace ddf::cuda {
@@ -47,5 +48,11 @@ bool run_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, cudaS
 template <typename T>
 void run_up_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
                           cudaStream_t stream);
+
+template <typename T>
+void run_norm(const NormArguments<T>& a, cudaStream_t stream);
+
+template <typename T>
+void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream);
 
 }  // namespace ddf::cuda

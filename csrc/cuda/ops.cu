@@ -240,6 +240,94 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
   return {grad_features, grad_channel, grad_spatial};
 }
 
+// Filters in an order of memory that the kernels know: x itself, or a contiguous copy.
+struct Filters {
+  NormShape shape;
+  int64_t filters;
+  bool channels_last;
+
+  Filters(const Tensor& x, int64_t filters)
+      : shape(norm_shape_of(x, filters)),
+        filters(filters),
+        channels_last(x.dim() == 4 && ddf::is_channels_last(x)) {
+    constexpr int64_t limit = INT32_MAX;
+    STD_TORCH_CHECK(shape.taps <= limit, "CUDA kernels serve filters of at most ", limit, " taps");
+  }
+  Tensor ordered(const Tensor& t) const {
+    return torch::stable::contiguous(t, channels_last
+                                            ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
+  }
+  bool is_empty() const { return shape.batch * shape.pixels == 0; }
+
+  template <typename T>
+  NormArguments<T> arguments(const Tensor& x, const OptionalTensor& std, double scale,
+                             double eps) const {
+    using A = Accumulate<T>;
+    NormArguments<T> a{};
+    a.batch = shape.batch;
+    a.filters = filters;
+    a.taps = shape.taps;
+    a.pixels = shape.pixels;
+    a.taps_inner = channels_last || shape.pixels == 1;
+    a.x = static_cast<const T*>(x.const_data_ptr());
+    a.std = static_cast<const A*>(data_of(std));
+    a.scale = static_cast<A>(scale);
+    a.eps = static_cast<A>(eps);
+    return a;
+  }
+};
+
+Tensor norm(const Tensor& x, int64_t filters, const OptionalTensor& std, const OptionalTensor& mean,
+            double scale, double eps) {
+  const Filters of(x, filters);
+  check_parameter(std, x, x.size(1), "std");
+  check_parameter(mean, x, x.size(1), "mean");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor result = empty_like(x, of.channels_last);
+  if (of.is_empty()) return result;
+  const Tensor ordered = of.ordered(x);
+  const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    NormArguments<T> a = of.template arguments<T>(ordered, factors, scale, eps);
+    a.mean = static_cast<const Accumulate<T>*>(data_of(shifts));
+    a.result = static_cast<T*>(result.mutable_data_ptr());
+    run_norm(a, current_stream(x));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
+                                                 int64_t filters, const OptionalTensor& std,
+                                                 double scale, double eps, bool need_x,
+                                                 bool need_std, bool need_mean) {
+  const Filters of(x, filters);
+  check_parameter(std, x, x.size(1), "std");
+  check_norm_grad(grad, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : torch::stable::new_empty(x, {0});
+  Tensor grad_std = empty_parameter(x, need_std), grad_mean = empty_parameter(x, need_mean);
+  if (of.is_empty()) {
+    torch::stable::zero_(grad_std);
+    torch::stable::zero_(grad_mean);
+    return {grad_x, grad_std, grad_mean};
+  }
+  const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
+  const OptionalTensor factors = contiguous(std);
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    NormArguments<T> a = of.template arguments<T>(ordered, factors, scale, eps);
+    a.grad = static_cast<const T*>(ordered_grad.const_data_ptr());
+    if (need_x) a.result = static_cast<T*>(grad_x.mutable_data_ptr());
+    if (need_std) a.grad_std = static_cast<A*>(grad_std.mutable_data_ptr());
+    if (need_mean) a.grad_mean = static_cast<A*>(grad_mean.mutable_data_ptr());
+    run_norm_backward(a, current_stream(x));
+  });
+  return {grad_x, grad_std, grad_mean};
+}
+
 }  // namespace
 }  // namespace ddf::cuda
 
@@ -248,4 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
   m.impl("ddf_backward", TORCH_BOX(&ddf::cuda::backward));
   m.impl("ddf_up", TORCH_BOX(&ddf::cuda::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::up_backward));
+  m.impl("filter_norm", TORCH_BOX(&ddf::cuda::norm));
+  m.impl("filter_norm_backward", TORCH_BOX(&ddf::cuda::norm_backward));
 }

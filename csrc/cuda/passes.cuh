@@ -3,10 +3,13 @@
 #include "dispatch.cuh"
 #include "launcher.cuh"
 
-#define DDF_COMPILE_FORWARD(type) template void run_forward(const Arguments<type>&, cudaStream_t)
+#define DDF_COMPILE_FORWARD(type)                                  \
+  template void run_forward(const Arguments<type>&, cudaStream_t); \
+  template void run_norm(const NormArguments<type>&, cudaStream_t)
 #define DDF_COMPILE_BACKWARD(type)                                                            \
   template void run_backward(const Arguments<type>&, const Gradients<type>&, const Allocate&, \
-                             cudaStream_t)
+                             cudaStream_t);                                                   \
+  template void run_norm_backward(const NormArguments<type>&, cudaStream_t)
 
 namespace ddf::cuda {
 
@@ -19,6 +22,16 @@ template <typename T>
 void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
                   cudaStream_t stream) {
   launch_backward(a, to, allocate, Launcher(stream));
+}
+
+template <typename T>
+void run_norm(const NormArguments<T>& a, cudaStream_t stream) {
+  launch_norm(a, Launcher(stream));
+}
+
+template <typename T>
+void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream) {
+  launch_norm_backward(a, Launcher(stream));
 }
 
 }  // namespace ddf::cuda

@@ -197,7 +197,10 @@ def count(model: BaseModel, inputs: torch.Tensor, samples: list | None) -> Cost:
 
 def config_labels(names: list[str]) -> list[str]:
     """Short names of configs: the files' without suffix, or as given where two are the same."""
-    stems = [osp.splitext(osp.basename(name))[0] for name in names]
+    stems = []
+    for name in names:
+        path, plus, changes = name.partition("+")
+        stems.append(osp.splitext(osp.basename(path))[0] + plus + changes)
     return [
         stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)
     ]

@@ -9,7 +9,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers.filter_norm import FilterNorm
-from ddf_mm.ops import ddf, ddf_up, filter_norm
+from ddf_mm.layers.fused import PackOptions, PackWeights, fused_pack
+from ddf_mm.ops import ddf, ddf_up, filter_norm, library
 from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
 
 # torch.fx records the operations as one call each instead of tracing through its argument checks
@@ -63,6 +64,41 @@ def _channel_branch(
         nn.Conv2d(mid_channels, in_channels * kernel_size**2, 1),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True),
     )
+
+
+_SPATIAL_TYPES = (nn.Conv2d, FilterNorm)
+_CHANNEL_TYPES = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, FilterNorm)
+
+
+def _are_plain(branch: nn.Module, types: tuple[type, ...]) -> bool:
+    """Whether a branch is still made of modules of just these types, without hooks."""
+    modules = (branch, *branch._modules.values())
+    return tuple(map(type, modules)) == (nn.Sequential, *types) and not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
+class Shift(nn.Module):
+    """Adds one value a channel, then optionally applies ReLU: what is left of a folded norm.
+
+    Args:
+        bias: ``Tensor[C]``.
+        relu: whether ReLU follows.
+    """
+
+    def __init__(self, bias: Tensor, relu: bool = False) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``Tensor[B, C, H, W]`` -> a tensor of the same shape and dtype."""
+        out = x + self.bias.to(x.dtype)[:, None, None]
+        return out.relu_() if self.relu else out
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, relu={self.relu}"
 
 
 class DDFPack(BaseModule):
@@ -134,8 +170,39 @@ class DDFPack(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
-        out = ddf(x, *self.generate_filters(x), *self._filter_arguments)
+        if self._can_fuse(x):
+            if type(self.output) is Shift and not torch.is_grad_enabled():
+                return fused_pack(x, *self._fused_arguments(), self.output.bias, self.output.relu)
+            out = fused_pack(x, *self._fused_arguments())
+        else:
+            out = ddf(x, *self.generate_filters(x), *self._filter_arguments)
         return self.output(out)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether one function may stand for the branches: none of them is traced, watched by a
+        hook or replaced, and x is what they would take."""
+        return (
+            type(x) in (Tensor, nn.Parameter)
+            and x.dim() == 4
+            and x.shape[1] == self.in_channels
+            and x.numel() > 0
+            and library.serves(x)
+            and (
+                x.dtype == self.spatial_branch[0].weight.dtype
+                or torch.is_autocast_enabled(x.device.type)
+            )
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and _are_plain(self.spatial_branch, _SPATIAL_TYPES)
+            and _are_plain(self.channel_branch, _CHANNEL_TYPES)
+        )
+
+    def _fused_arguments(self) -> tuple[PackWeights, PackOptions]:
+        spatial, spatial_norm = self.spatial_branch
+        _, squeeze, _, expand, channel_norm = self.channel_branch
+        convolutions = (p for m in (spatial, squeeze, expand) for p in (m.weight, m.bias))
+        options = PackOptions(*self._filter_arguments, self.head, spatial_norm.std)
+        return PackWeights(*convolutions, channel_norm.std), options
 
     def generate_filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies to features ``Tensor[B, C, H, W]``.

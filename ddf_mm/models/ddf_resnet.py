@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from ddf_mm.layers import DDFPack
+from ddf_mm.layers import DDFPack, switch_to_deploy
 
 PLUGIN_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
@@ -150,6 +150,15 @@ class DDFBottleneck(BaseModule):
     def norm3(self) -> nn.Module:
         return getattr(self, self.norm3_name)
 
+    @property
+    def relu_follows_pack(self) -> bool:
+        """Whether ReLU follows ``conv2`` and its norm: :func:`~ddf_mm.layers.fuse_ddf_bn` asks."""
+        return type(self.relu) is nn.ReLU
+
+    @property
+    def _conv2_has_relu(self) -> bool:
+        return isinstance(self.conv2, DDFPack) and getattr(self.conv2.output, "relu", False)
+
     def _apply_plugins(self, x: Tensor, position: str) -> Tensor:
         for name in self._plugin_names[position]:
             x = getattr(self, name)(x)
@@ -158,7 +167,9 @@ class DDFBottleneck(BaseModule):
     def _residual_sum(self, x: Tensor) -> Tensor:
         out = self.relu(self.norm1(self.conv1(x)))
         out = self._apply_plugins(out, "after_conv1")
-        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.norm2(self.conv2(out))
+        if not self._conv2_has_relu:
+            out = self.relu(out)
         out = self._apply_plugins(out, "after_conv2")
         out = self.norm3(self.conv3(out))
         out = self._apply_plugins(out, "after_conv3")
@@ -214,6 +225,8 @@ class DDFResNet(BaseModule):
         kernel_size: window size of each DDF, odd.
         se_ratio: width of the channel branches' bottleneck over their channels.
         stage_with_ddf: which stages use DDF; the others have 3x3 convolutions.
+        deploy: build the network as :meth:`switch_to_deploy` leaves it, for checkpoints that were
+            saved after it.
         pretrained: path of a checkpoint; the older way to write
             ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: mmengine's initialization config. By default kaiming normal (fan_out, relu), as
@@ -261,6 +274,7 @@ class DDFResNet(BaseModule):
         kernel_size: int = 3,
         se_ratio: float = 0.2,
         stage_with_ddf: Sequence[bool] = (True, True, True, True),
+        deploy: bool = False,
         pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -354,6 +368,9 @@ class DDFResNet(BaseModule):
         self.feat_dim = channels
 
         self._freeze_stages()
+        if deploy:
+            self.eval()
+            self.switch_to_deploy()
 
     @property
     def norm1(self) -> nn.Module:
@@ -488,6 +505,15 @@ class DDFResNet(BaseModule):
             for module in self.modules():
                 if isinstance(module, DDFBottleneck):
                     constant_init(module.norm3, 0)
+
+    def switch_to_deploy(self) -> None:
+        """Folds the norms into the layers before them, for inference; mmpretrain's
+        ``tools/model_converters/reparameterize_model.py`` calls it.
+
+        Raises:
+            ValueError: the model is in training mode, or its packs combine by ``'add'``.
+        """
+        switch_to_deploy(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``Tensor[B, in_channels, H, W]`` -> the outputs of the stages in ``out_indices``."""

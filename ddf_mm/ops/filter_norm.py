@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddf_mm.ops import library
 from ddf_mm.ops.checks import check_int, check_tensor
-from ddf_mm.ops.reference import accumulate_dtype
+from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
 
 FILTER_TYPES = ("spatial", "channel")
 
@@ -74,33 +75,25 @@ def filter_norm(
             f"{in_channels} filters, got {total}"
         )
 
+    if filter_type == "channel":
+        x = x.reshape(batch, total)
     dtype = accumulate_dtype(x.dtype)
-    out = x.to(dtype)
-    if batch:  # var_mean warns about an empty batch
-        taps = out.reshape(batch, in_channels, total // in_channels, *x.shape[2:])
-        variance, average = torch.var_mean(taps, dim=2, keepdim=True)
-        # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
-        varies = variance > 0
-        deviation = torch.where(varies, variance, 1).sqrt()
-        out = torch.where(varies, (taps - average) / (deviation + eps), 0)
-
-    shape = x.shape if filter_type == "spatial" else (batch, total)
-    out = out.reshape(shape)
-    per_tap = (1, total) + (1,) * (out.dim() - 2)
-    out = out * _as_factor("std", std, per_tap, dtype)
-    if mean is not None:
-        out = out + _as_factor("mean", mean, per_tap, dtype)
-    return out.to(x.dtype)
+    std, mean = _as_parameter("std", std, total, dtype), _as_parameter("mean", mean, total, dtype)
+    # A compiler fuses the formula with its surroundings.
+    if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return library.run_filter_norm(x, in_channels, std, mean, eps)
+    return filter_norm_reference(x, in_channels, std, mean, eps)
 
 
-def _as_factor(
-    name: str, value: float | Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> float | Tensor:
-    if not isinstance(value, Tensor) or value.dim() == 0:
+def _as_parameter(
+    name: str, value: float | Tensor | None, total: int, dtype: torch.dtype
+) -> float | Tensor | None:
+    """A number as it is, a tensor as one value a tap in ``dtype``."""
+    if not isinstance(value, Tensor):
         return value
-    if tuple(value.shape) != (shape[1],):
+    if value.dim() and tuple(value.shape) != (total,):
         raise ValueError(
-            f"{name} must be a number or a Tensor[{shape[1]}], one value a tap of x's channels, "
+            f"{name} must be a number or a Tensor[{total}], one value a tap of x's channels, "
             f"got shape {list(value.shape)}"
         )
-    return value.to(dtype).reshape(shape)
+    return value.to(dtype).expand(total)

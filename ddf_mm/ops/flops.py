@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ddf_mm.ops import library
@@ -34,9 +35,15 @@ def _backward_flops(grad, features, channel, spatial, kernel_size, *args, **kwar
     return count * 2 * count_taps(grad, kernel_size)
 
 
+def _pack_flops(features, channel, spatial, *args, out_shape, **kwargs) -> int:
+    # The last options are kernel_size, dilation, stride and mul.
+    return 2 * count_taps(out_shape, args[-4])
+
+
 def register() -> None:
     """Tell the counter about the ops, if they are there."""
     if library.COMPILED:
         for forward, backward in library.OPS.items():
             register_flop_formula(forward)(_forward_flops)
             register_flop_formula(backward)(_backward_flops)
+        register_flop_formula(torch.ops.ddf_mm.ddf_pack)(_pack_flops)

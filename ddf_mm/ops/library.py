@@ -1,8 +1,7 @@
 """The compiled ops: loads them and gives them fake kernels, autograd, autocast and vmap.
 
-The libraries define ``ddf``, ``ddf_up`` and their backwards in ``torch.ops.ddf_mm`` and bring their
-kernels only; everything else that PyTorch wants to know about an op is said here, once for all
-devices.
+The libraries define the ops of ``torch.ops.ddf_mm`` and bring their kernels only; everything else
+that PyTorch wants to know about an op is said here, once for all devices.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
-from ddf_mm.ops.reference import layout_of
+from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 # Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
 MIN_TORCH = (2, 10)
@@ -257,6 +256,115 @@ def run_ddf_up(
     return _run(torch.ops.ddf_mm.ddf_up, features, channel_filter, spatial_filter, *options)
 
 
+def _fake_filter_norm(x, filters, std, mean, scale, eps):
+    return torch.empty_like(x, memory_format=layout_of(x))
+
+
+def _fake_filter_norm_backward(grad, x, filters, std, scale, eps, need_x, need_std, need_mean):
+    def parameter(needed):
+        return x.new_empty(x.shape[1] if needed else 0, dtype=accumulate_dtype(x.dtype))
+
+    grad_x = torch.empty_like(x, memory_format=layout_of(x)) if need_x else x.new_empty(0)
+    return grad_x, parameter(need_std), parameter(need_mean)
+
+
+def _fake_ddf_pack(features, raw_channel, raw_spatial, *options):
+    return _fake_ddf(features, raw_channel, raw_spatial, *options[-4:])
+
+
+def _ddf_pack(
+    features,
+    raw_channel,
+    raw_spatial,
+    channel_std,
+    channel_scale,
+    spatial_scale,
+    eps,
+    bias,
+    relu,
+    kernel_size,
+    dilation,
+    stride,
+    mul,
+):
+    """``ddf_pack`` by the other ops, where it has no kernel of its own."""
+    ops = torch.ops.ddf_mm
+    channels, groups = features.shape[1], raw_spatial.shape[1] // kernel_size**2
+    channel = ops.filter_norm(
+        raw_channel.flatten(1), channels, channel_std, None, channel_scale, eps
+    )
+    spatial = ops.filter_norm(raw_spatial, groups, None, None, spatial_scale, eps)
+    out = ops.ddf(
+        features, channel.view_as(raw_channel), spatial, kernel_size, dilation, stride, mul
+    )
+    if bias is not None:
+        out += bias.to(out.dtype)[:, None, None]
+    return out.relu_() if relu else out
+
+
+def _setup_filter_norm(ctx, inputs, output):
+    x, filters, std, _, scale, eps = inputs
+    ctx.save_for_backward(x, std)
+    ctx.options = filters, scale, eps
+
+
+def _differentiate_filter_norm(ctx, grad):
+    x, std = ctx.saved_tensors
+    filters, scale, eps = ctx.options
+    need_x, _, need_std, need_mean, _, _ = ctx.needs_input_grad
+    needed = need_x, need_std, need_mean
+    grads = torch.ops.ddf_mm.filter_norm_backward(grad, x, filters, std, scale, eps, *needed)
+    grad_x, grad_std, grad_mean = (g if n else None for g, n in zip(grads, needed, strict=True))
+    return grad_x, None, grad_std, grad_mean, None, None
+
+
+def _setup_filter_norm_backward(ctx, inputs, output):
+    grad, x, filters, std, scale, eps, *asked_for = inputs
+    ctx.save_for_backward(grad, x, std)
+    ctx.options = filters, scale, eps
+    ctx.asked_for = asked_for
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_filter_norm_backward(ctx, *tangents):
+    """Second and higher derivatives, through the formula."""
+    filters, scale, eps = ctx.options
+    wanted = [i for i, t in enumerate(tangents) if t is not None and ctx.asked_for[i]]
+    if not wanted:
+        return (None,) * 9
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, x, std = (None if t is None else t.view_as(t) for t in ctx.saved_tensors)
+        for tensor in (grad, x, std):
+            if tensor is not None and not tensor.requires_grad:
+                tensor.requires_grad_()
+        factor = scale if std is None else std * scale
+        shift = torch.zeros(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
+        inputs = [x, factor if std is None else std, shift.requires_grad_()]
+        out = filter_norm_reference(x, filters, factor, shift, eps)
+        grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
+        given = [t for t in (grad, x, std) if t is not None]
+        terms = torch.autograd.grad(
+            grads,
+            given,
+            [tangents[i] for i in wanted],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    of_grad, of_x, *of_std = terms
+    return of_grad, of_x, None, of_std[0] if of_std else None, *[None] * 5
+
+
+def run_filter_norm(
+    x: Tensor, filters: int, std: float | Tensor, mean: float | Tensor | None, eps: float
+) -> Tensor:
+    """Calls the compiled op for the arguments of ``filter_norm_reference``."""
+    scale, factors = (1.0, std) if isinstance(std, Tensor) else (std, None)
+    if mean is not None and not isinstance(mean, Tensor):
+        mean = x.new_full((x.shape[1],), mean, dtype=accumulate_dtype(x.dtype))
+    return torch.ops.ddf_mm.filter_norm(x, filters, factors, mean, scale, eps)
+
+
 def _setup_ddf_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
     ctx.options = inputs[4:8]
@@ -346,6 +454,19 @@ def _autocast_kernel(op, device_type: str):
 
 def _register() -> None:
     """Tells PyTorch about the ops what their libraries do not."""
+    torch.library.register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
+    if "cuda" in COMPILED:
+        torch.library.impl("ddf_mm::ddf_pack", "CUDA", _ddf_pack)
+    torch.library.register_fake("ddf_mm::filter_norm", _fake_filter_norm)
+    torch.library.register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
+    torch.library.register_autograd(
+        "ddf_mm::filter_norm", _differentiate_filter_norm, setup_context=_setup_filter_norm
+    )
+    torch.library.register_autograd(
+        "ddf_mm::filter_norm_backward",
+        _differentiate_filter_norm_backward,
+        setup_context=_setup_filter_norm_backward,
+    )
     for op, fake in ((torch.ops.ddf_mm.ddf, _fake_ddf), (torch.ops.ddf_mm.ddf_up, _fake_ddf_up)):
         name = str(op).replace(".", "::")
         torch.library.register_fake(name, fake)

@@ -84,6 +84,42 @@ def ddf_reference(
     return out.contiguous(memory_format=layout_of(features))
 
 
+def filter_norm_reference(
+    x: Tensor,
+    filters: int,
+    std: float | Tensor = 1.0,
+    mean: float | Tensor | None = None,
+    eps: float = 1e-10,
+) -> Tensor:
+    """Filter normalization by the formula, in differentiable PyTorch calls.
+
+    Args:
+        x: ``Tensor[B, filters*taps, …]``.
+        filters: number of filters in x's channels.
+        std: a number, or a ``Tensor[filters*taps]`` of ``accumulate_dtype(x.dtype)``.
+        mean: likewise, or ``None``.
+        eps: as for :func:`ddf_mm.ops.filter_norm`.
+
+    Returns:
+        A tensor of x's shape and dtype.
+    """
+    batch, total = x.shape[:2]
+    out = x.to(accumulate_dtype(x.dtype))
+    if batch:  # var_mean warns about an empty batch
+        taps = out.unflatten(1, (filters, total // filters))
+        variance, average = torch.var_mean(taps, dim=2, keepdim=True)
+        # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
+        is_constant = variance == 0
+        deviation = torch.where(is_constant, 1, variance).sqrt()
+        out = torch.where(is_constant, 0, (taps - average) / (deviation + eps)).flatten(1, 2)
+
+    per_tap = (1, total) + (1,) * (x.dim() - 2)
+    out = out * (std.reshape(per_tap) if isinstance(std, Tensor) else std)
+    if mean is not None:
+        out = out + (mean.reshape(per_tap) if isinstance(mean, Tensor) else mean)
+    return out.to(x.dtype)
+
+
 def ddf_up_reference(
     features: Tensor,
     channel_filter: Tensor | None,

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "dispatch.cuh"
+#include "norm.cuh"
 #include "up.cuh"
 
 namespace {
@@ -31,6 +32,15 @@ struct Call {
   // From the filters of a subpixel, and their gradients, to the next.
   ddf::cuda::SubpixelStrides filters, gradients;
   int32_t mul;
+};
+
+// A call of filter_norm. std, mean and the gradients 1 and 2 have the type of sums.
+struct NormCall {
+  HostTensor grad, x, std, mean;
+  HostTensor results[3];
+  int64_t batch, filters, taps, pixels;
+  int32_t taps_inner;
+  double scale, eps;
 };
 
 std::string message, kernel_names;
@@ -129,6 +139,54 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
 }
 
 template <typename T>
+std::array<Bytes, 3> run_once(const std::string& pass, const NormCall& call, Order order) {
+  using A = ddf::cuda::Accumulate<T>;
+  machine().order = order;
+  machine().tensors.clear();
+  std::vector<std::unique_ptr<GlobalMemory>> memories;
+  const auto place = [&](const HostTensor& t, Use use) -> void* {
+    if (t.data == nullptr) return nullptr;
+    memories.push_back(std::make_unique<GlobalMemory>(t.data, t.bytes, use));
+    machine().tensors.push_back(memories.back().get());
+    return memories.back()->data();
+  };
+  void* results[3];
+  for (int i = 0; i < 3; ++i) results[i] = place(call.results[i], Use::result);
+  ddf::cuda::NormArguments<T> a{};
+  a.batch = call.batch;
+  a.filters = call.filters;
+  a.taps = call.taps;
+  a.pixels = call.pixels;
+  a.taps_inner = call.taps_inner;
+  a.grad = static_cast<const T*>(place(call.grad, Use::input));
+  a.x = static_cast<const T*>(place(call.x, Use::input));
+  a.std = static_cast<const A*>(place(call.std, Use::input));
+  a.mean = static_cast<const A*>(place(call.mean, Use::input));
+  a.scale = static_cast<A>(call.scale);
+  a.eps = static_cast<A>(call.eps);
+  a.result = static_cast<T*>(results[0]);
+  a.grad_std = static_cast<A*>(results[1]);
+  a.grad_mean = static_cast<A*>(results[2]);
+  if (pass == "norm") {
+    launch_norm(a, Launch{});
+  } else if (pass == "norm_backward") {
+    launch_norm_backward(a, Launch{});
+  } else {
+    fail("no pass ", pass);
+  }
+  for (const auto& memory : memories) {
+    memory->check_red_zones();
+    memory->check_complete();
+  }
+  std::array<Bytes, 3> bytes;
+  for (int i = 0; i < 3; ++i) {
+    const auto* const begin = static_cast<const unsigned char*>(results[i]);
+    if (begin != nullptr) bytes[i].assign(begin, begin + call.results[i].bytes);
+  }
+  return bytes;
+}
+
+template <typename T, typename Call>
 void run(const std::string& pass, const Call& call) {
   const auto first = run_once<T>(pass, call, Order::forward);
   for (const Order order : {Order::backward, Order::shuffled}) {
@@ -141,22 +199,20 @@ void run(const std::string& pass, const Call& call) {
   }
 }
 
-}  // namespace
-
-// Writes call->results; returns what went wrong, or an empty string.
-extern "C" const char* ddf_run_on_host(const char* pass, const char* dtype, const Call* call) {
+template <typename Call>
+const char* run_dtype(const char* pass, const char* dtype, const Call& call) {
   message.clear();
   kernel_names.clear();
   const std::string type = dtype;
   try {
-    if (type == "float32") run<float>(pass, *call);
+    if (type == "float32") run<float>(pass, call);
 #ifndef DDF_FLOAT32_ONLY
     else if (type == "float64")
-      run<double>(pass, *call);
+      run<double>(pass, call);
     else if (type == "float16")
-      run<ddf::cuda::Half>(pass, *call);
+      run<ddf::cuda::Half>(pass, call);
     else if (type == "bfloat16")
-      run<ddf::cuda::BFloat16>(pass, *call);
+      run<ddf::cuda::BFloat16>(pass, call);
 #endif
     else
       fail("no dtype ", type);
@@ -164,6 +220,16 @@ extern "C" const char* ddf_run_on_host(const char* pass, const char* dtype, cons
     message = error.what();
   }
   return message.c_str();
+}
+
+}  // namespace
+
+// They write call->results; return what went wrong, or an empty string.
+extern "C" const char* ddf_run_on_host(const char* pass, const char* dtype, const Call* call) {
+  return run_dtype(pass, dtype, *call);
+}
+extern "C" const char* ddf_norm_on_host(const char* pass, const char* dtype, const NormCall* call) {
+  return run_dtype(pass, dtype, *call);
 }
 
 // The kernels that the last call ran, once for each order, as C++ writes them.

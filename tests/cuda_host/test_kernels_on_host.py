@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddf_mm.ops import ddf_reference, ddf_up_reference
-from ddf_mm.ops.reference import layout_of
+from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -62,8 +62,9 @@ class HostTensor(ctypes.Structure):
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = sum((size - 1) * stride for size, stride in steps)
         size = (last + 1) * tensor.element_size()
-        # Less the dimension of subpixels, where there is one.
-        strides = [tensor.stride(0), *tensor.stride()[-3:]]
+        strides = tensor.stride()
+        if tensor.dim() == 5:  # less the dimension of subpixels
+            strides = [strides[0], *strides[2:]]
         return cls(tensor.data_ptr(), size, (ctypes.c_int64 * 4)(*strides))
 
 
@@ -81,6 +82,20 @@ class Call(ctypes.Structure):
     ]
 
 
+class NormCall(ctypes.Structure):
+    _fields_ = [
+        ("grad", HostTensor),
+        ("x", HostTensor),
+        ("std", HostTensor),
+        ("mean", HostTensor),
+        ("results", HostTensor * 3),
+        ("sizes", ctypes.c_int64 * 4),
+        ("taps_inner", ctypes.c_int32),
+        ("scale", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    ]
+
+
 class Host:
     """The kernels in ``csrc``, compiled for the host into ``folder``."""
 
@@ -93,6 +108,7 @@ class Host:
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.ddf_run_on_host.restype = ctypes.c_char_p
+        self.library.ddf_norm_on_host.restype = ctypes.c_char_p
         self.library.ddf_last_kernels.restype = ctypes.c_char_p
 
     def run(self, name: str, grad, x, cf, sf, k, dilation, stride, combine) -> Tensor:
@@ -149,6 +165,29 @@ class Host:
         message = self.library.ddf_run_on_host(kind.encode(), name.encode(), ctypes.byref(call))
         if message:
             raise RuntimeError(message.decode())
+
+    def norm(self, grad, x, filters, std, mean, scale, eps=1e-10) -> list[Tensor]:
+        """The result of filter_norm, or, with ``grad``, the gradients of x, std and mean."""
+        taps = x.shape[1] // filters
+        parameter = torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
+        results = [torch.empty_like(x)]
+        if grad is not None:
+            results += [parameter, parameter.clone()]
+        sizes = [x.shape[0], filters, taps, x[0, 0].numel()]
+        call = NormCall(
+            *[HostTensor.of(t) for t in (grad, x, std, mean)],
+            (HostTensor * 3)(*map(HostTensor.of, results)),
+            (ctypes.c_int64 * 4)(*sizes),
+            sizes[3] == 1 or layout_of(x) == torch.channels_last,
+            scale,
+            eps,
+        )
+        name = b"norm" if grad is None else b"norm_backward"
+        dtype = str(x.dtype).removeprefix("torch.")
+        message = self.library.ddf_norm_on_host(name, dtype.encode(), ctypes.byref(call))
+        if message:
+            raise RuntimeError(message.decode())
+        return results
 
     @property
     def last_kernels(self) -> str:
@@ -418,6 +457,36 @@ def test_3x3_backward_in_one_pass(host, dtype, combine, size):
         assert "backward3<" in host.last_kernels
         assert "window3" not in host.last_kernels and "filter_grads" not in host.last_kernels
         assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
+
+
+NORM_SHAPES = [(2, 18, 5, 7), (2, 18, 1, 1), (3, 45, 2, 3), (1, 100, 3, 100)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("filters", [1, 2])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_filter_norm(host, dtype, shape, filters, layout):
+    if shape[1] % filters:
+        filters = 5
+    exact = accumulate_dtype(dtype)
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    x[0, :, 0, 0] = 0.1  # a filter of equal taps
+    for learned in (False, True):
+        std, mean = (torch.randn(shape[1], dtype=exact) if learned else None for _ in range(2))
+        given = [t.double().requires_grad_() for t in (x, *([std, mean] if learned else []))]
+        want = filter_norm_reference(
+            given[0], filters, 0.5 * given[1] if learned else 0.5, given[2] if learned else None
+        )
+        grads = torch.autograd.grad(want, given, grad.double())
+        pairs = [(host.norm(None, x, filters, std, mean, 0.5)[0], want)]
+        pairs += zip(host.norm(grad, x, filters, std, None, 0.5), grads, strict=False)
+        for got, wanted in pairs:
+            scale = wanted.abs().max().clamp(min=1)
+            # A sum over up to 300 pixels and the steps of a quotient, each off by a rounding.
+            bound = scale * (EPSILON[got.dtype][0] + 16 * EPSILON[exact][0])
+            assert ((got.double() - wanted).abs() <= bound).all()
+        assert "filter_norm_grad_parameters<" in host.last_kernels
 
 
 @pytest.mark.parametrize("names", [PASSES[1:], PASSES[2:]], ids="-".join)
@@ -737,3 +806,11 @@ def test_a_fault_of_upsampling_is_found(tmp_path, fault):
     grad, x, cf, sf = make_up(size=(3, 5))
     with pytest.raises(RuntimeError, match=message):
         host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
+
+
+def test_a_fault_of_filter_norm_is_found(tmp_path):
+    line = "    if (thread_index() < half)"
+    host = changed(tmp_path, "norm.cuh", f"    sync_threads();\n{line}", line)
+    x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
+    with pytest.raises(RuntimeError, match="depends on the order of the threads"):
+        host.norm(torch.randn_like(x), x, 1, std, None, 1.0)

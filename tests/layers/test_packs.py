@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm
-from ddf_mm.ops import ddf, ddf_up_reference, filter_norm
+from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm, fuse_ddf_bn
+from ddf_mm.ops import backend_info, ddf, ddf_up_reference, filter_norm
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -298,3 +300,151 @@ def test_filter_norm_layer():
     learned = FilterNorm(2, 3, "channel", running_std=True)
     assert set(learned.state_dict()) == {"std"}
     assert learned.std.shape == (18,)
+
+
+def by_modules(monkeypatch, call):
+    """What ``call`` returns where the pack runs its modules one after the other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(DDFPack, "_can_fuse", lambda pack, x: False)
+        return call()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("stride, head, k", [(1, 1, 3), (1, 2, 5), (2, 2, 3)])
+def test_pack_as_one_function_equals_its_modules(
+    stride, head, k, combine, dtype, layout, monkeypatch
+):
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops on this machine")
+    pack = DDFPack(16, k, stride, head=head, kernel_combine=combine).to(dtype)
+    x = torch.randn(3, 16, 11, 9, dtype=dtype).contiguous(memory_format=layout)
+    x.requires_grad_()
+    assert pack._can_fuse(x)
+    grad = torch.randn_like(pack(x))
+
+    def run():
+        out = pack(x)
+        return [out, *torch.autograd.grad(out, [x, *pack.parameters()], grad)]
+
+    fused, apart = run(), by_modules(monkeypatch, run)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03
+    for got, want in zip(fused, apart, strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * want.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(pack(x), fused[0])
+
+
+def test_frozen_parameters_get_no_gradient(monkeypatch):
+    pack = DDFPack(8).double()
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+    pack.spatial_branch.requires_grad_(False)
+    pack.channel_branch[1].weight.requires_grad_(False)
+    pack(x).square().sum().backward()
+    trained = {name for name, p in pack.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in pack.named_parameters() if p.requires_grad}
+    got = x.grad.clone()
+    x.grad = None
+    by_modules(monkeypatch, lambda: pack(x).square().sum().backward())
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_pack_keeps_the_features_and_the_raw_filters():
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops on this machine")
+    pack = DDFPack(64)
+    x = torch.randn(2, 64, 24, 24, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pack(x)
+    parameters = {p.data_ptr() for p in pack.parameters()}
+    sizes = sorted(size for address, size in kept.items() if address not in parameters)
+    hidden, pooled, channel, spatial = 2 * 12, 2 * 64, 2 * 64 * 9, 2 * 9 * 24 * 24
+    assert sizes == [hidden, pooled, channel, spatial, x.numel()]
+
+
+def test_hooks_and_replaced_modules_are_heeded():
+    x = torch.randn(1, 8, 5, 6)
+    pack = DDFPack(8)
+    seen = []
+    handle = pack.spatial_branch[1].register_forward_hook(lambda *args: seen.append(args[2]))
+    pack(x)
+    assert len(seen) == 1
+    handle.remove()
+
+    class Zero(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    convolution = pack.channel_branch[3]
+    pack.channel_branch[3] = Zero(convolution.in_channels, convolution.out_channels, 1)
+    assert (pack(x) == 0).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("k, stride, groups", [(3, 1, 1), (3, 2, 2), (5, 1, 2)])
+def test_ddf_pack_equals_the_ops_one_after_the_other(k, stride, groups, dtype, layout, device):
+    if backend_info()[device] != "compiled":
+        pytest.skip(f"no compiled ops for {device}")
+    channels, exact = 22, torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+
+    for size, combine, mean in itertools.product([(9, 17), (4, 3)], ["mul", "add"], [True, False]):
+        out = [-(-s // stride) for s in size]
+        x, raw_spatial = random(2, channels, *size), random(2, groups * k * k, *out)
+        raw_channel = random(2, channels, k, k)
+        std, bias = (
+            torch.randn(n, dtype=exact, device=device) for n in (channels * k * k, channels)
+        )
+        options = (k, 1, stride, combine == "mul")
+        given = (std, 0.7, 0.4, 1e-10, bias if mean else None, mean)
+        got = torch.ops.ddf_mm.ddf_pack(x, raw_channel, raw_spatial, *given, *options)
+        precise = (t.double() for t in (x, raw_channel, raw_spatial, std, bias))
+        x, raw_channel, raw_spatial, std, bias = precise
+        channel = filter_norm(raw_channel.flatten(1), channels, "channel", 0.7 * std)
+        spatial = filter_norm(raw_spatial, groups, "spatial", 0.4)
+        want = ddf(x, channel.view_as(raw_channel), spatial, k, 1, stride, combine)
+        if mean:
+            want = (want + bias[:, None, None]).relu()
+        assert got.dtype == dtype and got.is_contiguous(memory_format=layout)
+        # The result is rounded once, each of the k*k terms of its sum a few times.
+        rounding = torch.finfo(dtype).eps + k * k * torch.finfo(exact).eps
+        tolerance = rounding * want.abs().max().item()
+        if device == "cuda":  # filters between the ops are rounded
+            tolerance *= 4
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+
+
+def test_ddf_pack_keeps_nan_where_it_is():
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops on this machine")
+    pack = fuse_ddf_bn(nn.Sequential(DDFPack(8), nn.BatchNorm2d(8)).eval())
+    x = torch.randn(2, 8, 7, 9)
+    x[1, 2, 3, 4] = float("nan")
+    with torch.no_grad():
+        out = pack(x)
+    assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+def test_flops_of_a_fused_pack_are_those_of_its_modules(monkeypatch):
+    pack = DDFPack(16, stride=2)
+    x = torch.randn(2, 16, 9, 10)
+
+    def count():
+        with FlopCounterMode(display=False) as counter:
+            pack(x).sum().backward()
+        return counter.get_total_flops()
+
+    assert count() == by_modules(monkeypatch, count)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from ddf_mm.ops import filter_norm
+from ddf_mm.ops import backend_info, filter_norm, library
+from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 
 def by_numpy(x, filters, std, mean):
@@ -101,3 +104,114 @@ def test_statistics_are_float32_under_half_precision(dtype, autocast):
 def test_bad_arguments_are_named(arguments, exception, message):
     with pytest.raises(exception, match=message):
         filter_norm(*arguments)
+
+
+COMPILED = pytest.mark.skipif(
+    backend_info()["cpu"] != "compiled", reason="no compiled ops on this machine"
+)
+SHAPES = [(2, 18, 5, 7), (3, 27, 1, 40), (2, 50, 9, 3), (5, 72), (2, 36, 1, 1), (0, 9, 4, 4)]
+
+
+def both_ways(x, filters, std, mean, grad):
+    """Results and gradients of the compiled op and of the formula in float64."""
+    results = []
+    for function, dtype in ((library.run_filter_norm, None), (filter_norm_reference, "exact")):
+        given = [t.detach().clone() for t in (x, std, mean) if isinstance(t, torch.Tensor)]
+        given = [(t if dtype is None else t.double()).requires_grad_() for t in given]
+        rest = iter(given[1:])
+        parameters = [next(rest) if isinstance(t, torch.Tensor) else t for t in (std, mean)]
+        out = function(given[0], filters, *parameters, 1e-10)
+        grads = torch.autograd.grad(out, given, grad.to(out.dtype))
+        results.append([out.detach(), *grads])
+    return results
+
+
+@COMPILED
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_compiled_op_equals_the_formula(dtype, layout, shape, device):
+    exact = accumulate_dtype(dtype)
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    if x.numel():
+        x[0] = 0.1  # filters of equal taps
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=layout)
+    factor, shift = (torch.randn(shape[1], dtype=exact, device=device) for _ in range(2))
+    # The gradient of fewer taps is a difference of much larger numbers.
+    fitting = [n for n in (1, 2, 9) if shape[1] % n == 0 and shape[1] >= 4 * n]
+    cases = itertools.product(fitting, [(0.5, None), (factor, None), (0.5, shift), (factor, shift)])
+    for filters, (std, mean) in cases:
+        for got, want in zip(*both_ways(x, filters, std, mean, grad), strict=True):
+            scale = want.abs().max().clamp(min=1) if want.numel() else 1
+            bound = scale * (torch.finfo(got.dtype).eps / 2 + 8 * torch.finfo(exact).eps)
+            assert ((got.double() - want).abs() <= bound).all()
+        out = library.run_filter_norm(x, filters, std, mean, 1e-10)
+        assert out.shape == x.shape and out.dtype == dtype and layout_of(out) == layout_of(x)
+
+
+@COMPILED
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("shape", [(2, 18, 5, 7), (3, 18)], ids=str)
+def test_opcheck(shape, learned, device):
+    x, grad = (torch.randn(shape, dtype=torch.float64, device=device) for _ in range(2))
+    std, mean = (torch.randn(18, dtype=torch.float64, device=device) for _ in range(2))
+    given = [t.requires_grad_() for t in ([x, std, mean] if learned else [x])]
+    parameters = given[1:] or [None, None]
+    args = (x, 2, *parameters, 0.5, 1e-10)
+    torch.library.opcheck(torch.ops.ddf_mm.filter_norm.default, args)
+    args = (grad.requires_grad_(), x, 2, parameters[0], 0.5, 1e-10, True, learned, learned)
+    torch.library.opcheck(torch.ops.ddf_mm.filter_norm_backward.default, args)
+
+
+@COMPILED
+def test_compiled_op_does_not_depend_on_the_number_of_threads():
+    x, grad = torch.randn(3, 36, 33, 41), torch.randn(3, 36, 33, 41)
+    std, mean = torch.randn(36), torch.randn(36)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(both_ways(x, 4, std, mean, grad)[0])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_and_inf_stay_in_their_filter(layout, value):
+    x = torch.randn(2, 18, 3, 5).contiguous(memory_format=layout)
+    x[1, 4, 2, 1] = value
+    spoilt = torch.zeros(2, 18, 3, 5, dtype=torch.bool)
+    spoilt[1, :9, 2, 1] = True
+    assert torch.equal(filter_norm(x, 2, "spatial", 0.5).isnan(), spoilt)
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(3), 1, None, None), "x must have at least 2 dimensions, got 1"),
+        ((torch.zeros(2, 9), 2, None, None), "got 9 channels for 2 filters"),
+        ((torch.zeros(2, 9), 0, None, None), "got 9 channels for 0 filters"),
+        ((torch.zeros(2, 9), 9, None, None), "at least 2 taps"),
+        ((torch.zeros(2, 9), 1, torch.zeros(8), None), "std must have one dimension of 9"),
+        ((torch.zeros(2, 9), 1, None, torch.zeros(9, 1)), "mean must have one dimension of 9"),
+        ((torch.zeros(2, 9), 1, torch.zeros(9).double(), None), "std must be float64 for x in"),
+        ((torch.zeros(2, 9, dtype=torch.int32), 1, None, None), "must be float16, bfloat16"),
+    ],
+)
+def test_the_op_refuses_what_it_could_not_read(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ddf_mm.filter_norm(*arguments, 1.0, 1e-10)
+
+
+@COMPILED
+def test_the_backward_refuses_a_gradient_of_another_shape():
+    x = torch.zeros(2, 9)
+    with pytest.raises(RuntimeError, match="grad must have the shape, dtype and device of x"):
+        torch.ops.ddf_mm.filter_norm_backward(x[:1], x, 1, None, 1.0, 1e-10, True, False, False)

@@ -73,7 +73,8 @@ def test_layer_reports_every_layer(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(out.read_text())["rows"]
     assert [row["layout"] for row in rows] == ["nchw", "channels_last"]
-    layers = {"ddf", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"}
+    layers = {"ddf", "ddf modules", "depthwise conv", "dense conv"}
+    layers |= {"ddf spatial", "unfold spatial"}
     for row in rows:
         assert set(row["milliseconds"]) == set(row["peak_extra_bytes"]) == layers
         assert set(row["ratios"]) == {"ddf/conv", "dense/ddf", "unfold/ddf spatial"}
@@ -291,3 +292,31 @@ def test_bad_configs_are_named(module, arguments, capsys, config, message):
     err = capsys.readouterr().err
     assert message.replace("'no.py'", repr(args.configs[0])) in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_networks_with_changes(tmp_path):
+    config = str(ROOT / "configs/classification/ddf-mul-resnet26_digits.py")
+    out = tmp_path / "model.json"
+    names = [config, f"{config}+folded", f"{config}+skeleton", f"{config}+skeleton+folded"]
+    options = ["--no-memory", "--repeats", "1", "--threads", "1", "--json", str(out)]
+    result = benchmark("model", *names, *options)
+    assert result.returncode == 0, result.stderr
+    for name in ("", "+folded", "+skeleton", "+skeleton+folded"):
+        assert f"ddf-mul-resnet26_digits{name} " in result.stdout
+    rows = json.loads(out.read_text())["rows"]
+    sizes = [row["parameters"] for row in rows]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["+flat"], "no +flat"),
+        (["+folded", "--mode", "train"], "has no norms to train"),
+    ],
+)
+def test_changes_that_there_are_not(options, message):
+    config = str(ROOT / "configs/classification/ddf-mul-resnet26_digits.py")
+    result = benchmark("model", config + options[0], *options[1:])
+    assert result.returncode != 0 and message in result.stderr
+    assert "Traceback" not in result.stderr
