@@ -17,7 +17,10 @@
 
 ``benchmark.py layer`` times the layers under the same names, with what generates their filters:
 DDFPack, torch.nn.Conv2d, and an involution (ddf spatial, unfold spatial) that makes its filters by
-two 1x1 convolutions.
+two 1x1 convolutions. ``ddf modules`` is DDFPack with its modules one after the other.
+
+``benchmark.py upsample`` times DDFUpPack, the same by one ddf a subpixel and a pixel shuffle
+(composition), CARAFE with its defaults, and nearest neighbours.
 
 ``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: predictions
 from images to the head's outputs, or training steps from images to updated weights. It takes
@@ -59,6 +62,7 @@ PASSES = ["forward", "grad_features", "grad_filters", "backward", "forward+backw
 PEERS = ["reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
 PEERS += ["carafe", "copy"]
 LAYER_PEERS = ["ddf modules", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"]
+UPSAMPLE_PEERS = ["composition", "carafe", "nearest"]
 # What a ratio compares: name to numerator and denominator. Below 1 in the first and above 1 in the
 # others is good for ddf.
 RATIOS = {
@@ -68,6 +72,9 @@ RATIOS = {
     "reference/ddf": ("reference", "ddf"),
     "unfold/ddf spatial": ("unfold spatial", "ddf spatial"),
     "carafe/ddf spatial": ("carafe", "ddf spatial"),
+    "modules/ddf": ("ddf modules", "ddf"),
+    "composition/ddf": ("composition", "ddf"),
+    "carafe/ddf": ("carafe", "ddf"),
 }
 # Shorter measurements are repeated until they take this long, in seconds.
 SHORTEST = 0.005
@@ -571,7 +578,7 @@ def benchmark_op(args: argparse.Namespace) -> None:
     cases = [Case(setting, shape) for setting in settings for shape in args.shapes]
     about = machine(args)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    if "carafe" in args.peers and (reason := without_carafe(args)):
+    if args.command == "op" and "carafe" in args.peers and (reason := without_carafe(args)):
         print(f"carafe is left out: {reason}")
         args.peers = [name for name in args.peers if name != "carafe"]
     sys.stdout.flush()
@@ -598,7 +605,7 @@ def benchmark_op(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------ the layer
 
 
-def make_layers(case: Case) -> dict[str, torch.nn.Module]:
+def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
     """The layers that are compared, of the case's geometry."""
     from torch import nn
 
@@ -638,19 +645,47 @@ def make_layers(case: Case) -> dict[str, torch.nn.Module]:
     }
 
 
+def make_upsamplers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
+    """The upsampling layers that are compared, for the case's features and kernel."""
+    import ddf_mm.layers.carafe
+    from ddf_mm.layers import DDFUpPack
+
+    channels, k = case.shape[1], case.setting.kernel_size
+
+    class Composition(DDFUpPack):
+        """One DDF a subpixel, stacked and shuffled, as in the official code."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            subpixels = []
+            for channel, spatial in zip(self.channel_branch, self.spatial_branch, strict=True):
+                channel_filter = channel(x).unflatten(1, (channels, k, k))
+                subpixels.append(ddf(x, channel_filter, spatial(x), k))
+            return F.pixel_shuffle(torch.stack(subpixels, 2).flatten(1, 2), args.scale)
+
+    options = dict(kernel_size=k, scale_factor=args.scale, head=case.setting.groups)
+    return {
+        "ddf": DDFUpPack(channels, **options),
+        "composition": Composition(channels, **options),
+        "carafe": ddf_mm.layers.carafe.PortableCARAFEPack(channels, args.scale),
+        "nearest": torch.nn.Upsample(scale_factor=args.scale),
+    }
+
+
 def make_layer_calls(case: Case, args: argparse.Namespace) -> dict[str, Call]:
     """What is timed, by name: predictions, or forward and backward passes."""
     torch.manual_seed(0)
     options = dict(device=args.device, dtype=getattr(torch, case.setting.dtype))
     layout = LAYOUTS[case.setting.layout]
-    sizes = case.sizes()
-    x, grad = (
-        torch.randn(sizes[name], **options).contiguous(memory_format=layout)
-        for name in ("features", "output")
-    )
+    layers = {
+        name: layer.to(**options).to(memory_format=layout)
+        for name, layer in args.make_layers(case, args).items()
+        if name == "ddf" or name in args.peers
+    }
+    x = torch.randn(case.shape, **options).contiguous(memory_format=layout)
+    with torch.no_grad():
+        grad = torch.randn_like(layers["ddf"](x)).contiguous(memory_format=layout)
 
     def call(layer: torch.nn.Module) -> Call:
-        layer = layer.to(**options).to(memory_format=layout)
         inputs = [x.detach().requires_grad_(), *layer.parameters()]
 
         def predict() -> tuple[Tensor]:
@@ -663,8 +698,7 @@ def make_layer_calls(case: Case, args: argparse.Namespace) -> dict[str, Call]:
 
         return predict if args.which == "forward" else train
 
-    layers = make_layers(case)
-    return {name: call(layers[name]) for name in layers if name == "ddf" or name in args.peers}
+    return {name: call(layer) for name, layer in layers.items()}
 
 
 # ------------------------------------------------------------------ networks
@@ -992,8 +1026,12 @@ def parse_args() -> argparse.Namespace:
     op = commands.add_parser("op", help="time the operation", **with_defaults)
     layer = commands.add_parser("layer", help="time the layer", **with_defaults)
     op.set_defaults(run=benchmark_op, make_calls=make_calls)
-    layer.set_defaults(run=benchmark_op, make_calls=make_layer_calls, which="forward")
-    for command in (op, layer):
+    of_layers = dict(run=benchmark_op, make_calls=make_layer_calls, which="forward")
+    layer.set_defaults(make_layers=make_layers, **of_layers)
+    upsample = commands.add_parser("upsample", help="time the upsampling layer", **with_defaults)
+    upsample.set_defaults(make_layers=make_upsamplers, stride=[1], **of_layers)
+    upsample.add_argument("--scale", type=parse_positive, default=2, help="factor of upsampling")
+    for command in (op, layer, upsample):
         command.add_argument(
             "--shapes",
             type=parse_shape,
@@ -1007,7 +1045,8 @@ def parse_args() -> argparse.Namespace:
             "--layout", choices=[*LAYOUTS, "both"], default="both", help="of all tensors"
         )
         command.add_argument("--kernel-size", type=parse_odd, nargs="+", default=[3], help="odd")
-        command.add_argument("--stride", type=parse_positive, nargs="+", default=[1])
+        if command is not upsample:
+            command.add_argument("--stride", type=parse_positive, nargs="+", default=[1])
         command.add_argument(
             "--groups", type=parse_positive, default=1, help="of the spatial filter"
         )
@@ -1019,13 +1058,14 @@ def parse_args() -> argparse.Namespace:
         const="forward+backward",
         help="the same as --pass forward+backward",
     )
-    layer.add_argument(
-        "--train",
-        dest="which",
-        action="store_const",
-        const="forward+backward",
-        help="forward and backward passes instead of predictions",
-    )
+    for command in (layer, upsample):
+        command.add_argument(
+            "--train",
+            dest="which",
+            action="store_const",
+            const="forward+backward",
+            help="forward and backward passes instead of predictions",
+        )
     op.add_argument(
         "--peers", choices=PEERS, nargs="*", default=PEERS, help="what ddf is compared with"
     )
@@ -1035,6 +1075,13 @@ def parse_args() -> argparse.Namespace:
         nargs="*",
         default=LAYER_PEERS,
         help="what DDFPack is compared with",
+    )
+    upsample.add_argument(
+        "--peers",
+        choices=UPSAMPLE_PEERS,
+        nargs="*",
+        default=UPSAMPLE_PEERS,
+        help="what DDFUpPack is compared with",
     )
     model = commands.add_parser("model", help="time the networks of configs", **with_defaults)
     model.set_defaults(run=benchmark_models)
@@ -1068,7 +1115,7 @@ def parse_args() -> argparse.Namespace:
         "--cfg-options", nargs="+", action=LazyConfigOptions, metavar="KEY=VALUE",
         help="override settings of the configs",
     )  # fmt: skip
-    for command in (op, layer, model):
+    for command in (op, layer, upsample, model):
         add_common_options(command)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

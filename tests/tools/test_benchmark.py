@@ -77,7 +77,21 @@ def test_layer_reports_every_layer(tmp_path):
     layers |= {"ddf spatial", "unfold spatial"}
     for row in rows:
         assert set(row["milliseconds"]) == set(row["peak_extra_bytes"]) == layers
-        assert set(row["ratios"]) == {"ddf/conv", "dense/ddf", "unfold/ddf spatial"}
+        ratios = {"ddf/conv", "dense/ddf", "unfold/ddf spatial", "modules/ddf"}
+        assert set(row["ratios"]) == ratios
+
+
+@pytest.mark.parametrize("mode", [[], ["--train"]])
+def test_upsample_reports_every_layer(mode, tmp_path):
+    out = tmp_path / "report.json"
+    options = ["--shapes", "1,8,5,6", "--scale", "3", "--repeats", "1", "--threads", "1"]
+    result = benchmark("upsample", *options, *mode, "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["layout"] for row in rows] == ["nchw", "channels_last"]
+    for row in rows:
+        assert set(row["milliseconds"]) == {"ddf", "composition", "carafe", "nearest"}
+        assert set(row["ratios"]) == {"composition/ddf", "carafe/ddf"}
 
 
 @pytest.fixture(scope="module")
