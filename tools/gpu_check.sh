@@ -73,10 +73,11 @@ has_pytest() {
 
 test_() {
     has_pytest || return
-    local parallel=()
+    local parallel=() layers=()
     if "$PYTHON" -c "import xdist" 2> /dev/null; then parallel=(-n 4); fi
-    DDF_MM_REQUIRE_OPS=1 attempt "CUDA tests" \
-        "$PYTHON" -m pytest -q -m cuda tests/ops tests/tools/test_benchmark.py "${parallel[@]}"
+    if "$PYTHON" -c "import mmengine" 2> /dev/null; then layers=(tests/layers); fi
+    DDF_MM_REQUIRE_OPS=1 attempt "CUDA tests" "$PYTHON" -m pytest -q -m cuda \
+        tests/ops tests/tools/test_benchmark.py "${layers[@]}" "${parallel[@]}"
 }
 
 sanitize() {
@@ -91,7 +92,7 @@ sanitize() {
         # Without torch's cache every tensor is an allocation of its own, whose end memcheck sees.
         DDF_MM_REQUIRE_OPS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "$tool" \
             "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$PYTHON" -m pytest -q -m cuda tests/ops/test_compiled.py -k small_cases
+            "$PYTHON" -m pytest -q -m cuda tests/ops -k "small_cases or each_gradient_alone or formula"
     done
 }
 

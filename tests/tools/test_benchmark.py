@@ -149,7 +149,7 @@ def test_only_the_peers_asked_for_are_timed(module, arguments):
 def test_layers_compute_the_same_by_either_formula(module, arguments, train):
     setting = module.Setting("channels_last", "float64", 3, 2, 2)
     case = module.Case(setting, (2, 8, 5, 6))
-    layers = module.make_layers(case)
+    layers = module.make_layers(case, None)
     x = torch.randn(case.shape, dtype=torch.float64)
     torch.manual_seed(0)
     ours, theirs = (layers[name].double() for name in ("ddf spatial", "unfold spatial"))
