@@ -257,7 +257,11 @@ DDF_INLINE void store_by_turns(T* to, const T* even, const T* odd, int64_t count
     std::memcpy(to + 2 * i, &low, sizeof(low));
     std::memcpy(to + 2 * i + kN, &high, sizeof(high));
   }
-  for (i *= 2; i < count; ++i) to[i] = (i % 2 ? odd : even)[i / 2];
+  // Not (i % 2 ? odd : even)[i / 2], from which GCC 12 makes wrong code under its sanitizers.
+  for (; 2 * i < count; ++i) {
+    to[2 * i] = even[i];
+    if (2 * i + 1 < count) to[2 * i + 1] = odd[i];
+  }
 }
 
 // Rows of count elements, widened. The last vector of a row overlaps the one before it.
