@@ -3,22 +3,24 @@
 #   make demo-detection, make demo-segmentation
 #                 the same for small recipes on scenes of digits
 #   make test     the whole test suite (ARGS="-k name" selects)
-#   make test-newer-torch   the tests of the ops with a newer torch than they were compiled with
+#   make test-oldest-torch, make test-newest-torch
+#                 archive and wheel, installed with other torches than they were compiled with
 #   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
 #   make lint     check the code         make format   rewrite it
 #   make docs     build the site of docs/ in build/docs
 #   make clean    delete what builds and tests leave, not the environment
 PYTHON ?= python3
+OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2> /dev/null)
 VENV ?= .venv
 ARGS ?=
 
 STAMPS := $(VENV)/.stamps
-NEWER_TORCH := $(VENV)-newer-torch
+OTHER_TORCHES := oldest-torch newest-torch
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 SCENE_DEMOS := demo-detection demo-segmentation
-.PHONY: demo $(SCENE_DEMOS) test test-newer-torch wheel docs lint format clean
+.PHONY: demo $(SCENE_DEMOS) test $(OTHER_TORCHES:%=test-%) wheel docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -31,11 +33,9 @@ $(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detectio
 test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
 	"$(VENV)/bin/python" -m pytest $(ARGS)
 
-# The library in ddf_mm/ is the one that the package step compiled; which instruction set runs does
-# not depend on torch.
-test-newer-torch: $(STAMPS)/package $(NEWER_TORCH)/.stamps/newer-torch
-	DDF_MM_REQUIRE_OPS=1 PYTHONPATH=. "$(NEWER_TORCH)/bin/python" -m pytest tests/ops \
-		--ignore=tests/ops/test_instruction_sets.py $(ARGS)
+# The wheel holds the library that the package step compiled.
+$(OTHER_TORCHES:%=test-%): test-%: $(STAMPS)/package $(VENV)-%/.stamps/torch
+	VENV="$(VENV)" bash tests/test_installed.sh $* $(ARGS)
 
 wheel: $(STAMPS)/classification
 	DDF_MM_WITH_OPS=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=release \
@@ -85,6 +85,8 @@ $(STAMPS)/detection: requirements/detection.txt $(STAMPS)/classification
 	$(INSTALL) detection
 	@touch $@
 
-$(NEWER_TORCH)/.stamps/newer-torch: requirements/newer-torch.txt requirements/dev.txt
-	PYTHON="$(PYTHON)" VENV="$(NEWER_TORCH)" bash requirements/install.sh newer-torch
+# The oldest torch with the oldest Python, where that is installed.
+$(VENV)-oldest-torch/.stamps/torch: PYTHON := $(or $(OLDEST_PYTHON),$(PYTHON))
+$(VENV)-%/.stamps/torch: requirements/%.txt requirements/dev.txt
+	PYTHON="$(PYTHON)" VENV="$(VENV)-$*" bash requirements/install.sh $*
 	@mkdir -p $(@D) && touch $@

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack; the Makefile says which and when.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
-# parts: venv toolchain classification package detection dev newer-torch
+# parts: venv toolchain classification package detection dev oldest-torch newest-torch
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -154,9 +154,9 @@ install_detection() {
   use_loadable_opencv
 }
 
-install_newer_torch() {
+install_other_torch() { # of the requirements $1
   make_venv
-  pip_install -r "$here/newer-torch.txt" -c "$here/dev.txt" pytest hypothesis
+  pip_install -r "$here/$1.txt" -c "$here/dev.txt" pytest hypothesis
 }
 
 case ${1:-} in
@@ -166,6 +166,6 @@ case ${1:-} in
   package) install_package ;;
   detection) install_detection ;;
   dev) pip_install -c "$here/build.txt" -r "$here/dev.txt" -r "$here/docs.txt" ;;
-  newer-torch) install_newer_torch ;;
+  oldest-torch | newest-torch) install_other_torch "$1" ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac

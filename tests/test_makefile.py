@@ -33,7 +33,9 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     (tmp_path / "requirements" / "install.sh").write_text(RECORDER)
-    (tmp_path / "tools").mkdir()
+    for folder in ["tools", "tests"]:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tests" / "test_installed.sh").write_text('echo "$1 beside $VENV"\n')
     (tmp_path / "tools" / "demo.sh").write_text('echo "demo with $PYTHON"\n')
     (tmp_path / "tools" / "demo_scenes.sh").write_text('echo "$1 with $PYTHON"\n')
     for name in ["setup.py", "pyproject.toml"]:
@@ -70,7 +72,8 @@ TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
         ("demo-detection", SCENES),
         ("demo-segmentation", SCENES),
         ("test", TEST),
-        ("test-newer-torch", [*DEMO, "newer-torch"]),
+        ("test-oldest-torch", [*DEMO, "oldest-torch"]),
+        ("test-newest-torch", [*DEMO, "newest-torch"]),
         ("wheel", ["venv", "classification"]),
         ("lint", ["venv", "dev"]),
         ("format", ["venv", "dev"]),

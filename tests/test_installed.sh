@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs ddf_mm as a user does, with the oldest or the newest torch, and tests it from elsewhere.
+# usage: VENV=.venv test_installed.sh oldest-torch|newest-torch [ARGUMENT OF PYTEST]...
+#
+# First the source archive, without a compiler, which has to work on the formula; then the wheel,
+# compiled in VENV with its torch, which has to pass the tests of the ops. VENV-oldest-torch and
+# VENV-newest-torch hold nothing of VENV; install.sh makes them.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+torch=$1
+shift
+build=$(cd "${VENV:-.venv}" && pwd)/bin/python
+python=$(cd "${VENV:-.venv}-$torch" && pwd)/bin/python
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+unset PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+install() {
+  "$python" -m pip install -q --force-reinstall --no-deps "$1"
+  echo "ddf_mm: installed $(basename "$1") into $(dirname "$(dirname "$python")")"
+}
+
+cd "$root"
+"$build" -c "from setuptools import build_meta; build_meta.build_sdist('$folder')" &> "$folder/log" ||
+  { cat "$folder/log"; exit 1; }
+# build/temp.* keeps what is compiled here for the next wheel. No test here uses a GPU.
+FORCE_CUDA=0 DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .
+cd "$folder"
+
+CXX=no-such-compiler install "$folder"/ddf_mm-*.tar.gz
+"$python" -W ignore - << 'END'
+import torch
+from ddf_mm.ops import backend_info, ddf, ddf_reference
+
+assert backend_info()["cpu"] == "reference", backend_info()
+x, channel, spatial = torch.randn(1, 4, 5, 6), torch.randn(1, 4, 3, 3), torch.randn(1, 9, 5, 6)
+assert torch.equal(ddf(x, channel, spatial), ddf_reference(x, channel, spatial))
+END
+
+install "$folder"/ddf_mm-*.whl
+"$python" - << 'END'
+import platform
+
+import torch
+import ddf_mm
+from ddf_mm.ops import backend_info
+
+print(f"ddf_mm: {ddf_mm.__file__}, Python {platform.python_version()}, torch {torch.__version__}")
+assert backend_info()["cpu"] == "compiled", backend_info()
+END
+# What these two look at is the checkout's own library.
+DDF_MM_REQUIRE_OPS=1 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider \
+  "$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py" "$@"
