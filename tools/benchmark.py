@@ -39,7 +39,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -52,8 +51,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The toolboxes and mmengine are imported by `layer` and `model` alone: `op` needs torch.
-from ddf_mm.ops import backend_info, ddf, ddf_reference
-from ddf_mm.version import __version__
+from ddf_mm.about import machine
+from ddf_mm.ops import ddf, ddf_reference
 
 SHAPES = [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7), (1, 256, 100, 152)]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -221,33 +220,6 @@ def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
         print("peak memory: not measured, see the error above", file=sys.stderr)
         return []
     return queue.get()
-
-
-def processor(device: str) -> str:
-    """The name of the CPU's or GPU's model."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine(args: argparse.Namespace) -> dict[str, object]:
-    info = backend_info()
-    return {
-        "processor": processor(args.device),
-        "threads": args.threads,
-        # Much above 0 on a machine that did not measure alone.
-        "load": round(os.getloadavg()[0], 1),
-        "ddf": info.get(args.device, info["default"]),
-        "ddf_mm": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": " ".join(sys.argv),
-    }
 
 
 def track(sequence: Sequence) -> Iterable:
@@ -576,7 +548,7 @@ def benchmark_op(args: argparse.Namespace) -> None:
         for values in itertools.product(layouts, args.dtype, args.kernel_size, args.stride)
     ]
     cases = [Case(setting, shape) for setting in settings for shape in args.shapes]
-    about = machine(args)
+    about = machine(args.device, args.threads)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.command == "op" and "carafe" in args.peers and (reason := without_carafe(args)):
         print(f"carafe is left out: {reason}")
@@ -940,7 +912,7 @@ def compare_models(args: argparse.Namespace) -> None:
             args.mode, args.precision, args.layout, args.batch_size, args.shape or [None]
         )
     ]
-    about = machine(args)
+    about = machine(args.device, args.threads)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     groups = {setting: measure_models(setting, args) for setting in track(settings)}
     if not args.no_memory:

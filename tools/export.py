@@ -7,6 +7,7 @@ normalized). Each file is loaded and compared with the model at several sizes be
 name; one that computes something else is deleted."""
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -16,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddf_mm import about
 from ddf_mm.engine import cli, evaluation, export, files, launch, models
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
+from ddf_mm.layers import switch_to_deploy
 
 TOLERANCE = 1e-4
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2"}
@@ -59,6 +62,12 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="write PyTorch's own operators in place of ddf_mm's compiled op into a .pt2 file; "
         "ONNX files hold standard operators anyway",
+    )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="fold the batch norms into convolutions and DDF layers first; the files are still "
+        "compared with the model as it was",
     )
     parser.add_argument(
         "--allow-partial",
@@ -107,6 +116,14 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
     return part.eval(), cfg.model.backbone.get("in_channels", 3)
 
 
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of the model with its batch norms folded."""
+    try:
+        return switch_to_deploy(copy.deepcopy(model))
+    except ValueError as error:
+        raise UserError(f"--fold: {error}") from error
+
+
 def check(run: Callable, model: nn.Module, sizes: list[Size], channels: int) -> float:
     """The largest error of a file over several sizes; refuses one above the tolerance."""
     errors = {}
@@ -145,13 +162,17 @@ def main() -> None:
     sizes = export.check_sizes(size, not args.static)
 
     functions: dict[str, Callable] = {"pytorch": torch.no_grad()(model.forward)}
+    exported = model
+    if args.fold:
+        exported = folded(model)
+        functions["pytorch folded"] = torch.no_grad()(exported.forward)
     report: dict[str, dict] = {}
     for kind, suffix in SUFFIXES.items():
         if args.format not in (kind, "both"):
             continue
         path = stem.with_name(stem.name + suffix)
         is_onnx = kind == "onnx"
-        program = export.export_program(model, size, channels, not args.static, guarded=is_onnx)
+        program = export.export_program(exported, size, channels, not args.static, guarded=is_onnx)
         with files.whole_file(path) as part:
             if is_onnx:
                 operators = export.save_onnx(program, part, args.opset)
@@ -161,14 +182,16 @@ def main() -> None:
                 run = export.load_program(part)
             error = check(run, model, sizes, channels)
         functions[kind] = run
-        report[kind] = dict(file=str(path), operators=operators, error=error)
+        report[kind] = dict(file=path.name, operators=operators, error=error)
         print(f"{path}: {operators} operators, largest error {error:.1e} over images of", end=" ")
         print(", ".join(map(str, sizes)))
-    result = dict(config=Path(args.config).name, size=str(size), files=report)
+    result = dict(
+        config=Path(args.config).name, size=str(size), files=report, machine=about.machine()
+    )
     if args.benchmark is not None:
         times = benchmark(functions, size.images(channels), args.benchmark)
-        result |= dict(threads=torch.get_num_threads(), milliseconds=times)
-        print(f"milliseconds for {size}, {result['threads']} threads:", end=" ")
+        result |= dict(milliseconds=times)
+        print(f"milliseconds for {size}, {torch.get_num_threads()} threads:", end=" ")
         print(", ".join(f"{name} {value:.1f}" for name, value in times.items()))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from ddf_mm.engine.cli import UserError
 from ddf_mm.ops import ddf_reference, ddf_up_reference
@@ -197,26 +198,40 @@ def check_sizes(example: Size, dynamic: bool) -> list[Size]:
     ]
 
 
-@contextlib.contextmanager
-def _poolings_of_any_size(model: nn.Module) -> Iterator[None]:
-    """Lets max poolings stride by slicing, which gives the same values from more comparisons.
+class _MaximaOfSlices(TorchFunctionMode):
+    """Max poolings as maxima of slices, first of the rows, then of the columns.
 
-    PyTorch's rule of the size of a strided pooling ties a program to odd or to even sizes.
+    PyTorch's rule of the size of a strided pooling ties a program to odd or to even sizes. The
+    values are the same, and on a CPU they come sooner.
     """
-    pools = [m for m in model.modules() if isinstance(m, nn.MaxPool2d) and not m.ceil_mode]
 
-    def pool(m: nn.MaxPool2d, x: Tensor) -> Tensor:
-        rows, columns = m.stride if isinstance(m.stride, tuple) else (m.stride, m.stride)
-        out = nn.functional.max_pool2d(x, m.kernel_size, 1, m.padding, m.dilation)
-        return out[..., ::rows, ::columns]
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.max_pool2d or kwargs.get("return_indices"):
+            return func(*args, **kwargs)
+        return _max_pool2d(*args, **kwargs)
 
-    for m in pools:
-        m.forward = functools.partial(pool, m)
-    try:
-        yield
-    finally:
-        for m in pools:
-            del m.forward
+
+def _max_pool2d(
+    x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **_
+) -> Tensor:
+    if ceil_mode:
+        return nn.functional.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    sides = [
+        value if isinstance(value, Sequence) else (value, value)
+        for value in (kernel_size, stride or kernel_size, padding, dilation)
+    ]
+    for dim, (k, s, p, d) in zip((-2, -1), zip(*sides, strict=True), strict=True):
+        last = (x.shape[dim] + 2 * p - d * (k - 1) - 1) // s * s
+        if p:
+            margins = (p, p) if dim == -1 else (0, 0, p, p)
+            x = nn.functional.pad(x, margins, value=float("-inf"))
+        after = (slice(None),) * (-1 - dim)
+        windows = (x[(..., slice(i * d, i * d + last + 1, s), *after)] for i in range(k))
+        x = functools.reduce(torch.maximum, windows)
+    return x
 
 
 def export_program(
@@ -245,8 +260,7 @@ def export_program(
         width = size.width + 32 * (size.width == size.height)
         size = Size(max(size.batch, 2), size.height, width)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    free_pools = dynamic and not guarded
-    pools = _poolings_of_any_size(model) if free_pools else contextlib.nullcontext()
+    pools = _MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:
             return torch.export.export(

@@ -182,6 +182,51 @@ def test_files_serve_sizes_that_the_tool_did_not_check(exported, size):
         assert (g - w).abs().max() < 1e-4 * w.abs().max()
 
 
+def test_folded_batch_norms(run, folder, exported):
+    result = run("--fold", "--out", "folded")
+    assert result.code == 0, result.stderr
+    kinds = [
+        {node.op_type for node in onnx.load(folder / "here" / f"{name}.onnx").graph.node}
+        for name in ("model", "folded")
+    ]
+    assert kinds[0] - kinds[1] == {"BatchNormalization"}
+
+
+def test_batch_norms_that_cannot_be_folded(run, folder):
+    add = "model.backbone.kernel_combine=add"
+    result = run("--fold", "--out", "refused", "--cfg-options", add)
+    assert result.code == 1 and result.stderr.count("\n") == 1
+    assert "--fold: backbone.layer1.0.conv2" in result.stderr and "'add'" in result.stderr
+    assert not (folder / "here" / "refused.onnx").exists()
+
+
+class Poolings(torch.nn.Module):
+    def __init__(self, *arguments: dict):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.MaxPool2d(**given) for given in arguments)
+
+    def forward(self, x):
+        # As the stock FPN makes its extra levels.
+        return *(layer(x) for layer in self.layers), torch.nn.functional.max_pool2d(x, 1, stride=2)
+
+
+def test_programs_with_strided_poolings_serve_sizes_of_any_parity():
+    model = Poolings(
+        dict(kernel_size=3, stride=2, padding=1),
+        dict(kernel_size=2),
+        dict(kernel_size=(3, 5), stride=(1, 3), padding=(0, 2), dilation=(2, 1)),
+    )
+    program = export.export_program(model, Size(2, 20, 30)).module()
+    for size in [Size(1, 20, 30), Size(2, 21, 30), Size(1, 22, 33), Size(3, 23, 31)]:
+        images = size.images(3)
+        images[0, 0, 5, 6] = float("nan")
+        for got, want in zip(program(images), model(images), strict=True):
+            assert (
+                torch.equal(got.isnan(), want.isnan()) and want.isnan().any() == got.isnan().any()
+            )
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 def test_a_file_that_fails_its_check_is_not_left(run, folder):
     result = run("--out", "wrong", "--static", WRONG="1")
     assert result.code == 1
