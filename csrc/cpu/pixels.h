@@ -475,6 +475,14 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
       const T* pixels = features + image * g.height * g.width * g.channels;
       const T* filter = lister.filter_of(item.image, item.group);
+      // The group's first map of the spatial filter's gradient, or of this part of it.
+      const int64_t map = item.group * g.taps();
+      T* whole_map =
+          grad_spatial ? grad_spatial + strides.start(item.image, g.subpixels()) + map * strides.tap
+                       : nullptr;
+      A* part_map =
+          in_parts ? spatial_parts + ((item.chunk * g.batch + item.image) * maps + map) * out_size
+                   : nullptr;
       std::fill(dc.get(), dc + block, A(0));
       fill_channel_blocks(channel.get(), g.taps(), g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
@@ -493,23 +501,23 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
             filter_strip(std::integral_constant<int, kStrip>());
           else
             filter_strip(std::integral_constant<int, 1>());
-          if (grad_spatial == nullptr) continue;
-          for (int64_t p = 0; p < strip.count; ++p) {
+          const auto write_spatial = [&](auto* to, int64_t tap_step, int64_t pixel_step) {
+            using To = std::remove_pointer_t<decltype(to)>;
             int64_t u = 0;
-            const int64_t column = strip.first + p;
             for (int64_t t = 0; t < g.taps(); ++t) {
               // Taps outside the image have no gradient.
               const bool is_inside = u < taps.count && taps.tap[u] == t;
-              const A value = is_inside ? ds[u++ * strip.count + p] : A(0);
-              const int64_t map = item.group * g.taps() + t;
-              if (in_parts)
-                spatial_parts[((item.chunk * g.batch + item.image) * maps + map) * out_size +
-                              row * g.out_width + column] = value;
-              else
-                grad_spatial[strides.start(item.image, g.subpixels()) + map * strides.tap +
-                             row * strides.row + column * strides.column] = narrow<T>(value);
+              for (int64_t p = 0; p < strip.count; ++p)
+                to[t * tap_step + p * pixel_step] =
+                    narrow<To>(is_inside ? ds[u * strip.count + p] : A(0));
+              u += is_inside;
             }
-          }
+          };
+          if (in_parts)
+            write_spatial(part_map + row * g.out_width + strip.first, out_size, 1);
+          else if (grad_spatial)
+            write_spatial(whole_map + row * strides.row + strip.first * strides.column, strides.tap,
+                          strides.column);
         }
       A* to = channel_parts +
               ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * g.taps();
