@@ -33,7 +33,7 @@ $(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detectio
 test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
 	"$(VENV)/bin/python" -m pytest $(ARGS)
 
-# The wheel holds the library that the package step compiled.
+# The script compiles the wheel in $(VENV), with its torch.
 $(OTHER_TORCHES:%=test-%): test-%: $(STAMPS)/package $(VENV)-%/.stamps/torch
 	VENV="$(VENV)" bash tests/test_installed.sh $* $(ARGS)
 

@@ -50,6 +50,6 @@ from ddf_mm.ops import backend_info
 print(f"ddf_mm: {ddf_mm.__file__}, Python {platform.python_version()}, torch {torch.__version__}")
 assert backend_info()["cpu"] == "compiled", backend_info()
 END
-# What these two look at is the checkout's own library.
+# The file left out looks at the library in the checkout.
 DDF_MM_REQUIRE_OPS=1 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider \
   "$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py" "$@"
