@@ -172,6 +172,7 @@ class Kernel:
             "window_quads": ("mul", "mirrored", "channels_last"),
             "filter_grads": ("mul", "vector"),
             "filter_grads_channels_last": ("mul",),
+            "up_window3": ("mul",),
         }
         named = zip(meanings.get(self.name, ()), self.flags, strict=True)
         windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]
