@@ -155,7 +155,19 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// The same for ddf_up, whose filters have a dimension of subpixels behind the batch.
+// Also checks the parameters that ddf_pack has beside ddf's.
+inline Geometry pack_geometry_of(const Tensor& features, const Tensor& raw_channel,
+                                 const Tensor& raw_spatial, const OptionalTensor& channel_std,
+                                 const OptionalTensor& bias, int64_t kernel_size, int64_t dilation,
+                                 int64_t stride) {
+  const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
+  STD_TORCH_CHECK(kernel_size >= 3, "ddf_pack: kernel_size must be at least 3, got ", kernel_size);
+  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
+  check_parameter(bias, features, g.channels, "bias");
+  return g;
+}
+
+// The same as geometry_of for ddf_up, whose filters have a dimension of subpixels behind the batch.
 inline Geometry up_geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
                                const OptionalTensor& spatial_filter, int64_t kernel_size,
                                int64_t scale_factor, int64_t dilation) {

@@ -166,10 +166,10 @@ class Kernel:
     def __str__(self) -> str:
         """As in ``window3<float, mul, vector>``."""
         meanings = {
-            "window3": ("mul", "mirrored", "vector"),
-            "window3_channels_last": ("mul", "mirrored"),
+            "window3": ("mul", "mirrored", "vector", "pack"),
+            "window3_channels_last": ("mul", "mirrored", "pack"),
             "backward3": ("mul", "vector"),
-            "window_quads": ("mul", "mirrored", "channels_last"),
+            "window_quads": ("mul", "mirrored", "channels_last", "pack"),
             "filter_grads": ("mul", "vector"),
             "filter_grads_channels_last": ("mul",),
             "up_window3": ("mul",),

@@ -230,9 +230,8 @@ Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw
             const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
             double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
             int64_t dilation, int64_t stride, bool mul) {
-  const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
-  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
-  check_parameter(bias, features, g.channels, "bias");
+  const Geometry g = pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
+                                      kernel_size, dilation, stride);
   const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
   return forward_of(g, features, raw_channel, raw_spatial, mul,
                     {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});

@@ -12,6 +12,7 @@
 #include "filter_grads.cuh"
 #include "filter_grads_channels_last.cuh"
 #include "generic.cuh"
+#include "norm.cuh"
 #include "window3.cuh"
 #include "window3_channels_last.cuh"
 #include "window_quads.cuh"
@@ -90,7 +91,7 @@ bool has_rows(const View<T>& tensor) {
 }
 
 // Runs window3 where it serves the call; says whether it did.
-template <bool Mirrored, typename T, typename Launch>
+template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_window3(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
@@ -106,9 +107,10 @@ bool launch_window3(const Arguments<T>& a, const char* name, Launch&& launch) {
     const bool vector = g.width % 4 == 0 && reads_by_four(input) && reads_by_four(a.result) &&
                         (Mirrored || reads_by_four(a.spatial_filter));
     const size_t shared = sizeof(float) * kTapStride * tiling.slab;
-    const auto kernel =
-        a.mul ? (vector ? window3<T, true, Mirrored, true> : window3<T, true, Mirrored, false>)
-              : (vector ? window3<T, false, Mirrored, true> : window3<T, false, Mirrored, false>);
+    const auto kernel = a.mul ? (vector ? window3<T, true, Mirrored, true, Pack>
+                                        : window3<T, true, Mirrored, false, Pack>)
+                              : (vector ? window3<T, false, Mirrored, true, Pack>
+                                        : window3<T, false, Mirrored, false, Pack>);
     launch(name, kernel, blocks, kWindowThreads, shared, a, tiling);
     return true;
   }
@@ -128,7 +130,7 @@ inline Strips strips_of(const Geometry& g) {
 }
 
 // Runs window3_channels_last where it serves the call; says whether it did.
-template <bool Mirrored, typename T, typename Launch>
+template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
@@ -142,8 +144,8 @@ bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launc
     const int64_t count = g.batch * g.groups * strips.per_row * strips.rows;
     const int64_t blocks = ceil_div(count, strips.per_block) * strips.chunks;
     if (blocks > kMaxBlocks) return false;
-    const auto kernel = a.mul ? window3_channels_last<T, true, Mirrored>
-                              : window3_channels_last<T, false, Mirrored>;
+    const auto kernel = a.mul ? window3_channels_last<T, true, Mirrored, Pack>
+                              : window3_channels_last<T, false, Mirrored, Pack>;
     launch(name, kernel, blocks, kStripThreads, sizeof(float) * kStripFloats * strips.per_block, a,
            strips);
     return true;
@@ -151,7 +153,7 @@ bool launch_window3_channels_last(const Arguments<T>& a, const char* name, Launc
 }
 
 // Runs window_quads where it serves the call; says whether it did.
-template <bool Mirrored, typename T, typename Launch>
+template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_window_quads(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
@@ -174,11 +176,11 @@ bool launch_window_quads(const Arguments<T>& a, const char* name, Launch&& launc
         if (blocks > kMaxBlocks) return false;
         const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 && reads_by_four(input) &&
                             reads_by_four(a.result);
-        const auto kernel = a.mul
-                                ? (rows ? window_quads<T, kKernel, kStride, true, Mirrored, false>
-                                        : window_quads<T, kKernel, kStride, true, Mirrored, true>)
-                                : (rows ? window_quads<T, kKernel, kStride, false, Mirrored, false>
-                                        : window_quads<T, kKernel, kStride, false, Mirrored, true>);
+        const auto kernel =
+            a.mul ? (rows ? window_quads<T, kKernel, kStride, true, Mirrored, false, Pack>
+                          : window_quads<T, kKernel, kStride, true, Mirrored, true, Pack>)
+                  : (rows ? window_quads<T, kKernel, kStride, false, Mirrored, false, Pack>
+                          : window_quads<T, kKernel, kStride, false, Mirrored, true, Pack>);
         launch(name, kernel, blocks, kQuadThreads, sizeof(float) * window_quads_floats(kKernel), a,
                tiles, slabs, vector);
         return true;
@@ -188,19 +190,60 @@ bool launch_window_quads(const Arguments<T>& a, const char* name, Launch&& launc
 }
 
 template <typename T, typename Launch>
-void launch_forward(const Arguments<T>& a, Launch&& launch) {
-  if (launch_window3<false>(a, "ddf forward, 3x3", launch)) return;
-  if (launch_window3_channels_last<false>(a, "ddf forward, 3x3 channels_last", launch)) return;
-  if (launch_window_quads<false>(a, "ddf forward, quads", launch)) return;
+void launch_forward_generic(const Arguments<T>& a, const char* name, Launch&& launch) {
   const Geometry& g = a.geometry;
-  launch_boxes(a, "ddf forward", forward_generic<T>, g.channels, g.out_height, g.out_width, launch);
+  launch_boxes(a, name, forward_generic<T>, g.channels, g.out_height, g.out_width, launch);
+}
+
+template <typename T, typename Launch>
+void launch_forward(const Arguments<T>& a, Launch&& launch) {
+  if (launch_window3<false, false>(a, "ddf forward, 3x3", launch)) return;
+  if (launch_window3_channels_last<false, false>(a, "ddf forward, 3x3 channels_last", launch)) {
+    return;
+  }
+  if (launch_window_quads<false, false>(a, "ddf forward, quads", launch)) return;
+  launch_forward_generic(a, "ddf forward", launch);
+}
+
+// ddf with what a.around says. The channel filter is contiguous, the spatial filter too or
+// channels_last. allocate(n) makes room for n elements that lives until the kernels are done: where
+// no kernel normalizes the filters itself, they go through memory.
+template <typename T, typename Allocate, typename Launch>
+void launch_pack(Arguments<T> a, Allocate&& allocate, Launch&& launch) {
+  if (launch_window3<false, true>(a, "ddf_pack, 3x3", launch)) return;
+  if (launch_window3_channels_last<false, true>(a, "ddf_pack, 3x3 channels_last", launch)) return;
+  if (launch_window_quads<false, true>(a, "ddf_pack, quads", launch)) return;
+  const Geometry& g = a.geometry;
+  const auto normalize = [&](View<const T>& filter, int64_t filters, int64_t pixels,
+                             bool taps_inner, Accumulate<T> scale, const Accumulate<T>* std) {
+    NormArguments<T> norm{};
+    norm.batch = g.batch;
+    norm.filters = filters;
+    norm.taps = g.taps();
+    norm.pixels = pixels;
+    norm.taps_inner = taps_inner;
+    norm.x = filter.data;
+    norm.std = std;
+    norm.scale = scale;
+    norm.eps = a.around.eps;
+    norm.result = allocate(g.batch * filters * g.taps() * pixels);
+    launch_norm(norm, launch);
+    filter.data = norm.result;
+  };
+  normalize(a.channel_filter, g.channels, 1, true, a.around.channel_scale, a.around.channel_std);
+  normalize(a.spatial_filter, g.groups, g.out_height * g.out_width,
+            a.spatial_filter.channel_stride == 1, a.around.spatial_scale, nullptr);
+  launch_forward_generic(a, "ddf_pack", launch);
 }
 
 template <typename T, typename Launch>
 void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
-  if (launch_window3<true>(a, "ddf grad_features, 3x3", launch)) return;
-  if (launch_window3_channels_last<true>(a, "ddf grad_features, 3x3 channels_last", launch)) return;
-  if (launch_window_quads<true>(a, "ddf grad_features, quads", launch)) return;
+  if (launch_window3<true, false>(a, "ddf grad_features, 3x3", launch)) return;
+  if (launch_window3_channels_last<true, false>(a, "ddf grad_features, 3x3 channels_last",
+                                                launch)) {
+    return;
+  }
+  if (launch_window_quads<true, false>(a, "ddf grad_features, quads", launch)) return;
   const Geometry& g = a.geometry;
   launch_boxes(a, "ddf grad_features", grad_features_generic<T>, g.channels, g.height, g.width,
                launch);

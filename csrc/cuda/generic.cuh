@@ -79,7 +79,7 @@ forward_generic(Arguments<T> a, Box box) {
   const int stride = a.geometry.stride;
   const int padding = dilation * (kernel / 2);
   int plane = at.channel / static_cast<int>(a.geometry.group_channels) * kernel * kernel;
-  Accumulate<T> sum = 0;
+  Accumulate<T> sum = a.around.shift(at.channel);
   for (int tap_row = 0; tap_row < kernel; ++tap_row) {
     const int row = at.row * stride - padding + tap_row * dilation;
     for (int tap_column = 0; tap_column < kernel; ++tap_column, ++plane) {
@@ -88,7 +88,7 @@ forward_generic(Arguments<T> a, Box box) {
              filter_at(a, at.batch, at.channel, plane, tap_row, tap_column, at.row, at.column);
     }
   }
-  store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
+  store(a.result.at(at.batch, at.channel, at.row, at.column), a.around.at_least_floor(sum));
 }
 
 // The output row (or column) whose window has the feature row `feature` under tap `tap`, or -1.

@@ -31,14 +31,18 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// Makes room for as many floats, that lives until the kernels are done.
-using Allocate = std::function<float*(int64_t)>;
+// Makes room for as many elements, that lives until the kernels are done.
+template <typename T>
+using Allocate = std::function<T*(int64_t)>;
 
 template <typename T>
 void run_forward(const Arguments<T>& a, cudaStream_t stream);
 
 template <typename T>
-void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
+void run_pack(const Arguments<T>& a, const Allocate<T>& allocate, cudaStream_t stream);
+
+template <typename T>
+void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate<float>& allocate,
                   cudaStream_t stream);
 
 template <typename T>

@@ -1,5 +1,6 @@
-// FilterNorm: each filter less its mean and over its standard deviation, then scaled and shifted. A
-// thread has one filter, whose taps it reads again from the nearest cache.
+// FilterNorm: each filter less its mean and over its standard deviation, then scaled and shifted.
+// In the kernels of filter_norm a thread has one filter, whose taps it reads again from the nearest
+// cache; those of ddf_pack normalize the filters that they hold.
 #pragma once
 #include <cmath>
 
@@ -45,16 +46,15 @@ struct Moments {
   DDF_DEVICE A standardized(A x) const { return (x - first - mean) * inverse; }
 };
 
-template <typename T>
-DDF_DEVICE Moments<Accumulate<T>> moments_of(const T* x, int taps, int64_t stride,
-                                             Accumulate<T> eps) {
-  using A = Accumulate<T>;
-  Moments<A> m{load(x), 0, 0, 0};
-  for (int tap = 1; tap < taps; ++tap) m.mean += load(x + tap * stride) - m.first;
+// tap_at(i) is tap i of the filter.
+template <typename A, typename TapAt>
+DDF_DEVICE Moments<A> moments_of(const TapAt& tap_at, int taps, A eps) {
+  Moments<A> m{tap_at(0), 0, 0, 0};
+  for (int tap = 1; tap < taps; ++tap) m.mean += tap_at(tap) - m.first;
   m.mean /= taps;
   A squares = 0;
   for (int tap = 0; tap < taps; ++tap) {
-    const A difference = load(x + tap * stride) - m.first - m.mean;
+    const A difference = tap_at(tap) - m.first - m.mean;
     squares += difference * difference;
   }
   const A variance = squares / (taps - 1);
@@ -64,6 +64,37 @@ DDF_DEVICE Moments<Accumulate<T>> moments_of(const T* x, int taps, int64_t strid
     m.slope = 1 / (deviation * (taps - 1));
   }
   return m;
+}
+
+template <typename T>
+DDF_DEVICE Moments<Accumulate<T>> moments_of(const T* x, int taps, int64_t stride,
+                                             Accumulate<T> eps) {
+  return moments_of([&](int tap) { return load(x + tap * stride); }, taps, eps);
+}
+
+// FilterNorm of one filter in place, values[tap * step]; `std` has a factor for each tap, or is
+// null.
+template <int Taps, typename A>
+DDF_DEVICE void normalize(A* values, int step, A scale, A eps, const A* std = nullptr) {
+  const auto m = moments_of([&](int tap) { return values[tap * step]; }, Taps, eps);
+  for (int tap = 0; tap < Taps; ++tap) {
+    A value = m.standardized(values[tap * step]) * scale;
+    if (std != nullptr) value *= load(std + tap);
+    values[tap * step] = value;
+  }
+}
+
+// The same for the filters of an Around.
+template <int Taps, typename A>
+DDF_DEVICE void normalize_spatial(const Around<A>& around, A* values, int step) {
+  normalize<Taps>(values, step, around.spatial_scale, around.eps);
+}
+
+template <int Taps, typename A>
+DDF_DEVICE void normalize_channel(const Around<A>& around, int64_t channel, A* values, int step) {
+  const A* const std = around.channel_std;
+  normalize<Taps>(values, step, around.channel_scale, around.eps,
+                  std == nullptr ? nullptr : std + channel * Taps);
 }
 
 struct FilterPosition {

@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
       return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
     };
     const Gradients<T> to{view(grad_features), view(grad_channel), view(grad_spatial)};
-    run_backward(a, to, Allocate(allocate), current_stream(features));
+    run_backward(a, to, Allocate<float>(allocate), current_stream(features));
   });
   return {grad_features, grad_channel, grad_spatial};
 }
@@ -245,6 +245,40 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   return {grad_x, grad_std, grad_mean};
 }
 
+Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
+            const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
+            double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
+            int64_t dilation, int64_t stride, bool mul) {
+  const Geometry g = pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
+                                      kernel_size, dilation, stride);
+  check_limits(g);
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const Tensor out = empty_as(features, {g.batch, g.channels, g.out_height, g.out_width});
+  if (out.numel() == 0) return out;
+  const Tensor channel = torch::stable::contiguous(raw_channel);
+  const Tensor spatial = Filters(raw_spatial, g.groups).ordered(raw_spatial);
+  const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
+  with_type(features.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    Arguments<T> a = arguments_of<T>(g, mul, features, channel, spatial);
+    a.result = writable_view_of<T>(out);
+    a.around.channel_scale = static_cast<A>(channel_scale);
+    a.around.spatial_scale = static_cast<A>(spatial_scale);
+    a.around.eps = static_cast<A>(eps);
+    a.around.channel_std = static_cast<const A*>(data_of(std));
+    a.around.bias = static_cast<const A*>(data_of(shift));
+    if (relu) a.around.floor = 0;
+    std::vector<Tensor> scratch;
+    const auto allocate = [&](int64_t elements) {
+      scratch.push_back(torch::stable::new_empty(features, {elements}));
+      return static_cast<T*>(scratch.back().mutable_data_ptr());
+    };
+    run_pack(a, Allocate<T>(allocate), current_stream(features));
+  });
+  return out;
+}
+
 int64_t subpixel_stride(const OptionalTensor& filter) { return filter ? filter->stride(1) : 0; }
 
 Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
@@ -322,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
         scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
         return static_cast<float*>(scratch.back().mutable_data_ptr());
       };
-      run_backward(call, filter_grads_of(to, to_strides, r), Allocate(allocate), stream);
+      run_backward(call, filter_grads_of(to, to_strides, r), Allocate<float>(allocate), stream);
     });
   });
   return {grad_features, grad_channel, grad_spatial};
@@ -336,6 +370,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
   m.impl("ddf_backward", TORCH_BOX(&ddf::cuda::backward));
   m.impl("filter_norm", TORCH_BOX(&ddf::cuda::norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cuda::norm_backward));
+  m.impl("ddf_pack", TORCH_BOX(&ddf::cuda::pack));
   m.impl("ddf_up", TORCH_BOX(&ddf::cuda::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::up_backward));
 }

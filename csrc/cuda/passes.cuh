@@ -3,12 +3,13 @@
 #include "dispatch.cuh"
 #include "launcher.cuh"
 
-#define DDF_COMPILE_FORWARD(type)                                  \
-  template void run_forward(const Arguments<type>&, cudaStream_t); \
+#define DDF_COMPILE_FORWARD(type)                                                      \
+  template void run_forward(const Arguments<type>&, cudaStream_t);                     \
+  template void run_pack(const Arguments<type>&, const Allocate<type>&, cudaStream_t); \
   template void run_norm(const NormArguments<type>&, cudaStream_t)
-#define DDF_COMPILE_BACKWARD(type)                                                            \
-  template void run_backward(const Arguments<type>&, const Gradients<type>&, const Allocate&, \
-                             cudaStream_t);                                                   \
+#define DDF_COMPILE_BACKWARD(type)                                           \
+  template void run_backward(const Arguments<type>&, const Gradients<type>&, \
+                             const Allocate<float>&, cudaStream_t);          \
   template void run_norm_backward(const NormArguments<type>&, cudaStream_t)
 
 namespace ddf::cuda {
@@ -19,7 +20,12 @@ void run_forward(const Arguments<T>& a, cudaStream_t stream) {
 }
 
 template <typename T>
-void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate& allocate,
+void run_pack(const Arguments<T>& a, const Allocate<T>& allocate, cudaStream_t stream) {
+  launch_pack(a, allocate, Launcher(stream));
+}
+
+template <typename T>
+void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate<float>& allocate,
                   cudaStream_t stream) {
   launch_backward(a, to, allocate, Launcher(stream));
 }

@@ -5,7 +5,7 @@
 // filter of its pixels stays in registers meanwhile, the channel filters of the slab lie in shared
 // memory. A small image leaves threads over; these share the channels of the slab.
 #pragma once
-#include "arguments.cuh"
+#include "norm.cuh"
 
 namespace ddf::cuda {
 
@@ -13,7 +13,8 @@ constexpr int kWindowThreads = 128;
 constexpr int kTileRows = 2;
 constexpr int kTileColumns = 4;
 constexpr int kWindowTaps = 9;
-// Floats between two channels in shared memory: three aligned quadruples.
+// Floats between two channels in shared memory: three aligned quadruples, of nine taps and what the
+// sums begin with.
 constexpr int kTapStride = 12;
 
 struct Tiling {
@@ -27,9 +28,11 @@ struct alignas(16) Four {
 };
 
 // Vector: the width is a multiple of 4, and so is every row's address, in elements.
-template <typename T, bool Mul, bool Mirrored, bool Vector>
+// Pack: with what a.around says.
+template <typename T, bool Mul, bool Mirrored, bool Vector, bool Pack>
 DDF_KERNEL(kWindowThreads, 4)
 window3(Arguments<T> a, Tiling tiling) {
+  static_assert(!Mirrored || !Pack);
   const Geometry& g = a.geometry;
   DDF_SHARED(float, channel_taps);
   const int height = g.height;
@@ -54,6 +57,15 @@ window3(Arguments<T> a, Tiling tiling) {
         a.channel_filter.data == nullptr
             ? neutral
             : load(a.channel_filter.at(batch, first + channel, tap / 3, tap % 3));
+  }
+  if (Pack) {
+    // A filter's taps come from several threads.
+    sync_threads();
+    for (int channel = thread_index(); channel < channels; channel += kWindowThreads) {
+      float* const taps = channel_taps + channel * kTapStride;
+      normalize_channel<kWindowTaps>(a.around, first + channel, taps, 1);
+      taps[kWindowTaps] = a.around.shift(first + channel);
+    }
   }
   sync_threads();
 
@@ -83,6 +95,14 @@ window3(Arguments<T> a, Tiling tiling) {
           if (x + column >= 0 && x + column < width) taps[column] = load(source + column);
         }
       }
+    }
+  }
+
+  if (Pack) {
+    DDF_UNROLL
+    for (int pixel = 0; pixel < kTileRows * kTileColumns; ++pixel) {
+      normalize_spatial<kWindowTaps>(a.around, &spatial_taps[0][0][0] + pixel,
+                                     kTileRows * kTileColumns);
     }
   }
 
@@ -137,7 +157,7 @@ window3(Arguments<T> a, Tiling tiling) {
       float sums[kTileColumns];
       DDF_UNROLL
       for (int column = 0; column < kTileColumns; ++column) {
-        float sum = 0.f;
+        float sum = Pack ? taps[kWindowTaps] : 0.f;
         DDF_UNROLL
         for (int tap = 0; tap < kWindowTaps; ++tap) {
           const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
@@ -147,7 +167,7 @@ window3(Arguments<T> a, Tiling tiling) {
           // An output that is not there has no filter: its zero must not meet an Inf.
           if (!Mirrored || (row_inside[y] && column_inside[x])) sum += window[y][x] * filter;
         }
-        sums[column] = sum;
+        sums[column] = Pack ? a.around.at_least_floor(sum) : sum;
       }
       if (row > 0 && !row_inside[row + 1]) continue;
       T* const line = target + row * a.result.row_stride;

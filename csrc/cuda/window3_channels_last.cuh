@@ -5,7 +5,7 @@
 // the channel filters stay in registers, the spatial filters of the strip lie in shared memory,
 // where all channels find them, and each step loads one new column of the window.
 #pragma once
-#include "arguments.cuh"
+#include "norm.cuh"
 
 namespace ddf::cuda {
 
@@ -24,9 +24,10 @@ struct Strips {
   int per_block;
 };
 
-template <typename T, bool Mul, bool Mirrored>
+template <typename T, bool Mul, bool Mirrored, bool Pack>
 DDF_KERNEL(kStripThreads, 3)
 window3_channels_last(Arguments<T> a, Strips strips) {
+  static_assert(!Mirrored || !Pack);
   const Geometry& g = a.geometry;
   DDF_SHARED(float, spatial_taps);
   const int height = g.height;
@@ -75,6 +76,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
         taps[tap] = load(a.spatial_filter.at(place.batch, place.group * kStripTaps + tap, y, x));
       }
     }
+    if (Pack) normalize_spatial<kStripTaps>(a.around, taps, 1);
     DDF_UNROLL
     for (int quarter = 0; quarter < kStripTapStride / 4; ++quarter) {
       store_shared4(spatial_taps + i * kStripTapStride + 4 * quarter, taps + 4 * quarter);
@@ -99,6 +101,12 @@ window3_channels_last(Arguments<T> a, Strips strips) {
               ? neutral
               : load(a.channel_filter.at(place.batch, channel + i, tap / 3, tap % 3));
     }
+  }
+  float shifts[kStripChannels] = {};
+  DDF_UNROLL
+  for (int i = 0; Pack && i < kStripChannels; ++i) {
+    normalize_channel<kStripTaps>(a.around, channel + i, &channel_taps[0][i], kStripChannels);
+    shifts[i] = a.around.shift(channel + i);
   }
 
   constexpr int kRows = kStripRows + 2;
@@ -130,7 +138,9 @@ window3_channels_last(Arguments<T> a, Strips strips) {
         load_shared4(taps + 4 * quarter,
                      spatial + row * kStripColumns * kStripTapStride + 4 * quarter);
       }
-      float sums[kStripChannels] = {};
+      float sums[kStripChannels];
+      DDF_UNROLL
+      for (int i = 0; i < kStripChannels; ++i) sums[i] = Pack ? shifts[i] : 0.f;
       DDF_UNROLL
       for (int tap = 0; tap < kStripTaps; ++tap) {
         const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
@@ -144,6 +154,8 @@ window3_channels_last(Arguments<T> a, Strips strips) {
           sums[i] += window[x][y][i] * filter;
         }
       }
+      DDF_UNROLL
+      for (int i = 0; Pack && i < kStripChannels; ++i) sums[i] = a.around.at_least_floor(sums[i]);
       if (row == 0 || row_inside[row + 1]) store4(target + row * a.result.row_stride, sums);
     }
     target += a.result.column_stride;

@@ -6,6 +6,7 @@
 // taps are walked in a loop: unrolled, they would not fit the registers. Neighbouring threads have
 // neighbouring outputs, or neighbouring channels where those are neighbours in memory.
 #pragma once
+#include "norm.cuh"
 #include "rows.cuh"
 
 namespace ddf::cuda {
@@ -21,10 +22,10 @@ constexpr int window_quads_floats(int kernel) {
   return kernel * kernel * (kBlockQuads * kQuadOutputs + kBlockChannels);
 }
 
-template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast>
+template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast, bool Pack>
 DDF_KERNEL(kQuadThreads, Kernel == 7 ? 2 : 3)
 window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
-  static_assert(!Mirrored || Stride == 1);
+  static_assert(!Mirrored || (Stride == 1 && !Pack));
   constexpr int kTaps = Kernel * Kernel;
   constexpr int kPixels = kBlockQuads * kQuadOutputs;
   constexpr int kColumns = row_columns(Kernel, Stride);
@@ -63,6 +64,7 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
       }
       spatial_taps[tap * kPixels + pixel] = value;
     }
+    if (Pack) normalize_spatial<kTaps>(a.around, spatial_taps + pixel, kPixels);
   }
   for (int i = thread_index(); i < kBlockChannels * kTaps; i += kQuadThreads) {
     const int channel = i / kTaps;
@@ -71,6 +73,13 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
         a.channel_filter.data == nullptr || channel >= channels
             ? neutral
             : load(a.channel_filter.at(batch, first + channel, tap / Kernel, tap % Kernel));
+  }
+  if (Pack) {
+    // A filter's taps come from several threads.
+    sync_threads();
+    for (int channel = thread_index(); channel < channels; channel += kQuadThreads) {
+      normalize_channel<kTaps>(a.around, first + channel, channel_taps + channel, kBlockChannels);
+    }
   }
   sync_threads();
 
@@ -90,6 +99,12 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
     const int top = row * Stride - Kernel / 2;
     const int column = left * Stride;
     float sums[kWindowChannels][kQuadOutputs] = {};
+    DDF_UNROLL
+    for (int i = 0; Pack && i < kWindowChannels; ++i) {
+      const float shift = a.around.shift(first + channel + (channel + i < channels ? i : 0));
+      DDF_UNROLL
+      for (int j = 0; j < kQuadOutputs; ++j) sums[i][j] = shift;
+    }
 
     const auto add_row = [&](int tap_row, int y, auto masked) {
       float window[kWindowChannels][kColumns];
@@ -164,6 +179,11 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
       }
     }
 
+    DDF_UNROLL
+    for (int i = 0; Pack && i < kWindowChannels; ++i) {
+      DDF_UNROLL
+      for (int j = 0; j < kQuadOutputs; ++j) sums[i][j] = a.around.at_least_floor(sums[i][j]);
+    }
     T* const target = a.result.at(batch, first + channel, row, left);
     if (ChannelsLast) {
       DDF_UNROLL

@@ -272,36 +272,6 @@ def _fake_ddf_pack(features, raw_channel, raw_spatial, *options):
     return _fake_ddf(features, raw_channel, raw_spatial, *options[-4:])
 
 
-def _ddf_pack(
-    features,
-    raw_channel,
-    raw_spatial,
-    channel_std,
-    channel_scale,
-    spatial_scale,
-    eps,
-    bias,
-    relu,
-    kernel_size,
-    dilation,
-    stride,
-    mul,
-):
-    """``ddf_pack`` by the other ops, where it has no kernel of its own."""
-    ops = torch.ops.ddf_mm
-    channels, groups = features.shape[1], raw_spatial.shape[1] // kernel_size**2
-    channel = ops.filter_norm(
-        raw_channel.flatten(1), channels, channel_std, None, channel_scale, eps
-    )
-    spatial = ops.filter_norm(raw_spatial, groups, None, None, spatial_scale, eps)
-    out = ops.ddf(
-        features, channel.view_as(raw_channel), spatial, kernel_size, dilation, stride, mul
-    )
-    if bias is not None:
-        out += bias.to(out.dtype)[:, None, None]
-    return out.relu_() if relu else out
-
-
 def _setup_filter_norm(ctx, inputs, output):
     x, filters, std, _, scale, eps = inputs
     ctx.save_for_backward(x, std)
@@ -455,8 +425,6 @@ def _autocast_kernel(op, device_type: str):
 def _register() -> None:
     """Tells PyTorch about the ops what their libraries do not."""
     torch.library.register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
-    if "cuda" in COMPILED:
-        torch.library.impl("ddf_mm::ddf_pack", "CUDA", _ddf_pack)
     torch.library.register_fake("ddf_mm::filter_norm", _fake_filter_norm)
     torch.library.register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
     torch.library.register_autograd(

@@ -32,6 +32,10 @@ struct Call {
   // From the filters of a subpixel, and their gradients, to the next.
   ddf::cuda::SubpixelStrides filters, gradients;
   int32_t mul;
+  // Of ddf_pack; the tensors have the type of sums.
+  int32_t relu;
+  double channel_scale, spatial_scale, eps;
+  HostTensor channel_std, bias;
 };
 
 // A call of filter_norm. std, mean and the gradients 1 and 2 have the type of sums.
@@ -91,10 +95,12 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
   const auto result = [&](const HostTensor& t) {
     return view(t, static_cast<T*>(nullptr), Use::result);
   };
-  const auto allocate = [&](int64_t floats) {
+  const auto scratch = [&](int64_t elements, auto zero) {
     alignas(64) static const unsigned char aligned[1] = {};
-    return static_cast<float*>(place(aligned, floats * sizeof(float), Use::scratch));
+    using Element = decltype(zero);
+    return static_cast<Element*>(place(aligned, elements * sizeof(Element), Use::scratch));
   };
+  const auto allocate = [&](int64_t floats) { return scratch(floats, 0.f); };
   ddf::cuda::Arguments<T> a{};
   a.geometry = call.geometry;
   a.mul = call.mul;
@@ -107,6 +113,19 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
   if (pass == "forward") {
     a.result = views[0];
     launch_forward(a, Launch{});
+  } else if (pass == "pack") {
+    using A = ddf::cuda::Accumulate<T>;
+    const auto parameter = [&](const HostTensor& t) {
+      return static_cast<const A*>(place(t.data, t.bytes, Use::input));
+    };
+    a.around.channel_scale = static_cast<A>(call.channel_scale);
+    a.around.spatial_scale = static_cast<A>(call.spatial_scale);
+    a.around.eps = static_cast<A>(call.eps);
+    a.around.channel_std = parameter(call.channel_std);
+    a.around.bias = parameter(call.bias);
+    if (call.relu) a.around.floor = 0;
+    a.result = views[0];
+    launch_pack(a, [&](int64_t elements) { return scratch(elements, T{}); }, Launch{});
   } else if (pass == "backward") {
     launch_backward(a, ddf::cuda::Gradients<T>{views[0], views[1], views[2]}, allocate, Launch{});
   } else if (pass == "up forward") {

@@ -38,12 +38,14 @@ EPSILON = {
     torch.float16: (2**-11, 2**-24),
     torch.bfloat16: (2**-8, 2**-24),
 }
-# Roundings of its terms, taken together, that a sum may be off by. The most seen is 2.9.
+# Roundings of its terms, taken together, that a sum may be off by. The most seen is 3.1.
 ROUNDINGS = 4
 
 
 # Of the threads, that every kernel is run in.
 ORDERS = ["forward", "backward", "shuffled"]
+# Of the channel and the spatial filters of ddf_pack, behind FilterNorm.
+PACK_SCALES = (0.7, 0.4)
 # The dtypes that have fast kernels.
 FAST = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -78,6 +80,10 @@ class Call(ctypes.Structure):
         ("filters", ctypes.c_int64 * 2),
         ("gradients", ctypes.c_int64 * 2),
         ("mul", ctypes.c_int32),
+        ("relu", ctypes.c_int32),
+        ("scales", ctypes.c_double * 3),
+        ("channel_std", HostTensor),
+        ("bias", HostTensor),
     ]
 
 
@@ -158,6 +164,25 @@ class Host:
         )
         self.start(f"up {kind}", x.dtype, call)
         return results
+
+    def pack(self, x, cf, sf, std, bias, relu, k, dilation, stride, combine) -> Tensor:
+        """The output of ddf_pack, with the scales of PACK_SCALES."""
+        size = (*x.shape[:2], *sf.shape[2:])
+        result = torch.empty(size, dtype=x.dtype, memory_format=layout_of(x))
+        groups = sf.shape[1] // k**2
+        geometry = [*x.shape, *sf.shape[2:], groups, x.shape[1] // groups, k, dilation, stride, 1]
+        call = Call(
+            *[HostTensor.of(t) for t in (None, x, cf, sf)],
+            (HostTensor * 3)(HostTensor.of(result)),
+            (ctypes.c_int64 * 12)(*geometry),
+            mul=combine == "mul",
+            relu=relu,
+            scales=(ctypes.c_double * 3)(*PACK_SCALES, 1e-10),
+            channel_std=HostTensor.of(std),
+            bias=HostTensor.of(bias),
+        )
+        self.start("pack", x.dtype, call)
+        return result
 
     def start(self, kind: str, dtype: torch.dtype, call: Call) -> None:
         name = str(dtype).removeprefix("torch.")
@@ -316,9 +341,8 @@ def test_3x3_kernel(host, name, dtype, combine, size):
             tensors[2] = tensors[2].transpose(2, 3)
         check(host, name, tensors, combine=combine)
         assert "window3<" in host.last_kernels
-        assert flags(combine == "mul", name == "grad_features", size[1] % 4 == 0) in (
-            host.last_kernels
-        )
+        vector = size[1] % 4 == 0
+        assert flags(combine == "mul", name == "grad_features", vector, False) in host.last_kernels
 
 
 @pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
@@ -331,7 +355,7 @@ def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
         tensors = make(channels=24, size=size, groups=2, which=which, dtype=dtype, layout=layout)
         check(host, name, tensors, combine=combine)
         assert "window3_channels_last<" in host.last_kernels
-        assert flags(combine == "mul", name == "grad_features") in host.last_kernels
+        assert flags(combine == "mul", name == "grad_features", False) in host.last_kernels
 
 
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
@@ -383,9 +407,8 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
         for name in PASSES[: 3 - stride]:
             check(host, name, tensors, k, 1, stride, combine)
             assert "window_quads<" in host.last_kernels
-            assert f", {k}, {stride}{flags(combine == 'mul', name != 'forward', not rows)}" in (
-                host.last_kernels
-            )
+            kinds = flags(combine == "mul", name != "forward", not rows, False)
+            assert f", {k}, {stride}{kinds}" in host.last_kernels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -596,8 +619,8 @@ GRADIENTS = "grad_features grad_channel grad_spatial"
 FAULTS = {
     "removed barrier": (
         "window3.cuh",
-        "sync_threads();",
-        "",
+        "sync_threads();\n\n  const int tile =",
+        "\n\n  const int tile =",
         "forward",
         "depends on the order of the threads",
     ),
@@ -668,8 +691,8 @@ FAULTS = {
     ),
     "taps read before they are there, 5 x 5": (
         "window_quads.cuh",
-        "  sync_threads();",
-        "",
+        "  sync_threads();\n\n  const View",
+        "\n  const View",
         "forward",
         "depends on the order of the threads",
     ),
@@ -717,6 +740,277 @@ def test_a_fault_of_filter_norm_is_found(tmp_path):
     x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
     with pytest.raises(RuntimeError, match="depends on the order of the threads"):
         host.norm(torch.randn_like(x), x, 1, std, None, 1.0)
+
+
+def make_pack(
+    batch=2,
+    channels=6,
+    size=(5, 8),
+    k=3,
+    groups=2,
+    stride=1,
+    floor=False,
+    dtype=torch.float32,
+    layout=torch.contiguous_format,
+) -> list[Tensor]:
+    """[features, raw_channel, raw_spatial, channel_std, bias], random."""
+    tensors = make(batch, channels, size, k, groups, stride, "both", floor, dtype, layout)[1:]
+    exact = accumulate_dtype(dtype)
+    return [*tensors, *(torch.randn(n, dtype=exact) for n in (channels * k * k, channels))]
+
+
+def expected_pack(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, Tensor]:
+    """The output in float64, and the magnitude of what its rounding goes with."""
+    x, cf, sf, std, bias = [None if t is None else t.double() for t in tensors]
+    channels, groups = x.shape[1], sf.shape[1] // k**2
+    scale, spatial_scale = PACK_SCALES
+    factor = scale if std is None else scale * std
+    channel = filter_norm_reference(cf.flatten(1), channels, factor, None, 1e-10).view_as(cf)
+    spatial = filter_norm_reference(sf, groups, spatial_scale, None, 1e-10)
+    # A tap near the mean of its filter has the error of one that is far from it.
+    most = torch.as_tensor(factor, dtype=torch.float64).abs().expand(channels * k * k)
+    rounded = channel.abs() + most.view(channels, k, k), spatial.abs() + spatial_scale
+    results = []
+    for values in ((x, channel, spatial), (x.abs(), *rounded)):
+        results.append(ddf_reference(*values, k, dilation, stride, combine))
+    if bias is not None:
+        results[0] = results[0] + bias[:, None, None]
+        results[1] = results[1] + bias.abs()[:, None, None]
+    return results[0].relu() if relu else results[0], results[1]
+
+
+# With and without a parameter of channel FilterNorm, a bias, ReLU.
+SURROUNDINGS = [(True, True, True), (True, True, False), (True, False, True), (False, False, False)]
+
+
+def check_pack(
+    host: Host, tensors, k=3, dilation=1, stride=1, combine="mul", surroundings=SURROUNDINGS
+) -> None:
+    for has_std, has_bias, relu in surroundings:
+        given = [*tensors[:3], tensors[3] if has_std else None, tensors[4] if has_bias else None]
+        got = host.pack(*given, relu, k, dilation, stride, combine)
+        want, terms = expected_pack(given, relu, k, dilation, stride, combine)
+        of_result, of_term = EPSILON[got.dtype]
+        bound = of_result * want.abs() + ROUNDINGS * of_term * terms
+        if "_generic<" in host.last_kernels:  # its filters are rounded once more
+            bound += 2 * of_result * terms
+        bound += torch.finfo(got.dtype).smallest_normal * of_result
+        assert got.dtype == tensors[0].dtype and got.shape == want.shape
+        error = (got.double() - want).abs()
+        fits = (error <= bound) | (got.isnan() & want.isnan())
+        assert fits.all(), f"off by {(error / bound).max():.3g} of what it may be"
+
+
+@pytest.mark.parametrize("size", SIZES_3X3, ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_pack_3x3(host, dtype, combine, size):
+    check_pack(host, make_pack(size=size, dtype=dtype), combine=combine)
+    assert host.last_kernels.count("window3<") == len(ORDERS)
+    assert flags(combine == "mul", False, size[1] % 4 == 0, True) in host.last_kernels
+
+
+@pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_pack_3x3_channels_last(host, dtype, combine, size):
+    tensors = make_pack(channels=24, size=size, dtype=dtype, layout=torch.channels_last)
+    check_pack(host, tensors, combine=combine)
+    assert host.last_kernels.count("window3_channels_last<") == len(ORDERS)
+    assert flags(combine == "mul", False, True) in host.last_kernels
+
+
+@pytest.mark.parametrize("size", [(3, 8), (5, 9)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout, size):
+    rows = layout == torch.contiguous_format
+    # In rows, 3 channels a group fill a quadruple in part.
+    channels = 6 if rows else 16
+    tensors = make_pack(1, channels, size, k, stride=stride, dtype=dtype, layout=layout)
+    check_pack(host, tensors, k, 1, stride, combine)
+    assert host.last_kernels.count("window_quads<") == len(ORDERS)
+    kinds = flags(combine == "mul", False, not rows, True)
+    assert f", {k}, {stride}{kinds}" in host.last_kernels
+
+
+@pytest.mark.parametrize(
+    "channels, size, layout",
+    [
+        (150, (3, 8), torch.contiguous_format),
+        (3, (34, 40), torch.contiguous_format),
+        (520, (3, 2), torch.channels_last),
+        (132, (2, 17), torch.channels_last),
+    ],
+    ids=str,
+)
+def test_pack_in_one_block_and_several(host, channels, size, layout):
+    check_pack(host, make_pack(1, channels, size, groups=1, layout=layout))
+    assert "window3" in host.last_kernels
+    if channels > 3:
+        check_pack(host, make_pack(1, channels, size, 5, groups=1, layout=layout), 5)
+        assert "window_quads<" in host.last_kernels
+
+
+def test_pack_of_more_channels_in_a_slab_than_threads(host):
+    """As many images do without splitting the channels."""
+    tensors = make_pack(1030, 130, (1, 1), groups=1)
+    check_pack(host, tensors, surroundings=SURROUNDINGS[:1])
+    assert "window3<" in host.last_kernels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize(
+    "case", GENERIC[1:], ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items())
+)
+def test_pack_of_every_geometry(host, case, combine, layout):
+    dilation = case.get("dilation", 1)
+    sizes = {"channels": 4} | {key: value for key, value in case.items() if key != "dilation"}
+    for dtype in (torch.float64, torch.float32):
+        tensors = make_pack(dtype=dtype, layout=layout, **sizes)
+        check_pack(host, tensors, case["k"], dilation, case.get("stride", 1), combine)
+        if dtype == torch.float64:
+            assert host.last_kernels.count("filter_norm<double>") == 2 * len(ORDERS)
+            assert host.last_kernels.count("forward_generic<double>") == len(ORDERS)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_pack_of_every_dtype(host, dtype, layout):
+    tensors = make_pack(channels=10, size=(5, 7), dtype=dtype, layout=layout)
+    check_pack(host, tensors, dilation=2)
+    assert "forward_generic<" in host.last_kernels
+
+
+# What makes each kernel of ddf_pack serve a call.
+PACK_KERNELS = {
+    "window3<": dict(size=(5, 8)),
+    "window3_channels_last<": dict(channels=8, layout=torch.channels_last),
+    "window_quads<": dict(k=5),
+    "forward_generic<": dict(channels=8, groups=4, layout=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("kernel", PACK_KERNELS)
+def test_pack_of_constant_filters(host, kernel):
+    """Taps without deviation are zero, whatever rounding does to their mean."""
+    k = PACK_KERNELS[kernel].get("k", 3)
+    x, cf, sf, std, bias = make_pack(**PACK_KERNELS[kernel])
+    cf[:, 1], sf[0, : k * k, 0, 0] = 0.1, 0.3
+    args = (x, cf, sf, std, bias, False, k, 1, 1)
+    got = host.pack(*args, "mul")
+    assert kernel in host.last_kernels
+    assert (got[:, 1] == bias[1]).all()
+    first = x.shape[1] // (sf.shape[1] // k**2)
+    assert torch.equal(got[0, :first, 0, 0], bias[:first])
+    check_pack(host, [x, cf, sf, std, bias], k, combine="add")
+    sf[:, : k * k] = -1e3 / 3
+    assert (host.pack(*args, "add")[:, 1] == bias[1]).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "poisoned", range(5), ids=["features", "channel", "spatial", "std", "bias"]
+)
+@pytest.mark.parametrize("kernel", PACK_KERNELS)
+def test_pack_keeps_nan_and_inf_where_they_are(host, kernel, poisoned, value):
+    k = PACK_KERNELS[kernel].get("k", 3)
+    for relu, combine in ((True, "mul"), (False, "add")):
+        tensors = make_pack(**PACK_KERNELS[kernel])
+        tensors[poisoned][(0, 1, 0, 1) if poisoned < 3 else 1] = value
+        got = host.pack(*tensors, relu, k, 1, 1, combine)
+        assert kernel in host.last_kernels
+        want, _ = expected_pack(tensors, relu, k, 1, 1, combine)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+        assert torch.isfinite(want).any()
+
+
+@pytest.mark.parametrize("k, kernel", [(3, "forward_generic<"), (5, "window_quads<")])
+def test_pack_of_filters_in_another_layout(host, k, kernel):
+    layouts = torch.contiguous_format, torch.channels_last
+    for ours, theirs in (layouts, layouts[::-1]):
+        x, cf, sf, *parameters = make_pack(channels=10, k=k, layout=ours)
+        check_pack(host, [x, cf, sf.contiguous(memory_format=theirs), *parameters], k)
+        assert kernel in host.last_kernels or ours is layouts[1]
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_pack_of_views(host, offset):
+    """Rows of the features that may or may not be aligned."""
+    x, *others = make_pack(size=(6, 16))
+    for k, dilation in ((3, 1), (5, 1), (3, 2)):
+        _, *others = make_pack(size=(4, 8), k=k)
+        check_pack(host, [x[..., 1:-1, offset : offset + 8], *others], k, dilation)
+
+
+PACK_FAULTS = {
+    "taps normalized before they are there": (
+        "window3.cuh",
+        "    sync_threads();\n    for (int channel",
+        "    for (int channel",
+        "depends on the order of the threads",
+    ),
+    "taps normalized before they are there, 5 x 5": (
+        "window_quads.cuh",
+        "    sync_threads();\n    for (int channel",
+        "    for (int channel",
+        "depends on the order of the threads",
+    ),
+    "taps read before they are normalized": (
+        "window3.cuh",
+        "  sync_threads();\n\n  const int tile =",
+        "\n  const int tile =",
+        "depends on the order of the threads",
+    ),
+    "taps read before they are normalized, channels_last": (
+        "window3_channels_last.cuh",
+        "  sync_threads();",
+        "",
+        "depends on the order of the threads",
+    ),
+    "a factor beyond the last": (
+        "norm.cuh",
+        "load(std + tap)",
+        "load(std + tap + 1)",
+        "outside of every tensor",
+    ),
+    "a bias beyond the last": (
+        "window_quads.cuh",
+        "(channel + i < channels ? i : 0));",
+        "i);",
+        "outside of every tensor",
+    ),
+    "taps of a pixel without their scale": (
+        "norm.cuh",
+        "around.spatial_scale, around.eps",
+        "1.f, around.eps",
+        "off by",
+    ),
+    "a maximum that drops NaN": (
+        "arguments.cuh",
+        "sum < floor ? floor : sum",
+        "sum >= floor ? sum : floor",
+        "off by",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PACK_FAULTS)
+def test_a_fault_of_ddf_pack_is_found(tmp_path, fault):
+    file, old, new, message = PACK_FAULTS[fault]
+    host = changed(tmp_path, file, old, new)
+    k = 5 if file == "window_quads.cuh" else 3
+    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
+    channels = 8 if "channels_last" in file else 6
+    tensors = make_pack(1, channels, (4, 20), k, layout=layout)
+    if "NaN" in fault:
+        tensors[0][0, 1, 1, 1] = float("nan")
+    with pytest.raises((RuntimeError, AssertionError), match=message):
+        check_pack(host, tensors, k)
 
 
 def make_up(
