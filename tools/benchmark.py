@@ -379,10 +379,11 @@ def make_calls(case: Case, args: argparse.Namespace) -> dict[str, Callable[[], t
 
     def passes(function: Callable[..., Tensor], *given: Tensor | None):
         """A call of the pass that is asked for."""
-        inputs = [
-            None if t is None else t.detach().requires_grad_(which != "forward") for t in given
-        ]
+        inputs = [None if t is None else t.detach() for t in given]
         wrt = [t for t in inputs if t is not None][wanted]
+        # Of these alone: a Function in Python makes the gradient of all that require one.
+        for t in wrt if which != "forward" else ():
+            t.requires_grad_()
         options = (s.kernel_size, 1, s.stride)
         result = None
 

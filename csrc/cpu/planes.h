@@ -9,7 +9,11 @@
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// The zero-padded copy of the rows that a tile of output rows reads.
+// Channels that are filtered together.
+constexpr int kChannels = 4;
+
+// The zero-padded copy of the rows that a tile of output rows reads, of kChannels channels whose
+// rows take turns: channel n begins n * line behind the first.
 //
 // Padded row r and column c lie in phase (r % stride, c % stride) at (r / stride, c / stride); tap
 // (ty, tx) of output (i, j) is padded row i * stride + ty * dilation, so it lies offset[t] behind
@@ -25,7 +29,7 @@ struct Window {
 
   const Geometry& g;
   int64_t rows, columns;  // padded
-  int64_t phase_rows, pitch, size;
+  int64_t phase_rows, line, pitch, size;
   std::vector<int64_t> offset;      // of each tap
   std::vector<int64_t> row_offset;  // of each padded row
   std::vector<Run> runs;
@@ -36,10 +40,11 @@ struct Window {
     columns = (g.out_width - 1) * g.stride + reach + 1;
     phase_rows = ceil_div(rows, g.stride);
     // A vector that starts in the row may end behind it.
-    pitch =
+    line =
         std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
     // With stride 1, rows of the features start at whole vectors.
-    pitch = round_up(pitch, kLanes<A>);
+    line = round_up(line, kLanes<A>);
+    pitch = kChannels * line;
     const int64_t lead = g.stride == 1 ? round_up(pad, kLanes<A>) - pad : 0;
     size = lead + g.stride * g.stride * phase_rows * pitch;
     for (int64_t r = 0; r < rows; ++r)
@@ -57,12 +62,15 @@ struct Window {
     return column % g.stride * phase_rows * pitch + column / g.stride;
   }
 
-  // Copies what the window of the output rows from row0 on holds of a plane.
+  // Copies what the window of the output rows from row0 on holds of a plane. The plane that lies
+  // `ahead` behind it, if that is not 0, is wanted next.
   template <class T>
-  void fill(A* to, const T* plane, int64_t row0) const {
+  void fill(A* to, const T* plane, int64_t row0, int64_t ahead) const {
     const int64_t above = row0 * g.stride - g.padding();
     const int64_t begin = std::max<int64_t>(0, -above), end = std::min(rows, g.height - above);
     if (begin >= end) return;
+    if (ahead)
+      prefetch_rows(plane + ahead + (above + begin) * g.width, g.width, end - begin, g.width);
     if (g.stride == 1)
       return load_rows(to + row_offset[begin] + runs[0].offset, pitch,
                        plane + (above + begin) * g.width, g.width, end - begin, runs[0].count);
@@ -119,29 +127,33 @@ void normalize_packed(A* packed, int64_t taps, int64_t blocks, const Around<A>& 
     standardize<A, L>(packed + b * taps * L, taps, L, around.eps, around.spatial_scale);
 }
 
-// out[n][r, j] = sum_t x[n][x_offset[t] + r * pitch + j] * (c[t, n] o s[r][t][j]) for one vector
-// of R rows and NC channels, with the bias c[taps, n], or the floor c[taps + 1, 0] if that is more.
-// The output has room for so many values from out on.
+// out[n][r, j] = sum_t x[x_offset[t] + (r * kChannels + n) * line + j] * (c[t, n] o s[r][t][j]) for
+// one vector of R rows and NC channels, with the bias c[taps, n], or the floor c[taps + 1, 0] if
+// that is more. The output has room for so many values from out on.
 template <class T, class Combine, int R, int NC>
-DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<T>* x,
-                               int64_t pitch, int64_t x_size, const Sum<T>* s, int64_t s_row,
-                               const Sum<T>* c, T* out, int64_t width, int64_t out_size,
-                               int64_t room) {
+DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<T>* x, int64_t line,
+                               const Sum<T>* s, int64_t s_row, const Sum<T>* c, T* out,
+                               int64_t width, int64_t out_size, int64_t room) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   V sums[R * NC];
+  // Addresses have an index times 1, 2, 4 or 8.
+  int64_t line3 = 3 * line;
+  DDF_OPAQUE(line3);
   DDF_UNROLL
   for (int i = 0; i < R * NC; ++i) sums[i] = splat<A, L>(c[taps * NC + i % NC]);
   for (int64_t t = 0; t < taps; ++t) {
-    const A* from = x + x_offset[t];
+    const A *from = x + x_offset[t], *below = from + kChannels * line;
+    DDF_OPAQUE(below);
     const V spatial = load<L>(s + t * L), spatial2 = load<L>(s + (R - 1) * s_row + t * L);
     DDF_UNROLL
     for (int n = 0; n < NC; ++n) {
       const V channel = splat<A, L>(c[t * NC + n]);
-      sums[n] += load<L>(from + n * x_size) * Combine::combine(channel, spatial);
+      sums[n] += load<L>(from + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial);
       if constexpr (R == 2)
-        sums[NC + n] += load<L>(from + n * x_size + pitch) * Combine::combine(channel, spatial2);
+        sums[NC + n] +=
+            load<L>(below + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial2);
     }
   }
   const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
@@ -162,9 +174,10 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
 // next row, which is why a pair of rows starts at its end; the last ones of the tile store just
 // what is theirs.
 template <class T, class Combine, int NC>
-void filter_rows(int64_t taps, int64_t rows, int64_t width, const int64_t* x_offset, int64_t pitch,
-                 const Sum<T>* x, int64_t x_size, const Sum<T>* s, const Sum<T>* c, T* out,
-                 int64_t out_size) {
+__attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t width,
+                                           const int64_t* x_offset, int64_t line, const Sum<T>* x,
+                                           const Sum<T>* s, const Sum<T>* c, T* out,
+                                           int64_t out_size) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const int64_t blocks = ceil_div(width, L), s_row = blocks * taps * L;
@@ -172,19 +185,19 @@ void filter_rows(int64_t taps, int64_t rows, int64_t width, const int64_t* x_off
     constexpr int R = decltype(count)::value;
     for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++)
       filter_vectors<T, Combine, R, NC>(
-          taps, x_offset, x + i * pitch + b * L, pitch, x_size, s + i * s_row + b * taps * L, s_row,
-          c, out + i * width + b * L, width, out_size, (rows - i) * width - b * L);
+          taps, x_offset, x + i * kChannels * line + b * L, line, s + i * s_row + b * taps * L,
+          s_row, c, out + i * width + b * L, width, out_size, (rows - i) * width - b * L);
   };
   int64_t i = 0;
   for (; i + 2 <= rows; i += 2) filter(i, std::integral_constant<int, 2>());
   if (i < rows) filter(i, std::integral_constant<int, 1>());
 }
 
-// Calls body with the number of channels as a constant: four at a time, then one by one.
+// Calls body with the number of channels as a constant: kChannels at a time, then one by one.
 template <class F>
 void for_each_channels(int64_t begin, int64_t end, const F& body) {
   int64_t c = begin;
-  for (; c + 4 <= end; c += 4) body(c, std::integral_constant<int, 4>());
+  for (; c + kChannels <= end; c += kChannels) body(c, std::integral_constant<int, kChannels>());
   for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
 }
 
@@ -225,14 +238,14 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
   for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * 4), x(4 * window.size);
-    Scratch<T> parts(step > 1 ? 4 * tile_size * std::min(step, to_width) : 0);
+    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * kChannels), x(window.size);
+    Scratch<T> parts(step > 1 ? kChannels * tile_size * std::min(step, to_width) : 0);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t rows = item.row1 - item.row0;
       // Other rows of the window lie outside the image.
-      if (item.row0 != padded_for) std::fill(x.get(), x + 4 * window.size, A(0));
+      if (item.row0 != padded_for) std::fill(x.get(), x + window.size, A(0));
       padded_for = item.row0;
       const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
                                              item.group * filters.taps() * strides.tap
@@ -248,8 +261,10 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
       for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto number) {
         constexpr int NC = decltype(number)::value;
         const int64_t first = item.image * g.channels + c;
+        const int64_t ahead = c + 2 * NC <= item.channel1 ? NC * g.height * g.width : 0;
         for (int n = 0; n < NC; ++n)
-          window.fill(x + n * window.size, from + (first + n) * g.height * g.width, item.row0);
+          window.fill(x + n * window.line, from + (first + n) * g.height * g.width, item.row0,
+                      ahead);
         const int64_t taps = filters.taps();
         const T* const channel_taps =
             channel_filter
@@ -271,10 +286,9 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
           T* plane = to + first * to_size;
           const bool is_dense = step == 1;
           T* part = parts.get() + phase.column * NC * tile_size;
-          filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), window.pitch,
-                                      x, window.size, packed, channel,
-                                      is_dense ? plane + item.row0 * to_width : part,
-                                      is_dense ? to_size : tile_size);
+          filter_rows<T, Combine, NC>(
+              count, rows, g.out_width, phase.x_offset.data(), window.line, x, packed, channel,
+              is_dense ? plane + item.row0 * to_width : part, is_dense ? to_size : tile_size);
           if (!is_dense && phase.column == std::min(step, to_width) - 1)
             interleave_rows<NC>(parts.get(), tile_size, rows, g.out_width, phase.row, step,
                                 item.row0, plane, to_height, to_width);
@@ -453,45 +467,58 @@ void fill_channel(Sum<T>* to, const T* filter, int64_t taps, Sum<T> neutral) {
 }
 
 // Both filter gradients of a tile, for NC channels: with p = dy * x at each tap,
-// grad_spatial[t] += p * c[t] and grad_channel[t] += p * s[t] (p alone for Add).
+// grad_spatial[t] += p * c[t] and grad_channel[t] += p * s[t] (p alone for Add). dy lies as x does;
+// s and ds are [taps][plane], in rows of `pitch`.
+//
+// A function of its own: compilers then keep its pointers in registers.
 template <class T, class Combine, int NC>
-void grad_filter_rows(const Geometry& g, int64_t rows, const Window<Sum<T>>& window,
-                      const Sum<T>* x, const Sum<T>* dy, int64_t dy_size, int64_t pitch,
-                      int64_t plane, const Sum<T>* s, const Sum<T>* c, Sum<T>* ds, Sum<T>* dc) {
+__attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int64_t width,
+                                                const int64_t* x_offset, int64_t line,
+                                                const Sum<T>* x, const Sum<T>* dy, int64_t pitch,
+                                                int64_t plane, const Sum<T>* s, const Sum<T>* c,
+                                                Sum<T>* ds, Sum<T>* dc) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr bool kMul = std::is_same_v<Combine, Mul>;
-  const int64_t whole = g.out_width / L * L;
-  const auto inside = first_lanes<A, L>(g.out_width - whole);
-  for (int64_t t = 0; t < g.taps(); ++t) {
+  const int64_t whole = width / L * L, next_row = kChannels * line - whole;
+  const auto inside = first_lanes<A, L>(width - whole);
+  int64_t line3 = 3 * line;
+  DDF_OPAQUE(line3);
+  for (int64_t t = 0; t < taps; ++t) {
     V sums[NC] = {};
     V channel[NC];
     for (int n = 0; n < NC; ++n) channel[n] = splat<A, L>(c[t * NC + n]);
+    const A *from = x + x_offset[t], *grad = dy, *filter = s + t * plane;
+    A* to = ds + t * plane;
+    // is_whole is an integral constant; the lanes behind the end of the row may hold features
+    // that are not finite, which a zero gradient would not make zero.
+    const auto add = [&](auto is_whole) __attribute__((always_inline)) {
+      const V spatial = load<L>(filter);
+      V total = load<L>(to);
+      DDF_UNROLL
+      for (int n = 0; n < NC; ++n) {
+        const int64_t at = n == 3 ? line3 : n * line;
+        V product = load<L>(grad + at) * load<L>(from + at);
+        if constexpr (!decltype(is_whole)::value) product = inside ? product : V{};
+        total += kMul ? product * channel[n] : product;
+        sums[n] += kMul ? product * spatial : product;
+      }
+      store<L>(to, total);
+    };
     for (int64_t i = 0; i < rows; ++i) {
-      const A* from = x + window.offset[t] + i * window.pitch;
-      // is_whole is an integral constant; the lanes behind the end of the row may hold features
-      // that are not finite, which a zero gradient would not make zero.
-      const auto add = [&](int64_t j, auto is_whole) __attribute__((always_inline)) {
-        const int64_t at = t * plane + i * pitch + j;
-        const V spatial = load<L>(s + at);
-        V total = load<L>(ds + at);
-        DDF_UNROLL
-        for (int n = 0; n < NC; ++n) {
-          V product =
-              load<L>(dy + n * dy_size + i * pitch + j) * load<L>(from + n * window.size + j);
-          if constexpr (!decltype(is_whole)::value) product = inside ? product : V{};
-          total += kMul ? product * channel[n] : product;
-          sums[n] += kMul ? product * spatial : product;
-        }
-        store<L>(ds + at, total);
-      };
-      for (int64_t j = 0; j < whole; j += L) add(j, std::true_type());
-      if (whole < g.out_width) add(whole, std::false_type());
+      for (const A* const end = from + whole; from < end;
+           from += L, grad += L, filter += L, to += L)
+        add(std::true_type());
+      if (whole < width) add(std::false_type());
+      from += next_row;
+      grad += next_row;
+      filter += pitch - whole;
+      to += pitch - whole;
     }
     A totals[NC];
     sum_lanes_of_each<A, L>(sums, totals);
-    for (int n = 0; n < NC; ++n) dc[n * g.taps() + t] = totals[n];
+    for (int n = 0; n < NC; ++n) dc[n * taps + t] = totals[n];
   }
 }
 
@@ -518,7 +545,10 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t out_size = g.out_height * g.out_width;
   const int64_t maps = g.groups * g.taps();
-  Scratch<A> channel_parts(g.batch * plan.tiles * g.channels * g.taps());
+  // The sums of a single tile are the gradient, unless it has fewer bits.
+  const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
+  Scratch<A> parts_of_tiles(is_whole ? 0 : g.batch * plan.tiles * g.channels * g.taps());
+  A* const channel_parts = is_whole ? static_cast<A*>(b.grad_channel) : parts_of_tiles.get();
   const auto& strides = b.grad_spatial_strides;
   auto* grad_spatial_out = static_cast<T*>(b.grad_spatial);
   const bool in_parts = grad_spatial_out && plan.chunks > 1;
@@ -527,12 +557,13 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     const Window<A> window(g, plan.rows);
     const int64_t plane = plan.rows * pitch;
-    Scratch<A> spatial(g.taps() * plane), channel(g.taps() * 4), dy(4 * plane);
+    Scratch<A> spatial(g.taps() * plane), channel(g.taps() * kChannels),
+        dy(plan.rows * window.pitch);
     Scratch<A> grad_spatial(g.taps() * plane);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t rows = item.row1 - item.row0;
-      Scratch<A> x(4 * window.size);
+      Scratch<A> x(window.size);
       std::fill(grad_spatial.get(), grad_spatial + g.taps() * plane, A(0));
       fill_spatial(spatial.get(), plane, pitch, g, spatial_filter, b.spatial_strides, item.image,
                    item.group, item.row0, item.row1, A(Combine::kNeutral));
@@ -543,19 +574,25 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
             channel_filter ? channel_filter + (item.image * g.channels + c) * g.taps() : nullptr,
             g.taps(), A(Combine::kNeutral));
         const int64_t first = item.image / g.subpixels() * g.channels + c;
+        const int64_t ahead = c + 2 * NC <= item.channel1 ? NC : 0;
         for (int n = 0; n < NC; ++n) {
-          window.fill(x + n * window.size, features + (first + n) * g.height * g.width, item.row0);
+          window.fill(x + n * window.line, features + (first + n) * g.height * g.width, item.row0,
+                      ahead * g.height * g.width);
           const T* dy_plane = grad + (first + n) * g.subpixels() * out_size;
+          if (ahead)
+            prefetch_rows(dy_plane + ahead * g.subpixels() * out_size + item.row0 * g.out_width,
+                          g.out_width, rows, g.out_width);
           if (g.scale == 1)
-            load_rows(dy + n * plane, pitch, dy_plane + item.row0 * g.out_width, g.out_width, rows,
-                      g.out_width);
+            load_rows(dy + n * window.line, window.pitch, dy_plane + item.row0 * g.out_width,
+                      g.out_width, rows, g.out_width);
           else
-            load_subpixels(dy + n * plane, pitch, dy_plane, g, item.image % g.subpixels(),
-                           item.row0, rows);
+            load_subpixels(dy + n * window.line, window.pitch, dy_plane, g,
+                           item.image % g.subpixels(), item.row0, rows);
         }
         A* to = channel_parts + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
-        grad_filter_rows<T, Combine, NC>(g, rows, window, x, dy, plane, pitch, plane, spatial,
-                                         channel, grad_spatial, to);
+        grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, window.offset.data(),
+                                         window.line, x, dy, pitch, plane, spatial, channel,
+                                         grad_spatial, to);
       });
       if (grad_spatial_out == nullptr) continue;
       for (int64_t t = 0; t < g.taps(); ++t)
@@ -574,8 +611,8 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
         }
     }
   });
-  if (b.grad_channel)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts.get(), run);
+  if (b.grad_channel && !is_whole)
+    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts, run);
   if (in_parts) write_grad_spatial(g, plan, grad_spatial_out, strides, spatial_parts.get(), run);
 }
 

@@ -10,6 +10,8 @@
 #else
 #define DDF_UNROLL _Pragma("GCC unroll 16")
 #endif
+// Hides how a pointer or number came about, so that it gets a register.
+#define DDF_OPAQUE(value) asm("" : "+r"(value))
 // The lanes of a and b, counted through both, with the numbers that follow.
 #if defined(__clang__) || __GNUC__ >= 12
 #define DDF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -289,6 +291,18 @@ DDF_INLINE void load_rows(Sum<T>* to, int64_t to_pitch, const T* from, int64_t f
     for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) line[i] = widen(values[i]);
     });
+}
+
+// Has rows of elements read into the second level's cache.
+template <class T>
+DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_t count) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  if (pitch == count) {
+    count *= rows;
+    rows = 1;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(from + i * pitch + j, 0, 2);
 }
 
 // count elements that lie `step` apart, widened.
