@@ -97,6 +97,11 @@ struct Taps {
   std::unique_ptr<int64_t[]> tap;     // in the blocks of the channel filter
 };
 
+// Where the values of a spatial filter lie from a strip's first tap of its first pixel on.
+struct SpatialSteps {
+  int64_t row, column, pixel;  // to the next row and column of taps, and to the next pixel
+};
+
 // Lists the taps of strips. The spatial filter belongs to an output pixel: to those of the strip
 // (own_filter) or to the ones that the taps lead to.
 template <class T>
@@ -137,6 +142,35 @@ struct Lister {
   DDF_INLINE void list(Taps<T>& taps, const T* image, const T* filter, int64_t row,
                        int64_t column) const {
     list<P>(taps, image, filter, strides, row, column);
+  }
+
+  // For a 3x3 filter with these strides: the first tap of the pixel at (row, column), whose taps
+  // all lie inside, and the way to the others.
+  template <class F>
+  std::pair<const F*, SpatialSteps> inside3(const F* filter, const SpatialStrides& s, int64_t row,
+                                            int64_t column) const {
+    if (own_filter) return {filter + row * s.row + column * s.column, {3 * s.tap, s.tap, s.column}};
+    return {filter + 8 * s.tap + (row - 1) * s.row + (column - 1) * s.column,
+            {s.row - 3 * s.tap, s.column - s.tap, s.column}};
+  }
+
+  // The same where all taps of a 3x3 filter of stride and dilation 1 lie inside; to the features.
+  template <int P>
+  DDF_INLINE void list_inside3(Taps<T>& taps, const T* image, const T* filter, int64_t row,
+                               int64_t column) const {
+    const T* first = image + ((row - 1) * width + column - 1) * g.channels;
+    const T* from = filter + row * strides.row + column * strides.column;
+    taps.count = 9;
+    taps.advance = g.channels;
+    DDF_UNROLL
+    for (int u = 0; u < 9; ++u) {
+      taps.tap[u] = u;
+      taps.pixel[u] = first + (u / 3 * width + u % 3) * g.channels;
+      DDF_UNROLL
+      for (int p = 0; p < P; ++p)
+        taps.spatial[u * P + p] =
+            spatial ? widen(from[u * strides.tap + p * strides.column]) : neutral;
+    }
   }
 
   // The spatial filter of a group of one of batch * subpixels images, as list() takes it.
@@ -203,16 +237,21 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   if (c < count) filter(c, std::false_type());
 }
 
-// The same for all nine taps of a 3x3 filter, where neighbours read the same pixels.
-template <int P, class T, class Combine>
-DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* channel,
-                              Sum<T> floor, T* out, int64_t out_step, int64_t count) {
+// The same for a 3x3 filter inside of the image, where neighbours read the same pixels. `pixels` is
+// the first channel of the first pixel that the strip reads, `line` the way to the next row.
+template <int P, class T, class Combine, class F>
+DDF_INLINE void filter_strip3(const T* pixels, int64_t advance, int64_t line, const F* spatial,
+                              const SpatialSteps& steps, const Sum<T>* channel, Sum<T> floor,
+                              T* out, int64_t out_step, int64_t count) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  const int64_t advance = taps.advance;
-  const T* rows[3] = {taps.pixel[0] + first, taps.pixel[3] + first, taps.pixel[6] + first};
-  const A* spatial = taps.spatial.get();
+  A values[9 * P];
+  for (int r = 0; r < 3; ++r)
+    for (int x = 0; x < 3; ++x)
+      for (int p = 0; p < P; ++p)
+        values[(r * 3 + x) * P + p] =
+            widen(spatial[r * steps.row + x * steps.column + p * steps.pixel]);
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
     const A* block = channel + c * 10;
@@ -221,17 +260,19 @@ DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* 
     DDF_UNROLL
     for (int p = 0; p < P; ++p) sums[p] = bias;
     DDF_UNROLL
+    for (int p = 0; p < P; ++p) __builtin_prefetch(pixels + 2 * line + c + (P + 2 + p) * advance);
+    DDF_UNROLL
     for (int r = 0; r < 3; ++r) {
       V tap[3];
       DDF_UNROLL
       for (int x = 0; x < 3; ++x) tap[x] = load<L>(block + (r * 3 + x) * L);
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
-        const V value = load_first<L>(rows[r] + c + q * advance, room);
+        const V value = load_first<L>(pixels + r * line + c + q * advance, room);
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
           if (const int p = q - x; p >= 0 && p < P)
-            sums[p] += value * Combine::combine(tap[x], splat<A, L>(spatial[(r * 3 + x) * P + p]));
+            sums[p] += value * Combine::combine(tap[x], splat<A, L>(values[(r * 3 + x) * P + p]));
       }
     }
     DDF_UNROLL
@@ -241,6 +282,29 @@ DDF_INLINE void filter_strip3(const Taps<T>& taps, int64_t first, const Sum<T>* 
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
   if (c < count) filter(c, std::false_type());
+}
+
+// A row of a 3x3 filter inside of the image but for its first and last pixel. `pixels` is the first
+// pixel of the row before, `spatial` the filter's first tap of the second pixel.
+template <class T, class Combine, class F>
+__attribute__((noinline)) void filter_row3(const T* pixels, int64_t channels, const F* spatial,
+                                           const SpatialSteps& steps, const Sum<T>* channel,
+                                           Sum<T> floor, T* out, int64_t out_step, int64_t columns,
+                                           int64_t count) {
+  const auto strip = [&](int64_t column, auto pixels_of_strip) __attribute__((always_inline)) {
+    filter_strip3<decltype(pixels_of_strip)::value, T, Combine>(
+        pixels + (column - 1) * channels, channels, columns * channels,
+        spatial + (column - 1) * steps.pixel, steps, channel, floor, out + column * out_step,
+        out_step, count);
+  };
+  int64_t column = 1;
+  for (; column + kStrip < columns; column += kStrip)
+    strip(column, std::integral_constant<int, kStrip>());
+  if (column + 2 < columns) {
+    strip(column, std::integral_constant<int, 2>());
+    column += 2;
+  }
+  if (column + 1 < columns) strip(column, std::integral_constant<int, 1>());
 }
 
 // Normalizes a group's blocks of channels and puts the bias behind the taps of each.
@@ -282,7 +346,8 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
   const int64_t scale = lister.own_filter ? g.scale : 1, subpixels = scale * scale;
   const int64_t all_taps = lister.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * lister.columns.step * g.channels;
-  const bool shares = g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9;
+  const bool has_inside3 =
+      g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
     const int64_t block = round_up(g.group_channels, L) * (all_taps + 1);
@@ -308,16 +373,36 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
         normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
                       lister.filter_of(image, group) + row * lister.strides.row, lister.strides,
                       around);
+      const bool is_inside3 = has_inside3 && row > 0 && row + 1 < rows;
+      const auto out_of = [&](int64_t r, int64_t column) {
+        return to + ((index * scale + r / scale) * scale * columns + column * scale + r % scale) *
+                        g.channels;
+      };
+      for (int64_t r = 0; is_inside3 && r < subpixels; ++r)
+        for (int64_t group = 0; group < g.groups; ++group) {
+          const int64_t first = group * g.group_channels;
+          const auto filter_inside = [&](const auto& start) __attribute__((always_inline)) {
+            filter_row3<T, Combine>(
+                pixels + (row - 1) * columns * g.channels + first, g.channels, start.first,
+                start.second, channel + (r * g.groups + group) * block, around.floor,
+                out_of(r, 0) + first, scale * g.channels, columns, g.group_channels);
+          };
+          const A neutral = A(Combine::kNeutral);
+          if (around.normalize)
+            filter_inside(lister.inside3(normalized + group * 9 * pitch,
+                                         SpatialStrides{0, 0, pitch, 0, 1}, row, 1));
+          else if (const T* filter = lister.filter_of(image * g.subpixels() + r, group))
+            filter_inside(lister.inside3(filter, lister.strides, row, 1));
+          else
+            filter_inside(std::pair(&neutral, SpatialSteps{0, 0, 0}));
+        }
       for (int64_t r = 0; r < subpixels; ++r)
-        for (const auto& strip : strips)
+        for (const auto& strip : strips) {
+          if (is_inside3 && strip.first > 0 && strip.first + 1 < columns) continue;
           for (int64_t group = 0; group < g.groups; ++group) {
             const int64_t first = group * g.group_channels;
             const T* filter = lister.filter_of(image * g.subpixels() + r, group);
-            T* out =
-                to +
-                ((index * scale + r / scale) * scale * columns + strip.first * scale + r % scale) *
-                    g.channels +
-                first;
+            T* out = out_of(r, strip.first) + first;
             const A* block_of = channel + (r * g.groups + group) * block;
             const auto list = [&](auto pixels_of_strip) __attribute__((always_inline)) {
               constexpr int P = decltype(pixels_of_strip)::value;
@@ -329,18 +414,15 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
             };
             if (strip.count == kStrip) {
               list(std::integral_constant<int, kStrip>());
-              if (shares && taps.count == 9)
-                filter_strip3<kStrip, T, Combine>(taps, first, block_of, around.floor, out,
-                                                  out_step, g.group_channels);
-              else
-                filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
-                                                 out_step, g.group_channels);
+              filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
+                                               out_step, g.group_channels);
             } else {
               list(std::integral_constant<int, 1>());
               filter_strip<1, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
                                           out_step, g.group_channels);
             }
           }
+        }
     }
   });
 }
@@ -462,6 +544,7 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
   const int64_t maps = g.groups * g.taps(), out_size = g.out_height * g.out_width;
   const bool in_parts = grad_spatial && plan.chunks > 1;
+  const bool has_inside3 = g.kernel == 3 && g.dilation == 1 && g.stride == 1;
   Scratch<A> channel_parts(g.batch * plan.tiles * g.channels * g.taps());
   Scratch<A> spatial_parts(in_parts ? plan.chunks * g.batch * maps * out_size : 0);
 
@@ -486,14 +569,18 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
       std::fill(dc.get(), dc + block, A(0));
       fill_channel_blocks(channel.get(), g.taps(), g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
-      for (int64_t row = item.row0; row < item.row1; ++row)
+      for (int64_t row = item.row0; row < item.row1; ++row) {
+        const bool is_inside3 = has_inside3 && row > 0 && row + 1 < g.out_height;
         for (const auto& strip : strips) {
           const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
           const T* dy =
               grad + ((out_row * g.out_width + strip.first) * g.scale + r % g.scale) * g.channels;
           const auto filter_strip = [&](auto pixels_of_strip) {
             constexpr int P = decltype(pixels_of_strip)::value;
-            lister.template list<P>(taps, pixels, filter, row, strip.first);
+            if (P == kStrip && is_inside3 && strip.first > 0 && strip.first + kStrip < g.out_width)
+              lister.template list_inside3<P>(taps, pixels, filter, row, strip.first);
+            else
+              lister.template list<P>(taps, pixels, filter, row, strip.first);
             grad_filters_strip<P, T, Combine>(taps, g.taps(), item.channel0, dy,
                                               g.scale * g.channels, channel, dc, ds, count);
           };
@@ -503,6 +590,13 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
             filter_strip(std::integral_constant<int, 1>());
           const auto write_spatial = [&](auto* to, int64_t tap_step, int64_t pixel_step) {
             using To = std::remove_pointer_t<decltype(to)>;
+            const int64_t width = strip.count;
+            if (taps.count == g.taps()) {
+              for (int64_t t = 0; t < g.taps(); ++t)
+                for (int64_t p = 0; p < width; ++p)
+                  to[t * tap_step + p * pixel_step] = narrow<To>(ds[t * width + p]);
+              return;
+            }
             int64_t u = 0;
             for (int64_t t = 0; t < g.taps(); ++t) {
               // Taps outside the image have no gradient.
@@ -519,6 +613,7 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
             write_spatial(whole_map + row * strides.row + strip.first * strides.column, strides.tap,
                           strides.column);
         }
+      }
       A* to = channel_parts +
               ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * g.taps();
       for (int64_t c = 0; c < count; ++c)

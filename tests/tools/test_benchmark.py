@@ -15,6 +15,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddf_mm.ops import backend_info
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"}
@@ -94,6 +97,49 @@ def test_upsample_reports_every_layer(mode, tmp_path):
         assert set(row["ratios"]) == {"composition/ddf", "carafe/ddf"}
 
 
+def test_cost_per_pixel_of_reports(tmp_path):
+    machine = {"processor": "p", "command": "benchmark.py c"}
+
+    def write(name: str, command: str, rows: list[dict]) -> str:
+        path = tmp_path / name
+        options = {"command": command}
+        path.write_text(json.dumps({"machine": machine, "options": options, "rows": rows}))
+        return str(path)
+
+    def milliseconds(least: float) -> dict[str, float]:
+        return {"least": least, "median": 2 * least}
+
+    of_op = [
+        {"shape": [b, 10, 10, 20], "layout": "nchw", "milliseconds": {"ddf": milliseconds(t)}}
+        for b, t in ((1, 0.004), (3, 0.018))
+    ]
+    network = dict(config="configs/net.py+folded", mode="eval", layout="channels_last")
+    of_model = [
+        {**network, "batch_size": 2, "shape": [30, 50], "milliseconds": milliseconds(0.6)},
+        {**network, "batch_size": 1, "shape": [10, 20], "milliseconds": milliseconds(0.05)},
+    ]
+    reports = [write("a.json", "op", of_op), write("b.json", "model", of_model)]
+    picture = tmp_path / "cost.png"
+    script = ROOT / "tools" / "analysis" / "cost_per_pixel.py"
+    table = subprocess.run(
+        [sys.executable, str(script), *reports, "--plot", str(picture)],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    # Nanoseconds: 4000 over 10 channels of 200 pixels, 18000 over three times as many; 600000 over
+    # 3000 pixels, 50000 over 200.
+    assert table.splitlines()[-6:] == [
+        "| batch, image | op: ddf, nchw | net+folded, eval, channels_last |",
+        "|---|---|---|",
+        "| 1, 10 x 20 | 2 | 250 |",
+        "| 3, 10 x 20 | 3 |  |",
+        "| 2, 30 x 50 |  | 200 |",
+        "| most over least | 1.50 | 1.25 |",
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
@@ -134,6 +180,32 @@ def test_what_a_pass_makes_and_moves(module, arguments, options, elements, outpu
     for name in ("reference", "unfold"):
         torch.testing.assert_close(calls["ddf"](), calls[name]())
     torch.testing.assert_close(calls["ddf spatial"](), calls["unfold spatial"]())
+
+
+@pytest.mark.parametrize(
+    "which, needed",
+    [
+        ("grad_features", (True, False, False)),
+        ("grad_filters", (False, True, True)),
+        ("backward", (True, True, True)),
+    ],
+)
+def test_a_pass_times_its_own_gradients_alone(module, arguments, which, needed):
+    if backend_info()["cpu"] != "compiled":
+        pytest.skip("no compiled ops")
+    asked_for = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.ddf_mm.ddf_backward.default:
+                asked_for.append(args[-3:])
+            return func(*args, **(kwargs or {}))
+
+    case = module.Case(module.Setting("nchw", "float32", 3, 1, 1), (1, 4, 5, 6))
+    call = module.make_calls(case, arguments("--pass", which))["ddf"]
+    with Watch():
+        call()
+    assert asked_for == [needed]
 
 
 def test_only_the_peers_asked_for_are_timed(module, arguments):
