@@ -44,7 +44,8 @@ SPILLS = {
     )
     for dtype in ("bfloat16", "float", "half")
 } | {
-    ("backward3<float>", "120"): "rows off 16 bytes; one register more than the 255 that there are",
+    (f"backward3<{dtype}, mul, vector>", "120"): "two registers more than the 255 that there are"
+    for dtype in ("bfloat16", "half")
 }
 
 
@@ -236,22 +237,24 @@ def main() -> int:
     width = max(map(len, kernels))
     print("registers, with bytes spilled after +")
     print("kernel".ljust(width), *(f"sm_{arch}".rjust(8) for arch in args.arch))
-    faults = []
+    faults, allowed = [], []
     for kernel in kernels:
         cells = []
         for arch, table in zip(args.arch, tables, strict=True):
             usage = table[kernel]
             spilled = f"+{usage.spilled_bytes}" if usage.spilled_bytes else ""
             cells.append(f"{usage.registers}{spilled}".rjust(8))
-            if spilled and (kernel, arch) not in SPILLS:
+            if spilled and (kernel, arch) in SPILLS:
+                allowed.append(f"{kernel} on sm_{arch}: {SPILLS[kernel, arch]}")
+            elif spilled:
                 faults.append(f"{kernel} spills {usage.spilled_bytes} bytes on sm_{arch}")
         print(kernel.ljust(width), *cells)
     print("seconds".ljust(width), *(f"{s:.0f}".rjust(8) for s in seconds))
     print(f"{len(kernels)} kernels, {len(args.arch)} architectures")
     if args.slots:
         print_slots({arch: "".join(c.code for c in compiled[arch]) for arch in args.arch})
-    for (kernel, arch), reason in SPILLS.items():
-        print(f"allowed: {kernel} on sm_{arch}: {reason}")
+    for reason in allowed:
+        print("allowed:", reason)
     for fault in faults:
         print(f"check_cuda_build.py: error: {fault}", file=sys.stderr)
     return 1 if faults else 0
