@@ -154,25 +154,6 @@ struct Lister {
             {s.row - 3 * s.tap, s.column - s.tap, s.column}};
   }
 
-  // The same where all taps of a 3x3 filter of stride and dilation 1 lie inside; to the features.
-  template <int P>
-  DDF_INLINE void list_inside3(Taps<T>& taps, const T* image, const T* filter, int64_t row,
-                               int64_t column) const {
-    const T* first = image + ((row - 1) * width + column - 1) * g.channels;
-    const T* from = filter + row * strides.row + column * strides.column;
-    taps.count = 9;
-    taps.advance = g.channels;
-    DDF_UNROLL
-    for (int u = 0; u < 9; ++u) {
-      taps.tap[u] = u;
-      taps.pixel[u] = first + (u / 3 * width + u % 3) * g.channels;
-      DDF_UNROLL
-      for (int p = 0; p < P; ++p)
-        taps.spatial[u * P + p] =
-            spatial ? widen(from[u * strides.tap + p * strides.column]) : neutral;
-    }
-  }
-
   // The spatial filter of a group of one of batch * subpixels images, as list() takes it.
   const T* filter_of(int64_t image, int64_t group) const {
     return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
@@ -191,11 +172,12 @@ void fill_channel_blocks(Sum<T>* to, int64_t block_taps, const Geometry& g, cons
   const int64_t taps = g.taps();
   for (int64_t c = channel0; c < channel1; c += L, to += block_taps * L) {
     const int64_t lanes = std::min<int64_t>(L, channel1 - c);
-    const T* from = filter + (image * g.channels + c) * taps;
-    for (int64_t t = 0; t < taps; ++t) {
-      Sum<T>* line = to + (reversed ? taps - 1 - t : t) * L;
-      for (int64_t lane = 0; lane < L; ++lane)
-        line[lane] = lane >= lanes ? 0 : filter ? widen(from[lane * taps + t]) : neutral;
+    if (lanes < L || filter == nullptr) std::fill(to, to + taps * L, lanes < L ? 0 : neutral);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const T* from = filter + (image * g.channels + c + lane) * taps;
+      Sum<T>* line = to + lane + (reversed ? (taps - 1) * L : 0);
+      const int64_t step = reversed ? -L : L;
+      for (int64_t t = 0; t < taps; ++t, line += step) *line = filter ? widen(from[t]) : neutral;
     }
   }
 }
@@ -467,66 +449,143 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
       g.width, Around<Sum<T>>(), run);
 }
 
-// With p = dy * x at the listed taps u0.. of a strip of P pixels: ds[u][pixel] = sum over the
-// channels of p * c[t], and dc[t, c] += p * s[u][pixel] (p alone for Add). S taps, whose sums stay
-// in registers.
+// Where S taps of a strip of pixels lie: x and ds, whose pixels are next to each other as are those
+// of s, and c and dc, in the blocks of the channel filter.
+template <class T, int S>
+struct StripTaps {
+  const T* x[S];
+  const Sum<T>* s[S];
+  Sum<T>* ds[S];
+  const Sum<T>* c;
+  Sum<T>* dc;
+  int64_t next;  // from a tap in these blocks to the next
+};
+
+// With p = dy * x at S taps of a strip of P pixels: ds[tap][pixel] = sum over the channels of
+// p * c[tap], and dc[tap] += p * s[tap][pixel] (p alone for Add). The next vector of channels of c
+// and dc lies `block` behind.
 template <int P, int S, class T, class Combine>
-DDF_INLINE void grad_filters_step(const Taps<T>& taps, int64_t u0, int64_t all_taps, int64_t first,
-                                  const T* dy, int64_t dy_step, const Sum<T>* channel, Sum<T>* dc,
-                                  Sum<T>* ds, int64_t count) {
+DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* dy, int64_t dy_step,
+                                  int64_t block, int64_t channels) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr bool kMul = std::is_same_v<Combine, Mul>;
-  const int64_t advance = taps.advance;
-  // Copies that no store to memory can change.
-  const T* pixel[S];
-  int64_t at[S];
-  A spatial[S * P];
-  for (int u = 0; u < S; ++u) {
-    pixel[u] = taps.pixel[u0 + u] + first;
-    at[u] = taps.tap[u0 + u] * L;
-  }
-  std::copy_n(taps.spatial.get() + u0 * P, S * P, spatial);
-  V sums[S * P] = {};
+  constexpr int K = S * (P == 3 ? 4 : P);
+  // Addresses have an index times 1, 2, 4 or 8.
+  int64_t x_step3 = 3 * x_step, dy_step3 = 3 * dy_step;
+  DDF_OPAQUE(x_step3);
+  DDF_OPAQUE(dy_step3);
+  V sums[K] = {};
   // wide is an integral constant: a whole vector of channels or the last few.
-  const auto add = [&](int64_t c, auto wide) __attribute__((always_inline)) {
-    const int64_t room = decltype(wide)::value ? L : count - c;
-    const int64_t block = c * all_taps;
+  const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
+    const int64_t room = decltype(wide)::value ? L : channels - i;
     V y[P];
     DDF_UNROLL
-    for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + first + c + p * dy_step, room);
+    for (int p = 0; p < P; ++p)
+      y[p] = load_first<L>(dy + i + (p == 3 ? dy_step3 : p * dy_step), room);
     DDF_UNROLL
     for (int u = 0; u < S; ++u) {
-      const V tap = load<L>(channel + block + at[u]);
-      V total = load<L>(dc + block + at[u]);
+      const V tap = load<L>(at.c + u * at.next);
+      V total = load<L>(at.dc + u * at.next);
       DDF_UNROLL
       for (int p = 0; p < P; ++p) {
-        const V product = y[p] * load_first<L>(pixel[u] + c + p * advance, room);
+        const V product = y[p] * load_first<L>(at.x[u] + i + (p == 3 ? x_step3 : p * x_step), room);
         sums[u * P + p] += kMul ? product * tap : product;
-        total += kMul ? product * splat<A, L>(spatial[u * P + p]) : product;
+        total += kMul ? product * splat<A, L>(at.s[u][p]) : product;
       }
-      store<L>(dc + block + at[u], total);
+      store<L>(at.dc + u * at.next, total);
     }
+    at.c += block;
+    at.dc += block;
   };
-  int64_t c = 0;
-  for (; c + L <= count; c += L) add(c, std::true_type());
-  if (c < count) add(c, std::false_type());
-  sum_lanes_of_each<A, L>(sums, ds + u0 * P);
+  int64_t i = 0;
+  for (; i + L <= channels; i += L) add(i, std::true_type());
+  if (i < channels) add(i, std::false_type());
+  A totals[K];
+  sum_lanes_of_each<A, L>(sums, totals);
+  for (int u = 0; u < S; ++u)
+    for (int p = 0; p < P; ++p) at.ds[u][p] = totals[u * P + p];
 }
 
-template <int P, class T, class Combine>
-DDF_INLINE void grad_filters_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
-                                   const T* dy, int64_t dy_step, const Sum<T>* channel, Sum<T>* dc,
-                                   Sum<T>* ds, int64_t count) {
-  constexpr int S = P == 1 ? 4 : 2;
-  int64_t u = 0;
-  for (; u + S <= taps.count; u += S)
-    grad_filters_step<P, S, T, Combine>(taps, u, all_taps, first, dy, dy_step, channel, dc, ds,
-                                        count);
-  for (; u < taps.count; ++u)
-    grad_filters_step<P, 1, T, Combine>(taps, u, all_taps, first, dy, dy_step, channel, dc, ds,
-                                        count);
+// What the filter gradients of a row of the output read and write.
+template <class T>
+struct GradRow {
+  using A = Sum<T>;
+  const Geometry& g;
+  int64_t ty0, ty1;      // the rows of taps that lie in the image
+  const int64_t* range;  // [kernel][2]: the pixels of which a column of taps lies in the image
+  const T* x;            // the first tap of the first pixel, which may lie outside
+  const T* dy;
+  int64_t dy_step;  // to the next pixel
+  const A* s;       // [taps][width]
+  A* ds;            // [taps][width], zeros
+  const A* c;       // in blocks
+  A* dc;
+  int64_t channels;
+};
+
+template <class T, class Combine>
+__attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const Geometry& g = row.g;
+  const int64_t taps = g.taps(), width = g.out_width, k = g.kernel;
+  const int64_t x_step = g.stride * g.channels;
+  // S taps from tap t on, `apart` from each other.
+  const auto step = [&](int64_t t, int64_t apart, int64_t column, auto pixels,
+                        auto number) __attribute__((always_inline)) {
+    constexpr int S = decltype(number)::value, P = decltype(pixels)::value;
+    StripTaps<T, S> at;
+    for (int u = 0; u < S; ++u) {
+      const int64_t tap = t + u * apart;
+      at.x[u] = row.x + (tap / k * g.width + tap % k) * g.dilation * g.channels + column * x_step;
+      at.s[u] = row.s + tap * width + column;
+      at.ds[u] = row.ds + tap * width + column;
+    }
+    at.c = row.c + t * L;
+    at.dc = row.dc + t * L;
+    at.next = apart * L;
+    grad_filters_step<P, S, T, Combine>(at, x_step, row.dy + column * row.dy_step, row.dy_step,
+                                        taps * L, row.channels);
+  };
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  const std::integral_constant<int, 3> three;
+  const std::integral_constant<int, kStrip> whole;
+  // A column of taps.
+  const auto strip = [&](int64_t tx, int64_t column, auto pixels) __attribute__((always_inline)) {
+    int64_t ty = row.ty0;
+    for (; ty + 2 <= row.ty1; ty += 2) step(ty * k + tx, k, column, pixels, two);
+    if (ty < row.ty1) step(ty * k + tx, k, column, pixels, one);
+  };
+  for (int64_t column = 0; column < width; column += kStrip) {
+    if (column >= row.range[0] && column + kStrip <= row.range[2 * k - 1]) {
+      int64_t t = row.ty0 * k;
+      for (; t + 2 <= row.ty1 * k; t += 2) step(t, 1, column, whole, two);
+      if (t < row.ty1 * k) step(t, 1, column, whole, one);
+      continue;
+    }
+    for (int64_t tx = 0; tx < k; ++tx) {
+      const int64_t first = std::max(column, row.range[2 * tx]);
+      switch (std::min(column + kStrip, row.range[2 * tx + 1]) - first) {
+        case kStrip:
+          strip(tx, first, whole);
+          break;
+        case 3:
+          strip(tx, first, three);
+          break;
+        case 2:
+          strip(tx, first, two);
+          break;
+        case 1:
+          strip(tx, first, one);
+          break;
+        default:
+          break;
+      }
+    }
+  }
 }
 
 template <class T, class Combine>
@@ -538,92 +597,93 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const auto lister = lister_to_features<T, Combine>(b, g);
-  const auto& strides = b.grad_spatial_strides;
-  const auto strips = lister.columns.strips();
+  const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
-  const int64_t maps = g.groups * g.taps(), out_size = g.out_height * g.out_width;
+  const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
+  const int64_t maps = g.groups * taps, out_size = g.out_height * width;
   const bool in_parts = grad_spatial && plan.chunks > 1;
-  const bool has_inside3 = g.kernel == 3 && g.dilation == 1 && g.stride == 1;
-  Scratch<A> channel_parts(g.batch * plan.tiles * g.channels * g.taps());
+  // The sums of a single tile are the gradient, unless it has fewer bits.
+  const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
+  Scratch<A> parts_of_tiles(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
+  A* const channel_parts = is_whole ? static_cast<A*>(b.grad_channel) : parts_of_tiles.get();
   Scratch<A> spatial_parts(in_parts ? plan.chunks * g.batch * maps * out_size : 0);
+  // What the caches do not hold is fetched a row ahead, which costs what they do hold 5 %.
+  constexpr int64_t kCaches = 16 << 20;
+  const int64_t positions = g.height * g.width + g.subpixels() * out_size;
+  const bool is_fetched =
+      positions * b.geometry.batch * g.channels * static_cast<int64_t>(sizeof(T)) > kCaches;
+  std::vector<int64_t> range;
+  for (int64_t tx = 0; tx < g.kernel; ++tx) {
+    const int64_t before = std::max<int64_t>(0, pad - tx * g.dilation);
+    const int64_t inside = std::max<int64_t>(0, g.width + pad - tx * g.dilation);
+    range.push_back(std::min(width, ceil_div(before, g.stride)));
+    range.push_back(std::clamp(ceil_div(inside, g.stride), range.back(), width));
+  }
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Taps<T> taps(g.taps());
-    const int64_t block = round_up(plan.chunk, L) * g.taps();
-    Scratch<A> channel(block), dc(block), ds(g.taps() * kStrip);
+    const int64_t room = round_up(plan.chunk, L);
+    Scratch<A> channel(room * taps), dc(room * taps), s(taps * width), ds(taps * width);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
-      const T* pixels = features + image * g.height * g.width * g.channels;
-      const T* filter = lister.filter_of(item.image, item.group);
-      // The group's first map of the spatial filter's gradient, or of this part of it.
-      const int64_t map = item.group * g.taps();
-      T* whole_map =
-          grad_spatial ? grad_spatial + strides.start(item.image, g.subpixels()) + map * strides.tap
-                       : nullptr;
-      A* part_map =
-          in_parts ? spatial_parts + ((item.chunk * g.batch + item.image) * maps + map) * out_size
-                   : nullptr;
-      std::fill(dc.get(), dc + block, A(0));
-      fill_channel_blocks(channel.get(), g.taps(), g, channel_filter, item.image, item.channel0,
+      const T* pixels = features + image * g.height * g.width * g.channels + item.channel0;
+      // The group's first map of the spatial filter and of its gradient.
+      const int64_t map = item.group * taps;
+      const SpatialStrides &from = b.spatial_strides, &to = b.grad_spatial_strides;
+      const T* filter =
+          spatial_filter ? spatial_filter + from.start(item.image, g.subpixels()) + map * from.tap
+                         : nullptr;
+      std::fill(dc.get(), dc + room * taps, A(0));
+      fill_channel_blocks(channel.get(), taps, g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
       for (int64_t row = item.row0; row < item.row1; ++row) {
-        const bool is_inside3 = has_inside3 && row > 0 && row + 1 < g.out_height;
-        for (const auto& strip : strips) {
-          const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
-          const T* dy =
-              grad + ((out_row * g.out_width + strip.first) * g.scale + r % g.scale) * g.channels;
-          const auto filter_strip = [&](auto pixels_of_strip) {
-            constexpr int P = decltype(pixels_of_strip)::value;
-            if (P == kStrip && is_inside3 && strip.first > 0 && strip.first + kStrip < g.out_width)
-              lister.template list_inside3<P>(taps, pixels, filter, row, strip.first);
-            else
-              lister.template list<P>(taps, pixels, filter, row, strip.first);
-            grad_filters_strip<P, T, Combine>(taps, g.taps(), item.channel0, dy,
-                                              g.scale * g.channels, channel, dc, ds, count);
-          };
-          if (strip.count == kStrip)
-            filter_strip(std::integral_constant<int, kStrip>());
-          else
-            filter_strip(std::integral_constant<int, 1>());
-          const auto write_spatial = [&](auto* to, int64_t tap_step, int64_t pixel_step) {
-            using To = std::remove_pointer_t<decltype(to)>;
-            const int64_t width = strip.count;
-            if (taps.count == g.taps()) {
-              for (int64_t t = 0; t < g.taps(); ++t)
-                for (int64_t p = 0; p < width; ++p)
-                  to[t * tap_step + p * pixel_step] = narrow<To>(ds[t * width + p]);
-              return;
-            }
-            int64_t u = 0;
-            for (int64_t t = 0; t < g.taps(); ++t) {
-              // Taps outside the image have no gradient.
-              const bool is_inside = u < taps.count && taps.tap[u] == t;
-              for (int64_t p = 0; p < strip.count; ++p)
-                to[t * tap_step + p * pixel_step] =
-                    narrow<To>(is_inside ? ds[u * strip.count + p] : A(0));
-              u += is_inside;
-            }
-          };
-          if (in_parts)
-            write_spatial(part_map + row * g.out_width + strip.first, out_size, 1);
-          else if (grad_spatial)
-            write_spatial(whole_map + row * strides.row + strip.first * strides.column, strides.tap,
-                          strides.column);
+        // Taps outside the image have no gradient.
+        const int64_t above = row * g.stride - pad;
+        int64_t ty0 = 0, ty1 = g.kernel;
+        while (ty0 < ty1 && above + ty0 * g.dilation < 0) ++ty0;
+        while (ty0 < ty1 && above + (ty1 - 1) * g.dilation >= g.height) --ty1;
+        const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
+        const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels + item.channel0;
+        if (is_fetched && row + 1 < item.row1) {
+          const int64_t next = above + g.stride + (g.kernel - 1) * g.dilation;
+          if (next < g.height)
+            prefetch_rows(pixels + next * g.width * g.channels, g.channels, g.width, count);
+          prefetch_rows(dy + g.scale * g.scale * width * g.channels, g.scale * g.channels, width,
+                        count);
         }
+        for (int64_t t = 0; t < taps; ++t)
+          if (filter)
+            load_row(s + t * width, filter + t * from.tap + row * from.row, width, from.column);
+          else
+            std::fill(s + t * width, s + (t + 1) * width, A(Combine::kNeutral));
+        std::fill(ds.get(), ds + taps * width, A(0));
+        grad_filters_row<T, Combine>({g, ty0, ty1, range.data(),
+                                      pixels + (above * g.width - pad) * g.channels, dy,
+                                      g.scale * g.channels, s, ds, channel, dc, count});
+        for (int64_t t = 0; t < taps; ++t)
+          if (in_parts)
+            std::copy_n(
+                ds + t * width, width,
+                spatial_parts + (((item.chunk * g.batch + item.image) * maps + map + t) * out_size +
+                                 row * width));
+          else if (grad_spatial)
+            sum_parts(grad_spatial + to.start(item.image, g.subpixels()) + (map + t) * to.tap +
+                          row * to.row,
+                      to.column, ds + t * width, 1, 0, width);
       }
-      A* to = channel_parts +
-              ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * g.taps();
-      for (int64_t c = 0; c < count; ++c)
-        for (int64_t t = 0; t < g.taps(); ++t)
-          to[c * g.taps() + t] = dc[(c / L * g.taps() + t) * L + c % L];
+      A* channel_to = channel_parts +
+                      ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * taps;
+      for (int64_t c = 0; c < count; ++c, channel_to += taps) {
+        const A* sums = dc + c / L * taps * L + c % L;
+        for (int64_t t = 0; t < taps; ++t) channel_to[t] = sums[t * L];
+      }
     }
   });
-  if (b.grad_channel)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts.get(), run);
-  if (in_parts) write_grad_spatial(g, plan, grad_spatial, strides, spatial_parts.get(), run);
+  if (b.grad_channel && !is_whole)
+    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts, run);
+  if (in_parts)
+    write_grad_spatial(g, plan, grad_spatial, b.grad_spatial_strides, spatial_parts.get(), run);
 }
 
 }  // namespace

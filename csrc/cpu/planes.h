@@ -400,46 +400,6 @@ void grad_features_planes(const Backward& b, ParallelFor run) {
                             Around<Sum<T>>(), run);
 }
 
-// Adds up partial sums [parts][count], in order.
-template <class T>
-void sum_parts(T* to, int64_t stride, const Sum<T>* parts, int64_t number, int64_t step,
-               int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    Sum<T> sum = 0;
-    for (int64_t p = 0; p < number; ++p) sum += parts[p * step + i];
-    to[i * stride] = narrow<T>(sum);
-  }
-}
-
-template <class T>
-void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel, const Sum<T>* parts,
-                        ParallelFor run) {
-  const int64_t count = g.channels * g.taps();
-  parallel(run, g.batch * g.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t image = index / g.channels, channel = index % g.channels;
-      sum_parts(grad_channel + index * g.taps(), 1,
-                parts + image * plan.tiles * count + channel * g.taps(), plan.tiles, count,
-                g.taps());
-    }
-  });
-}
-
-// parts is [chunks][B * groups * taps][Ho * Wo].
-template <class T>
-void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
-                        const SpatialStrides& strides, const Sum<T>* parts, ParallelFor run) {
-  const int64_t maps = g.groups * g.taps(), size = g.out_height * g.out_width;
-  parallel(run, g.batch * maps, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index)
-      for (int64_t i = 0; i < g.out_height; ++i)
-        sum_parts(grad_spatial + strides.start(index / maps, g.subpixels()) +
-                      index % maps * strides.tap + i * strides.row,
-                  strides.column, parts + index * size + i * g.out_width, plan.chunks,
-                  g.batch * maps * size, g.out_width);
-  });
-}
-
 // A tile of the spatial filter of one group, to[t * plane + i * pitch + j], widened.
 template <class T>
 void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, const T* filter,
