@@ -76,10 +76,9 @@ struct Around {
 };
 
 // NaNs stay.
-template <class V, class A>
-DDF_INLINE V at_least(V v, A floor) {
-  const V least = floor - V{};
-  return v < least ? least : v;
+template <class V>
+DDF_INLINE V at_least(V v, V floor) {
+  return v < floor ? floor : v;
 }
 
 // What filters in either order of memory have in common: L of them from `first` on are loaded to

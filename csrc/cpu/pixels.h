@@ -212,7 +212,7 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
-      store_first<L>(out + p * out_step + c, at_least(sums[p], floor), room);
+      store_first<L>(out + p * out_step + c, at_least(sums[p], splat<A, L>(floor)), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
@@ -259,7 +259,7 @@ DDF_INLINE void filter_strip3(const T* pixels, int64_t advance, int64_t line, co
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
-      store_first<L>(out + p * out_step + c, at_least(sums[p], floor), room);
+      store_first<L>(out + p * out_step + c, at_least(sums[p], splat<A, L>(floor)), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());

@@ -156,11 +156,12 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
             load<L>(below + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial2);
     }
   }
+  const auto floor = splat<A, L>(c[(taps + 1) * NC]);
   const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
     DDF_UNROLL
     for (int r = 0; r < R; ++r) DDF_UNROLL
     for (int n = 0; n < NC; ++n)
-      store_first<L>(out + n * out_size + r * width, at_least(sums[r * NC + n], c[(taps + 1) * NC]),
+      store_first<L>(out + n * out_size + r * width, at_least(sums[r * NC + n], floor),
                      decltype(is_whole)::value ? L : room - r * width);
   };
   // One branch for all of them: compilers would put a sum off until its branch, and spill.
@@ -467,15 +468,22 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
       store<L>(to, total);
     };
     for (int64_t i = 0; i < rows; ++i) {
-      for (const A* const end = from + whole; from < end;
-           from += L, grad += L, filter += L, to += L)
+      if (whole == 0) {
         add(std::true_type());
-      if (whole < width) add(std::false_type());
+      } else {
+        for (const A* const end = from + whole; from < end;
+             from += L, grad += L, filter += L, to += L)
+          add(std::true_type());
+        if (whole < width) add(std::false_type());
+      }
       from += next_row;
       grad += next_row;
       filter += pitch - whole;
       to += pitch - whole;
     }
+    // In rows of less than a vector the same lanes lie behind the end, every time.
+    if (whole == 0)
+      for (int n = 0; n < NC; ++n) sums[n] = inside ? sums[n] : V{};
     A totals[NC];
     sum_lanes_of_each<A, L>(sums, totals);
     for (int n = 0; n < NC; ++n) dc[n * taps + t] = totals[n];

@@ -211,29 +211,48 @@ class _EagerDDF(torch.autograd.Function):
     50 microseconds of Python more. Only a second derivative goes through that."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *inputs, ctx.op = args
-        _setup_ddf(ctx, inputs, None)
+    def forward(ctx, features, channel_filter, spatial_filter, op, backward_op, options):
+        ctx.save_for_backward(features, channel_filter, spatial_filter)
+        ctx.op, ctx.options = backward_op, options
         with torch._C._AutoDispatchBelowAutograd():
-            return ctx.op.default(*inputs)
+            return op.default(features, channel_filter, spatial_filter, *options)
 
     @staticmethod
     def backward(ctx, grad):
+        op, (x, c, s) = ctx.op.default, ctx.saved_tensors
+        need_x, need_c, need_s = needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return *_differentiate_ddf(ctx.op, ctx, grad), None
-        with torch._C._AutoDispatchBelowAutograd():
-            return *_differentiate_ddf(ctx.op, ctx, grad), None
+            dx, dc, ds = op(grad, x, c, s, *ctx.options, *needed)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                dx, dc, ds = op(grad, x, c, s, *ctx.options, *needed)
+        return (
+            dx if need_x else None,
+            dc if need_c else None,
+            ds if need_s else None,
+            None,
+            None,
+            None,
+        )
 
 
-def _run(op, *args):
-    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _run(op, backward_op, features, channel_filter, spatial_filter, *options):
     if (
-        eager
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in args[:3])
+        torch.is_grad_enabled()
+        and (
+            features.requires_grad
+            or _requires_grad(channel_filter)
+            or _requires_grad(spatial_filter)
+        )
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
     ):
-        return _EagerDDF.apply(*args, op)
-    return op(*args)
+        return _EagerDDF.apply(features, channel_filter, spatial_filter, op, backward_op, options)
+    return op(features, channel_filter, spatial_filter, *options)
 
 
 def run_ddf(
@@ -243,7 +262,8 @@ def run_ddf(
     *options: int | bool,
 ) -> Tensor:
     """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf``."""
-    return _run(torch.ops.ddf_mm.ddf, features, channel_filter, spatial_filter, *options)
+    ops = torch.ops.ddf_mm
+    return _run(ops.ddf, ops.ddf_backward, features, channel_filter, spatial_filter, *options)
 
 
 def run_ddf_up(
@@ -253,7 +273,8 @@ def run_ddf_up(
     *options: int | bool,
 ) -> Tensor:
     """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf_up``."""
-    return _run(torch.ops.ddf_mm.ddf_up, features, channel_filter, spatial_filter, *options)
+    ops = torch.ops.ddf_mm
+    return _run(ops.ddf_up, ops.ddf_up_backward, features, channel_filter, spatial_filter, *options)
 
 
 def _fake_filter_norm(x, filters, std, mean, scale, eps):
