@@ -24,6 +24,12 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
       "ddf_pack(Tensor features, Tensor raw_channel, Tensor raw_spatial, Tensor? channel_std, "
       "float channel_scale, float spatial_scale, float eps, Tensor? bias, bool relu, "
       "int kernel_size, int dilation, int stride, bool mul) -> Tensor");
+  // Depthwise convolutions [n * C, 1, k, k] of the same features, each followed by a 1x1
+  // convolution, [n * outputs, C, 1, 1] together: [B, n * outputs, H, W]; on a CPU, for the forward
+  // pass only.
+  m.def(
+      "depthwise_pointwise(Tensor features, Tensor depthwise, Tensor? depthwise_bias, "
+      "Tensor pointwise, Tensor? pointwise_bias) -> Tensor");
   // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
   // W].
   m.def(

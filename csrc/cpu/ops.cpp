@@ -237,6 +237,52 @@ Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw
                     {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});
 }
 
+Tensor depthwise_pointwise(const Tensor& features, const Tensor& depthwise,
+                           const OptionalTensor& depthwise_bias, const Tensor& pointwise,
+                           const OptionalTensor& pointwise_bias) {
+  check(features, features, "features");
+  check(depthwise, features, "depthwise");
+  check(pointwise, features, "pointwise");
+  Branches b{};
+  b.batch = features.size(0);
+  b.channels = features.size(1);
+  b.height = features.size(2);
+  b.width = features.size(3);
+  b.kernel = depthwise.size(2);
+  STD_TORCH_CHECK(b.channels >= 1 && depthwise.size(0) >= 1 && depthwise.size(0) % b.channels == 0,
+                  "ddf: depthwise must have a multiple of ", b.channels, " filters, got ",
+                  depthwise.size(0));
+  b.branches = depthwise.size(0) / b.channels;
+  STD_TORCH_CHECK(b.kernel % 2 == 1, "ddf: depthwise must have an odd size, got ", b.kernel);
+  check_size(depthwise, {b.branches * b.channels, 1, b.kernel, b.kernel}, "depthwise");
+  STD_TORCH_CHECK(pointwise.size(0) >= 1 && pointwise.size(0) % b.branches == 0,
+                  "ddf: pointwise must have a multiple of ", b.branches, " filters, got ",
+                  pointwise.size(0));
+  check_size(pointwise, {pointwise.size(0), b.channels, 1, 1}, "pointwise");
+  b.outputs = pointwise.size(0) / b.branches;
+  const auto check_bias = [&](const OptionalTensor& bias, int64_t size, const char* name) {
+    if (!bias) return;
+    check(*bias, features, name, 1);
+    check_size(*bias, {size}, name);
+  };
+  check_bias(depthwise_bias, depthwise.size(0), "depthwise_bias");
+  check_bias(pointwise_bias, pointwise.size(0), "pointwise_bias");
+  b.dtype = dtype_of(features);
+  Tensor output = empty(features, {b.batch, pointwise.size(0), b.height, b.width}, true);
+  if (b.batch * b.height * b.width == 0) return output;
+  const Tensor x = in_layout(features, true);
+  const Tensor dw = in_layout(depthwise, false), pw = in_layout(pointwise, false);
+  const OptionalTensor dw_bias = contiguous(depthwise_bias), pw_bias = contiguous(pointwise_bias);
+  b.x = x.const_data_ptr();
+  b.depthwise = dw.const_data_ptr();
+  b.depthwise_bias = data_of(dw_bias);
+  b.pointwise = pw.const_data_ptr();
+  b.pointwise_bias = data_of(pw_bias);
+  b.output = output.mutable_data_ptr();
+  kernels().branches(b, run_in_parallel);
+  return output;
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
                                             const OptionalTensor& channel_filter,
                                             const OptionalTensor& spatial_filter,
@@ -269,6 +315,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
   m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::pack));
+  m.impl("depthwise_pointwise", TORCH_BOX(&ddf::cpu::depthwise_pointwise));
   m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));
 }

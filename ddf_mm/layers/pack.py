@@ -251,20 +251,74 @@ def _share_one_norm(branches: nn.ModuleList) -> bool:
     return len(kinds) == 1
 
 
+def _is_plain_conv(conv: nn.Module, groups: int, size: int) -> bool:
+    """Whether this is an unwatched convolution that keeps the size, with square windows."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (size, size)
+        and conv.groups == groups
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (size // 2, size // 2)
+        and conv.padding_mode == "zeros"
+        and not _has_hooks(conv)
+    )
+
+
+def _convolve_together(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor | None:
+    """What the branches' convolutions make of the input that they share, depthwise and 1x1 of all
+    in one pass: ``Tensor[B, branches * outputs, H, W]``; ``None`` where that is not possible."""
+    x = inputs[0]
+    if (
+        torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or any(value is not x for value in inputs)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not library.serves(x)
+    ):
+        return None
+    layers = [_layers(branch)[:-1] for branch in branches]
+    if any(len(convs) != 2 for convs in layers):
+        return None
+    depthwise, pointwise = zip(*layers, strict=True)
+    channels, size = x.shape[1], getattr(depthwise[0], "kernel_size", (0,))[0]
+    if not size % 2 or not all(
+        _is_plain_conv(spread, channels, size)
+        and _is_plain_conv(mixed, 1, 1)
+        and spread.in_channels == spread.out_channels == mixed.in_channels
+        and mixed.out_channels == pointwise[0].out_channels
+        for spread, mixed in layers
+    ):
+        return None
+
+    def together(convs: tuple[nn.Conv2d, ...]) -> tuple[Tensor, Tensor | None]:
+        if all(conv.bias is None for conv in convs):
+            return torch.cat([conv.weight for conv in convs]), None
+        biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias for c in convs]
+        return torch.cat([conv.weight for conv in convs]), torch.cat(biases)
+
+    tensors = library.autocast_inputs(x, *together(depthwise), *together(pointwise))
+    if any(t is not None and t.dtype != tensors[0].dtype for t in tensors):
+        return None  # the convolutions themselves tell
+    return torch.ops.ddf_mm.depthwise_pointwise(*tensors)
+
+
 def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
     """The filters that the branches make of one input each: ``Tensor[B, branches, …]``."""
     if not _share_one_norm(branches):
         return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
-    raw = []
-    for branch, value in zip(branches, inputs, strict=True):
-        *layers, norm = _layers(branch)
-        for layer in layers:
-            value = layer(value)
-        raw.append(value)
-    count, std = len(raw), norm.std
+    norm, count = _layers(branches[0])[-1], len(branches)
+    stacked = _convolve_together(branches, inputs)
+    if stacked is None:
+        raw = []
+        for branch, value in zip(branches, inputs, strict=True):
+            for layer in _layers(branch)[:-1]:
+                value = layer(value)
+            raw.append(value)
+        stacked = torch.stack(raw, dim=1).flatten(1, 2)
+    std = norm.std
     if norm.running_std:
         std = torch.cat([_layers(branch)[-1].std for branch in branches])
-    stacked = torch.stack(raw, dim=1).flatten(1, 2)
     filters = filter_norm(stacked, count * norm.in_channels, norm.filter_type, std)
     return filters.unflatten(1, (count, -1))
 

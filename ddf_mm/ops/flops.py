@@ -40,6 +40,13 @@ def _pack_flops(features, channel, spatial, *args, out_shape, **kwargs) -> int:
     return 2 * count_taps(out_shape, args[-4])
 
 
+def _depthwise_pointwise_flops(
+    features, depthwise, depthwise_bias, pointwise, *args, out_shape, **kwargs
+) -> int:
+    batch, _, height, width = out_shape
+    return 2 * batch * height * width * (math.prod(depthwise) + math.prod(pointwise))
+
+
 def register() -> None:
     """Tell the counter about the ops, if they are there."""
     if library.COMPILED:
@@ -47,3 +54,4 @@ def register() -> None:
             register_flop_formula(forward)(_forward_flops)
             register_flop_formula(backward)(_backward_flops)
         register_flop_formula(torch.ops.ddf_mm.ddf_pack)(_pack_flops)
+        register_flop_formula(torch.ops.ddf_mm.depthwise_pointwise)(_depthwise_pointwise_flops)

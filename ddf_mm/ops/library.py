@@ -293,6 +293,16 @@ def _fake_ddf_pack(features, raw_channel, raw_spatial, *options):
     return _fake_ddf(features, raw_channel, raw_spatial, *options[-4:])
 
 
+def _fake_depthwise_pointwise(features, depthwise, depthwise_bias, pointwise, pointwise_bias):
+    batch, _, height, width = features.shape
+    return torch.empty(
+        (batch, pointwise.shape[0], height, width),
+        dtype=features.dtype,
+        device=features.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _setup_filter_norm(ctx, inputs, output):
     x, filters, std, _, scale, eps = inputs
     ctx.save_for_backward(x, std)
@@ -446,6 +456,7 @@ def _autocast_kernel(op, device_type: str):
 def _register() -> None:
     """Tells PyTorch about the ops what their libraries do not."""
     torch.library.register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
+    torch.library.register_fake("ddf_mm::depthwise_pointwise", _fake_depthwise_pointwise)
     torch.library.register_fake("ddf_mm::filter_norm", _fake_filter_norm)
     torch.library.register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
     torch.library.register_autograd(

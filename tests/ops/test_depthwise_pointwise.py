@@ -1,0 +1,159 @@
+"""``depthwise_pointwise``: the convolutions of DDF-Up's spatial branches in one pass, on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ddf_cases import require_compiled, smaller_instruction_sets
+from torch import Tensor
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    require_compiled("cpu")
+
+
+def make(
+    channels=20, branches=4, outputs=9, kernel=3, size=(2, 6, 19), dtype=torch.float32
+) -> list[Tensor]:
+    """[features, depthwise, its bias, pointwise, its bias]."""
+    batch, *pixels = size
+    shapes = [
+        (batch, channels, *pixels),
+        (branches * channels, 1, kernel, kernel),
+        (branches * channels,),
+        (branches * outputs, channels, 1, 1),
+        (branches * outputs,),
+    ]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def by_convolutions(x, depthwise, depthwise_bias, pointwise, pointwise_bias) -> Tensor:
+    branches = depthwise.shape[0] // x.shape[1]
+    between = F.conv2d(
+        x.repeat(1, branches, 1, 1),
+        depthwise,
+        depthwise_bias,
+        padding=depthwise.shape[-1] // 2,
+        groups=depthwise.shape[0],
+    )
+    return F.conv2d(between, pointwise, pointwise_bias, groups=branches)
+
+
+def run(tensors) -> Tensor:
+    return torch.ops.ddf_mm.depthwise_pointwise(*tensors)
+
+
+def exact(tensors) -> tuple[Tensor, Tensor]:
+    """The output in float64, and the magnitude of what its rounding goes with."""
+    wide = [None if t is None else t.double() for t in tensors]
+    return by_convolutions(*wide), by_convolutions(*[None if t is None else t.abs() for t in wide])
+
+
+def check(tensors) -> None:
+    got, (want, terms) = run(tensors), exact(tensors)
+    dtype = tensors[0].dtype
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    # Sums are kept in float32, or float64, and rounded to the dtype once.
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    room = 8 * sums * terms + torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
+    assert ((got.double() - want).abs() <= room).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_equals_the_convolutions(dtype):
+    sizes = [(2, 6, 19), (1, 1, 1), (1, 4, 2), (1, 3, 33)]
+    for size, layout in itertools.product(sizes, LAYOUTS):
+        for channels, branches, outputs, kernel in [
+            (20, 4, 9, 3), (1, 1, 1, 3), (8, 9, 25, 3), (37, 2, 18, 5), (16, 4, 9, 1), (5, 3, 14, 7)
+        ]:  # fmt: skip
+            tensors = make(channels, branches, outputs, kernel, size, dtype)
+            tensors[0] = tensors[0].contiguous(memory_format=layout)
+            check(tensors)
+
+
+@pytest.mark.parametrize("without", [(2,), (4,), (2, 4)])
+def test_biases_may_be_missing(without):
+    check([None if i in without else t for i, t in enumerate(make())])
+
+
+@pytest.mark.parametrize("size", [(0, 4, 5), (1, 0, 5), (1, 4, 0)])
+def test_empty(size):
+    assert run(make(size=size)).shape == (size[0], 36, *size[1:])
+
+
+def test_strided_inputs():
+    tensors = make()
+    tensors[0] = torch.randn(2, 40, 6, 38)[:, ::2, :, ::2]
+    tensors[1] = tensors[1].transpose(2, 3)
+    tensors[3] = torch.randn(36, 40, 1, 1)[:, ::2]
+    check(tensors)
+
+
+def test_a_nan_reaches_only_the_pixels_around_it():
+    tensors = make(size=(2, 7, 21))
+    tensors[0][1, 3, 2, 10] = float("nan")
+    is_nan = run(tensors).isnan()
+    want = torch.zeros_like(is_nan)
+    want[1, :, 1:4, 9:12] = True
+    assert torch.equal(is_nan, want)
+
+
+def test_threads_change_nothing():
+    tensors, threads = make(size=(2, 9, 21)), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(tensors))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "place, tensor, message",
+    [
+        (0, torch.zeros(2, 20, 6), "features must have 4 dimensions, got 3"),
+        (1, torch.zeros(81, 1, 3, 3), "depthwise must have a multiple of 20 filters, got 81"),
+        (1, torch.zeros(80, 1, 4, 4), "depthwise must have an odd size, got 4"),
+        (1, torch.zeros(80, 1, 3, 5), "depthwise must have size 3 in dimension 3, got 5"),
+        (1, torch.zeros(80, 1, 3, 3).double(), "depthwise must have the dtype of features"),
+        (2, torch.zeros(79), "depthwise_bias must have size 80 in dimension 0, got 79"),
+        (3, torch.zeros(35, 20, 1, 1), "pointwise must have a multiple of 4 filters, got 35"),
+        (3, torch.zeros(36, 19, 1, 1), "pointwise must have size 20 in dimension 1, got 19"),
+        (4, torch.zeros(36, 1), "pointwise_bias must have 1 dimensions, got 2"),
+    ],
+)
+def test_bad_arguments_are_named(place, tensor, message):
+    tensors = make()
+    tensors[place] = tensor
+    with pytest.raises(RuntimeError, match=message):
+        run(tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    tensors = make(size=(2, 3, 5))
+    tensors[0] = tensors[0].contiguous(memory_format=layout)
+    torch.library.opcheck(torch.ops.ddf_mm.depthwise_pointwise.default, tensors)
+
+
+@pytest.mark.parametrize("isa", smaller_instruction_sets())
+def test_smaller_instruction_sets(isa):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "equals", __file__],
+        env={**os.environ, "DDF_MM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
