@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "depthwise_pointwise(Tensor features, Tensor depthwise, Tensor? depthwise_bias, "
       "Tensor pointwise, Tensor? pointwise_bias) -> Tensor");
+  // A 1x1 convolution [outputs, C, 1, 1] of stride `stride`, and the mean [B, C] of all pixels of
+  // the same channels_last features; on a CPU, for the forward pass only.
+  m.def(
+      "pointwise_pool(Tensor features, Tensor weight, Tensor? bias, int stride) "
+      "-> (Tensor, Tensor)");
   // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
   // W].
   m.def(

@@ -115,6 +115,18 @@ struct Branches {
   void* output;                // [B, branches * outputs, H, W], channels_last
 };
 
+// A 1x1 convolution, and the mean of each channel.
+struct Project {
+  int64_t batch, channels, height, width;
+  int64_t outputs, stride;
+  DType dtype;
+  const void* x;       // channels_last
+  const void* weight;  // [outputs, C]
+  const void* bias;    // [outputs]; null if there is none
+  void* output;        // [B, outputs, ceil(H / stride), ceil(W / stride)], channels_last
+  void* mean;          // [B, C]
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   void (*forward)(const Forward&, ParallelFor);
@@ -122,6 +134,7 @@ struct Kernels {
   void (*norm)(const Norm&, ParallelFor);
   void (*norm_backward)(const NormBackward&, ParallelFor);
   void (*branches)(const Branches&, ParallelFor);
+  void (*project)(const Project&, ParallelFor);
 };
 
 extern const Kernels baseline_kernels;

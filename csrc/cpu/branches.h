@@ -1,6 +1,7 @@
-// The spatial branches of DDFUpPack: depthwise convolutions of the same features, each followed by
-// a 1x1 convolution to few channels. Vectors run along the channels of a pixel; what is between the
-// two convolutions stays in the nearest cache.
+// The convolutions of the branches that generate filters, for channels_last features: vectors run
+// along the channels of a pixel. DDFUpPack's spatial branches are depthwise convolutions of the
+// same features, each followed by a 1x1 convolution to few channels; what is between the two stays
+// in the nearest cache. DDFPack's is a 1x1 convolution, whose features the channel branch pools.
 #pragma once
 #include "cpu/vectors.h"
 
@@ -184,6 +185,69 @@ void branches(const Branches& b, ParallelFor run) {
                               all_outputs);
         }
       }
+    }
+  });
+}
+
+// A 1x1 convolution and the mean of each channel, out of one read of the features.
+template <class T>
+void project(const Project& p, ParallelFor run) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t padded = round_up(p.channels, L), block = p.outputs * L;
+  const int64_t out_height = ceil_div(p.height, p.stride), out_width = ceil_div(p.width, p.stride);
+  Scratch<A> weights(padded / L * block), bias(p.outputs);
+  for (int64_t o = 0; o < p.outputs; ++o) {
+    for (int64_t c = 0; c < p.channels; ++c)
+      weights[c / L * block + o * L + c % L] =
+          widen(static_cast<const T*>(p.weight)[o * p.channels + c]);
+    if (p.bias) bias[o] = widen(static_cast<const T*>(p.bias)[o]);
+  }
+  // Sums of rows, so that they do not depend on the number of threads.
+  Scratch<A> sums(p.batch * p.height * padded);
+  // Pixels that vectors can read are not copied.
+  const bool is_direct = std::is_same_v<T, A> && p.channels % L == 0;
+  parallel(run, p.batch * p.height, [&](int64_t begin, int64_t end) {
+    Scratch<A> copies(is_direct ? 0 : kBranchPixels * padded);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index % p.height;
+      A* const of_row = sums + index * padded;
+      T* out = static_cast<T*>(p.output) +
+               (index / p.height * out_height + row / p.stride) * out_width * p.outputs;
+      for (int64_t column = 0; column < p.width; column += kBranchPixels) {
+        const int64_t count = std::min<int64_t>(kBranchPixels, p.width - column);
+        const T* x = static_cast<const T*>(p.x) + (index * p.width + column) * p.channels;
+        const A* pixels = copies;
+        if constexpr (std::is_same_v<T, A>) {
+          if (is_direct) pixels = x;
+        }
+        if (!is_direct) load_rows(copies.get(), padded, x, p.channels, count, p.channels);
+        for (int64_t c = 0; c < padded; c += L) {
+          Vector<A, L> totals[4] = {load<L>(of_row + c)};
+          const A* from = pixels + c;
+          int64_t i = 0;
+          for (; i + 4 <= count; i += 4, from += 4 * padded) DDF_UNROLL
+          for (int k = 0; k < 4; ++k) totals[k] += load<L>(from + k * padded);
+          for (; i < count; ++i, from += padded) totals[0] += load<L>(from);
+          store<L>(of_row + c, totals[0] + totals[1] + (totals[2] + totals[3]));
+        }
+        if (row % p.stride) continue;
+        const int64_t first = round_up(column, p.stride), skipped = first - column;
+        if (skipped < count)
+          pointwise_pixels<T>(pixels + skipped * padded, p.stride * padded,
+                              ceil_div(count - skipped, p.stride), padded, weights, block,
+                              p.outputs, bias, out + first / p.stride * p.outputs, p.outputs);
+      }
+    }
+  });
+  const A count = static_cast<A>(p.height * p.width);
+  parallel(run, p.batch, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      A* const total = sums + image * p.height * padded;
+      for (int64_t row = 1; row < p.height; ++row)
+        for (int64_t c = 0; c < padded; ++c) total[c] += total[row * padded + c];
+      for (int64_t c = 0; c < p.channels; ++c)
+        static_cast<T*>(p.mean)[image * p.channels + c] = narrow<T>(total[c] / count);
     }
   });
 }

@@ -74,13 +74,17 @@ void norm_backward(const NormBackward& n, ParallelFor run) {
 void branches(const Branches& b, ParallelFor run) {
   with_type(b.dtype, [&](auto element) { branches<decltype(element)>(b, run); });
 }
+void project(const Project& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto element) { project<decltype(element)>(p, run); });
+}
 
 }  // namespace
 }  // namespace DDF_ISA
 
 #define DDF_JOIN_(a, b) a##b
 #define DDF_JOIN(a, b) DDF_JOIN_(a, b)
-extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {
-    DDF_ISA::forward, DDF_ISA::backward, DDF_ISA::norm, DDF_ISA::norm_backward, DDF_ISA::branches};
+extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward,  DDF_ISA::backward,
+                                                    DDF_ISA::norm,     DDF_ISA::norm_backward,
+                                                    DDF_ISA::branches, DDF_ISA::project};
 
 }  // namespace ddf::cpu

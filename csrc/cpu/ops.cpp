@@ -283,6 +283,44 @@ Tensor depthwise_pointwise(const Tensor& features, const Tensor& depthwise,
   return output;
 }
 
+std::tuple<Tensor, Tensor> pointwise_pool(const Tensor& features, const Tensor& weight,
+                                          const OptionalTensor& bias, int64_t stride) {
+  check(features, features, "features");
+  check(weight, features, "weight");
+  STD_TORCH_CHECK(stride >= 1, "ddf: stride must be at least 1, got ", stride);
+  Project p{};
+  p.batch = features.size(0);
+  p.channels = features.size(1);
+  p.height = features.size(2);
+  p.width = features.size(3);
+  STD_TORCH_CHECK(p.channels * p.height * p.width * weight.size(0) > 0,
+                  "ddf: features must have a channel, a row and a column, weight an output");
+  p.outputs = weight.size(0);
+  p.stride = stride;
+  check_size(weight, {p.outputs, p.channels, 1, 1}, "weight");
+  if (bias) {
+    check(*bias, features, "bias", 1);
+    check_size(*bias, {p.outputs}, "bias");
+  }
+  p.dtype = dtype_of(features);
+  // In this order: a stride near the largest integer does not overflow.
+  const std::vector<int64_t> size = {p.batch, p.outputs, (p.height - 1) / stride + 1,
+                                     (p.width - 1) / stride + 1};
+  Tensor output = empty(features, size, true);
+  Tensor mean = empty(features, {p.batch, p.channels}, false);
+  if (p.batch == 0) return {output, mean};
+  p.stride = std::min(stride, std::max(p.height, p.width));
+  const Tensor x = in_layout(features, true), w = in_layout(weight, false);
+  const OptionalTensor b = contiguous(bias);
+  p.x = x.const_data_ptr();
+  p.weight = w.const_data_ptr();
+  p.bias = data_of(b);
+  p.output = output.mutable_data_ptr();
+  p.mean = mean.mutable_data_ptr();
+  kernels().project(p, run_in_parallel);
+  return {output, mean};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
                                             const OptionalTensor& channel_filter,
                                             const OptionalTensor& spatial_filter,
@@ -315,6 +353,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
   m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::pack));
+  m.impl("pointwise_pool", TORCH_BOX(&ddf::cpu::pointwise_pool));
   m.impl("depthwise_pointwise", TORCH_BOX(&ddf::cpu::depthwise_pointwise));
   m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));

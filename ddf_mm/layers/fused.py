@@ -16,6 +16,7 @@ from torch import Tensor
 from ddf_mm.ops import library
 from ddf_mm.ops.ddf import ddf
 from ddf_mm.ops.filter_norm import filter_norm
+from ddf_mm.ops.reference import layout_of
 
 EPS = 1e-10
 
@@ -78,10 +79,9 @@ def _apply(
     w = PackWeights(*weights)
     channels, k = x.shape[1], o.kernel_size
     exact = library.accumulate_dtype(x.dtype)
-    pooled = x.mean((2, 3))
+    raw_spatial, pooled = _project_and_pool(x, w.spatial, w.spatial_bias, o.stride)
     hidden = F.linear(pooled, w.squeeze.flatten(1), w.squeeze_bias).relu_()
     raw_channel = F.linear(hidden, w.expand.flatten(1), w.expand_bias)
-    raw_spatial = _project(x, w.spatial, w.spatial_bias, o.stride)
     out = torch.ops.ddf_mm.ddf_pack(
         x,
         raw_channel.view(-1, channels, k, k),
@@ -118,6 +118,15 @@ def _by_matmul(x: Tensor) -> bool:
 
 def _is_planar(x: Tensor) -> bool:
     return x.is_contiguous()
+
+
+def _project_and_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    """What both branches read of the features: the 1x1 convolution, and the mean of all pixels."""
+    if x.device.type == "cpu" and layout_of(x) is torch.channels_last:
+        return torch.ops.ddf_mm.pointwise_pool(x, weight, bias, stride)
+    return _project(x, weight, bias, stride), x.mean((2, 3))
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:

@@ -47,6 +47,11 @@ def _depthwise_pointwise_flops(
     return 2 * batch * height * width * (math.prod(depthwise) + math.prod(pointwise))
 
 
+def _pointwise_pool_flops(features, weight, *args, out_shape, **kwargs) -> int:
+    (batch, _, height, width), _ = out_shape
+    return 2 * batch * height * width * math.prod(weight)
+
+
 def register() -> None:
     """Tell the counter about the ops, if they are there."""
     if library.COMPILED:
@@ -54,4 +59,5 @@ def register() -> None:
             register_flop_formula(forward)(_forward_flops)
             register_flop_formula(backward)(_backward_flops)
         register_flop_formula(torch.ops.ddf_mm.ddf_pack)(_pack_flops)
+        register_flop_formula(torch.ops.ddf_mm.pointwise_pool)(_pointwise_pool_flops)
         register_flop_formula(torch.ops.ddf_mm.depthwise_pointwise)(_depthwise_pointwise_flops)

@@ -303,6 +303,13 @@ def _fake_depthwise_pointwise(features, depthwise, depthwise_bias, pointwise, po
     )
 
 
+def _fake_pointwise_pool(features, weight, bias, stride):
+    batch, channels, height, width = features.shape
+    size = (batch, weight.shape[0], -(-height // stride), -(-width // stride))
+    out = features.new_empty(size).contiguous(memory_format=torch.channels_last)
+    return out, features.new_empty(batch, channels)
+
+
 def _setup_filter_norm(ctx, inputs, output):
     x, filters, std, _, scale, eps = inputs
     ctx.save_for_backward(x, std)
@@ -457,6 +464,7 @@ def _register() -> None:
     """Tells PyTorch about the ops what their libraries do not."""
     torch.library.register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
     torch.library.register_fake("ddf_mm::depthwise_pointwise", _fake_depthwise_pointwise)
+    torch.library.register_fake("ddf_mm::pointwise_pool", _fake_pointwise_pool)
     torch.library.register_fake("ddf_mm::filter_norm", _fake_filter_norm)
     torch.library.register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
     torch.library.register_autograd(

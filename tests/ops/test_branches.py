@@ -1,4 +1,5 @@
-"""``depthwise_pointwise``: the convolutions of DDF-Up's spatial branches in one pass, on a CPU."""
+"""The convolutions of the branches that generate filters, on a CPU: ``depthwise_pointwise`` for
+DDF-Up, ``pointwise_pool`` for DDFPack."""
 
 from __future__ import annotations
 
@@ -58,14 +59,18 @@ def exact(tensors) -> tuple[Tensor, Tensor]:
     return by_convolutions(*wide), by_convolutions(*[None if t is None else t.abs() for t in wide])
 
 
-def check(tensors) -> None:
-    got, (want, terms) = run(tensors), exact(tensors)
-    dtype = tensors[0].dtype
-    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+def check_values(got: Tensor, want: Tensor, terms: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype and got.shape == want.shape
     # Sums are kept in float32, or float64, and rounded to the dtype once.
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     room = 8 * sums * terms + torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
     assert ((got.double() - want).abs() <= room).all()
+
+
+def check(tensors) -> None:
+    got = run(tensors)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    check_values(got, *exact(tensors), tensors[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -110,13 +115,14 @@ def test_a_nan_reaches_only_the_pixels_around_it():
 def test_threads_change_nothing():
     tensors, threads = make(size=(2, 9, 21)), torch.get_num_threads()
     found = []
+    pool = (*make_pool(size=(2, 9, 21)), 2)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(run(tensors))
+            found.append([run(tensors), *torch.ops.ddf_mm.pointwise_pool(*pool)])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(all(map(torch.equal, found[0], others)) for others in found[1:])
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,71 @@ def test_opcheck(layout):
     tensors = make(size=(2, 3, 5))
     tensors[0] = tensors[0].contiguous(memory_format=layout)
     torch.library.opcheck(torch.ops.ddf_mm.depthwise_pointwise.default, tensors)
+
+
+def make_pool(
+    channels=20, outputs=9, size=(2, 6, 19), dtype=torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, the weight and its bias."""
+    shapes = [(size[0], channels, *size[1:]), (outputs, channels, 1, 1), (outputs,)]
+    x, *weights = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+    return x.contiguous(memory_format=torch.channels_last), *weights
+
+
+def check_pool(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
+    out, mean = torch.ops.ddf_mm.pointwise_pool(x, weight, bias, stride)
+    wide, sizes = (
+        [None if t is None else of(t.double()) for t in (x, weight, bias)]
+        for of in (lambda t: t, Tensor.abs)
+    )
+    check_values(out, F.conv2d(*wide, stride), F.conv2d(*sizes, stride), x.dtype)
+    check_values(mean, wide[0].mean((2, 3)), sizes[0].mean((2, 3)), x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pooling_and_projection_equals_both(dtype):
+    sizes = [(2, 6, 19), (1, 1, 1), (3, 5, 2), (1, 3, 50)]
+    for size, stride in itertools.product(sizes, [1, 2, 3, 17, 2**62]):
+        for channels, outputs in [(20, 9), (1, 1), (16, 18), (37, 14)]:
+            check_pool(*make_pool(channels, outputs, size, dtype), stride)
+
+
+def test_pooling_takes_any_strides_and_no_bias():
+    x, weight, _ = make_pool()
+    check_pool(x.contiguous(), weight, None, 2)
+    check_pool(torch.randn(2, 40, 6, 9)[:, ::2, :, ::2], weight, None, 1)
+    out, mean = torch.ops.ddf_mm.pointwise_pool(x[:0], weight, None, 2)
+    assert out.shape == (0, 9, 3, 10) and mean.shape == (0, 20)
+
+
+def test_pooling_keeps_a_nan_in_its_pixel_and_channel():
+    x, weight, bias = make_pool()
+    x[1, 3, 2, 10] = float("nan")
+    out, mean = torch.ops.ddf_mm.pointwise_pool(x, weight, bias, 1)
+    assert out.isnan().sum() == 9 and out[1, :, 2, 10].isnan().all()
+    assert mean.isnan().sum() == 1 and mean[1, 3].isnan()
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, torch.zeros(2, 20, 0, 4), "features must have a channel, a row and a column"),
+        (1, torch.zeros(9, 19, 1, 1), "weight must have size 20 in dimension 1, got 19"),
+        (1, torch.zeros(0, 20, 1, 1), "weight an output"),
+        (1, torch.zeros(9, 20, 1, 1).double(), "weight must have the dtype of features"),
+        (2, torch.zeros(8), "bias must have size 9 in dimension 0, got 8"),
+        (3, 0, "stride must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_pooling_are_named(place, value, message):
+    arguments = [*make_pool(), 1]
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ddf_mm.pointwise_pool(*arguments)
+
+
+def test_opcheck_of_pooling():
+    torch.library.opcheck(torch.ops.ddf_mm.pointwise_pool.default, (*make_pool(size=(2, 3, 5)), 2))
 
 
 @pytest.mark.parametrize("isa", smaller_instruction_sets())
