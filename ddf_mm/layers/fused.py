@@ -146,14 +146,19 @@ def _project_weight_grads(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and bias of :func:`_project`."""
-    if not (_by_matmul(x) and _is_planar(x)):
+    if not _by_matmul(x):
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, x, weight, [weight.shape[0]], [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1,
             [False, True, True],
         )  # fmt: skip
         return grad_weight, grad_bias
+    is_planar = _is_planar(x)
     x = x[:, :, ::stride, ::stride]
-    per_image = torch.bmm(grad.flatten(2), x.flatten(2).transpose(1, 2))
+    if is_planar:
+        per_image = torch.bmm(grad.flatten(2), x.flatten(2).transpose(1, 2))
+    else:
+        x, by_pixel = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, grad))
+        per_image = torch.bmm(by_pixel.transpose(1, 2), x)
     return per_image.sum(0).view_as(weight), grad.sum((0, 2, 3))
 
 
