@@ -31,58 +31,42 @@ void pack_branch(const Branches& b, int64_t branch, Sum<T>* to) {
 }
 
 // z[p][c] of P pixels: the depthwise convolution by the taps in rows [row0, row1) and columns
-// [column0, column1) of the kernel. x is the first tap of the first pixel, which may lie outside.
-template <int P, class T>
-DDF_INLINE void depthwise_pixels(const T* x, int64_t line, int64_t channels, int64_t kernel,
-                                 int64_t row0, int64_t row1, int64_t column0, int64_t column1,
-                                 const Sum<T>* weights, int64_t block, Sum<T>* z, int64_t z_step) {
+// [column0, column1) of the kernel; with kAll3 by those of a whole 3x3 kernel, whose neighbours
+// read the same pixels. x is the first tap of the first pixel, which may lie outside.
+template <int P, bool kAll3, class T>
+__attribute__((noinline)) void depthwise_pixels(const T* x, int64_t line, int64_t channels,
+                                                int64_t kernel, int64_t row0, int64_t row1,
+                                                int64_t column0, int64_t column1,
+                                                const Sum<T>* weights, int64_t block, Sum<T>* z,
+                                                int64_t z_step) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
-  int64_t step3 = 3 * channels;
-  DDF_OPAQUE(step3);
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : channels - c;
     Vector<A, L> sums[P] = {};
-    for (int64_t r = row0; r < row1; ++r) {
-      const T* from = x + r * line + column0 * channels + c;
-      const A* taps = weights + (r * kernel + column0) * L;
-      for (int64_t i = column0; i < column1; ++i, from += channels, taps += L) {
-        const auto tap = load<L>(taps);
+    if constexpr (kAll3) {
+      DDF_UNROLL
+      for (int r = 0; r < 3; ++r) {
+        Vector<A, L> taps[3];
         DDF_UNROLL
-        for (int p = 0; p < P; ++p)
-          sums[p] += load_first<L>(from + (p == 3 ? step3 : p * channels), room) * tap;
+        for (int i = 0; i < 3; ++i) taps[i] = load<L>(weights + (r * 3 + i) * L);
+        DDF_UNROLL
+        for (int q = 0; q < P + 2; ++q) {
+          const auto value = load_first<L>(x + r * line + q * channels + c, room);
+          DDF_UNROLL
+          for (int i = 0; i < 3; ++i)
+            if (const int p = q - i; p >= 0 && p < P) sums[p] += value * taps[i];
+        }
       }
-    }
-    DDF_UNROLL
-    for (int p = 0; p < P; ++p) store<L>(z + p * z_step + c, sums[p]);
-    weights += block;
-  };
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) filter(c, std::true_type());
-  if (c < channels) filter(c, std::false_type());
-}
-
-// The same for a 3x3 kernel inside of the image, whose neighbours read the same pixels.
-template <int P, class T>
-__attribute__((noinline)) void depthwise_inside3(const T* x, int64_t line, int64_t channels,
-                                                 const Sum<T>* weights, int64_t block, Sum<T>* z,
-                                                 int64_t z_step) {
-  using A = Sum<T>;
-  constexpr int L = kLanes<A>;
-  const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
-    const int64_t room = decltype(wide)::value ? L : channels - c;
-    Vector<A, L> sums[P] = {};
-    DDF_UNROLL
-    for (int r = 0; r < 3; ++r) {
-      Vector<A, L> taps[3];
-      DDF_UNROLL
-      for (int i = 0; i < 3; ++i) taps[i] = load<L>(weights + (r * 3 + i) * L);
-      DDF_UNROLL
-      for (int q = 0; q < P + 2; ++q) {
-        const auto value = load_first<L>(x + r * line + q * channels + c, room);
-        DDF_UNROLL
-        for (int i = 0; i < 3; ++i)
-          if (const int p = q - i; p >= 0 && p < P) sums[p] += value * taps[i];
+    } else {
+      for (int64_t r = row0; r < row1; ++r) {
+        const T* from = x + r * line + column0 * channels + c;
+        const A* taps = weights + (r * kernel + column0) * L;
+        for (int64_t i = column0; i < column1; ++i, from += channels, taps += L) {
+          const auto tap = load<L>(taps);
+          DDF_UNROLL
+          for (int p = 0; p < P; ++p) sums[p] += load_first<L>(from + p * channels, room) * tap;
+        }
       }
     }
     DDF_UNROLL
@@ -163,22 +147,20 @@ void branches(const Branches& b, ParallelFor run) {
           const A* of_branch = weights + n * size;
           for (int64_t p = 0; p < count;) {
             const int64_t j = column + p;
-            const auto filter = [&](auto pixels, int64_t column0, int64_t column1) {
-              depthwise_pixels<decltype(pixels)::value, T>(
+            const auto filter = [&](auto pixels, auto all3, int64_t column0, int64_t column1) {
+              depthwise_pixels<decltype(pixels)::value, decltype(all3)::value, T>(
                   x + j * b.channels, line, b.channels, b.kernel, row0, row1, column0, column1,
                   of_branch, block, z + p * padded, padded);
               p += decltype(pixels)::value;
             };
-            if (p + 4 > count || j < pad || j + 3 + pad >= b.width) {
-              filter(std::integral_constant<int, 1>(), std::max<int64_t>(0, pad - j),
-                     std::min(b.kernel, b.width + pad - j));
-            } else if (b.kernel == 3 && row1 - row0 == 3) {
-              depthwise_inside3<4, T>(x + j * b.channels, line, b.channels, of_branch, block,
-                                      z + p * padded, padded);
-              p += 4;
-            } else {
-              filter(std::integral_constant<int, 4>(), 0, b.kernel);
-            }
+            const std::integral_constant<int, 4> four;
+            if (p + 4 > count || j < pad || j + 3 + pad >= b.width)
+              filter(std::integral_constant<int, 1>(), std::false_type(),
+                     std::max<int64_t>(0, pad - j), std::min(b.kernel, b.width + pad - j));
+            else if (b.kernel == 3 && row1 - row0 == 3)
+              filter(four, std::true_type(), 0, 3);
+            else
+              filter(four, std::false_type(), 0, b.kernel);
           }
           pointwise_pixels<T>(z, padded, count, padded, of_branch + taps * L, block, b.outputs,
                               bias + n * b.outputs, out + column * all_outputs + n * b.outputs,

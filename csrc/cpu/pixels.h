@@ -449,8 +449,8 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
       g.width, Around<Sum<T>>(), run);
 }
 
-// Where S taps of a strip of pixels lie: x and ds, whose pixels are next to each other as are those
-// of s, and c and dc, in the blocks of the channel filter.
+// Where S taps of a strip of pixels lie: x, s and ds, and c and dc, in the blocks of the channel
+// filter.
 template <class T, int S>
 struct StripTaps {
   const T* x[S];
@@ -462,9 +462,9 @@ struct StripTaps {
 };
 
 // With p = dy * x at S taps of a strip of P pixels: ds[tap][pixel] = sum over the channels of
-// p * c[tap], and dc[tap] += p * s[tap][pixel] (p alone for Add). The next vector of channels of c
-// and dc lies `block` behind.
-template <int P, int S, class T, class Combine>
+// p * c[tap], and dc[tap] += p * s[tap][pixel] (p alone for Add). Pixels of s are kPixel apart; the
+// next vector of channels of c and dc lies `block` behind.
+template <int P, int S, int kPixel, class T, class Combine>
 DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* dy, int64_t dy_step,
                                   int64_t block, int64_t channels) {
   using A = Sum<T>;
@@ -492,7 +492,7 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
       for (int p = 0; p < P; ++p) {
         const V product = y[p] * load_first<L>(at.x[u] + i + (p == 3 ? x_step3 : p * x_step), room);
         sums[u * P + p] += kMul ? product * tap : product;
-        total += kMul ? product * splat<A, L>(at.s[u][p]) : product;
+        total += kMul ? product * splat<A, L>(at.s[u][p * kPixel]) : product;
       }
       store<L>(at.dc + u * at.next, total);
     }
@@ -518,14 +518,15 @@ struct GradRow {
   const T* x;            // the first tap of the first pixel, which may lie outside
   const T* dy;
   int64_t dy_step;  // to the next pixel
-  const A* s;       // [taps][width]
-  A* ds;            // [taps][width], zeros
-  const A* c;       // in blocks
+  const A* s;
+  A* ds;       // [taps][width], zeros
+  const A* c;  // in blocks
   A* dc;
   int64_t channels;
 };
 
-template <class T, class Combine>
+// The pixels of s are kPixel apart, its taps `width`, or next to each other where pixels are not.
+template <int kPixel, class T, class Combine>
 __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
@@ -540,14 +541,14 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
     for (int u = 0; u < S; ++u) {
       const int64_t tap = t + u * apart;
       at.x[u] = row.x + (tap / k * g.width + tap % k) * g.dilation * g.channels + column * x_step;
-      at.s[u] = row.s + tap * width + column;
+      at.s[u] = row.s + (kPixel == 1 ? tap * width : tap) + column * kPixel;
       at.ds[u] = row.ds + tap * width + column;
     }
     at.c = row.c + t * L;
     at.dc = row.dc + t * L;
     at.next = apart * L;
-    grad_filters_step<P, S, T, Combine>(at, x_step, row.dy + column * row.dy_step, row.dy_step,
-                                        taps * L, row.channels);
+    grad_filters_step<P, S, kPixel, T, Combine>(at, x_step, row.dy + column * row.dy_step,
+                                                row.dy_step, taps * L, row.channels);
   };
   const std::integral_constant<int, 1> one;
   const std::integral_constant<int, 2> two;
@@ -607,6 +608,10 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   Scratch<A> parts_of_tiles(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
   A* const channel_parts = is_whole ? static_cast<A*>(b.grad_channel) : parts_of_tiles.get();
   Scratch<A> spatial_parts(in_parts ? plan.chunks * g.batch * maps * out_size : 0);
+  // A 3x3 spatial filter of one group in the features' order of memory is read where it lies.
+  constexpr int kTapsInner = 9;
+  const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
+                           b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
   // What the caches do not hold is fetched a row ahead, which costs what they do hold 5 %.
   constexpr int64_t kCaches = 16 << 20;
   const int64_t positions = g.height * g.width + g.subpixels() * out_size;
@@ -652,15 +657,31 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
           prefetch_rows(dy + g.scale * g.scale * width * g.channels, g.scale * g.channels, width,
                         count);
         }
-        for (int64_t t = 0; t < taps; ++t)
+        for (int64_t t = 0; t < taps && !is_in_place; ++t)
           if (filter)
             load_row(s + t * width, filter + t * from.tap + row * from.row, width, from.column);
           else
             std::fill(s + t * width, s + (t + 1) * width, A(Combine::kNeutral));
         std::fill(ds.get(), ds + taps * width, A(0));
-        grad_filters_row<T, Combine>({g, ty0, ty1, range.data(),
-                                      pixels + (above * g.width - pad) * g.channels, dy,
-                                      g.scale * g.channels, s, ds, channel, dc, count});
+        GradRow<T> of_row{g,
+                          ty0,
+                          ty1,
+                          range.data(),
+                          pixels + (above * g.width - pad) * g.channels,
+                          dy,
+                          g.scale * g.channels,
+                          s,
+                          ds,
+                          channel,
+                          dc,
+                          count};
+        if constexpr (std::is_same_v<T, A>) {
+          if (is_in_place) {
+            of_row.s = filter + row * from.row;
+            grad_filters_row<kTapsInner, T, Combine>(of_row);
+          }
+        }
+        if (!is_in_place) grad_filters_row<1, T, Combine>(of_row);
         for (int64_t t = 0; t < taps; ++t)
           if (in_parts)
             std::copy_n(
