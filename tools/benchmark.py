@@ -605,8 +605,8 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
     class ByModules(DDFPack):
         """The layer as its modules one after the other."""
 
-        def _can_fuse(self, x: Tensor) -> bool:
-            return False
+        def _fused_arguments(self, x: Tensor) -> None:
+            return None
 
     return {
         "ddf": DDFPack(channels, k, s.stride, head=s.groups),

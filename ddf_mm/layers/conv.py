@@ -120,6 +120,10 @@ class DDFConv2d(DDFPack):
             return out
         return out + self.bias.to(out.dtype)[:, None, None]
 
+    @property
+    def _filter_arguments(self) -> tuple[int, int, int, str]:
+        return self.kernel_size[0], self.dilation[0], self.stride[0], self.kernel_combine
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}, bias={self.bias is not None}"
 

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
-from ddf_mm.layers.pack import DDFPack, Shift
+from ddf_mm.layers.conv import DDFConv2d
+from ddf_mm.layers.filter_norm import FilterNorm
+from ddf_mm.layers.pack import DDFPack
+from ddf_mm.layers.shift import Shift
+from ddf_mm.layers.unmodified import is_observed, is_unmodified, layers_of
 
 NO_FOLD = "DDFPack cannot take in the batch norm behind it"
+
+
+class _Pair(NamedTuple):
+    """A layer and the batch norm behind it, two children of ``parent``."""
+
+    path: str
+    parent: nn.Module
+    layer_name: str
+    norm_name: str
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.parent._modules[self.layer_name]
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.parent._modules[self.norm_name]
 
 
 def fuse_ddf_bn(model: nn.Module) -> nn.Module:
@@ -30,59 +56,110 @@ def fuse_ddf_bn(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is in training mode, or holds a batch norm that cannot be folded:
-            behind an ``add`` pack, or one without running statistics. Nothing was changed then.
+            behind an ``add`` pack, one without running statistics, or where a hook, a replaced
+            method or module would be lost. Nothing was changed then.
 
     Example:
         >>> from ddf_mm.models import DDFResNet
         >>> backbone = fuse_ddf_bn(DDFResNet(50).eval())
     """
-    found = [
-        (f"{name}.{child}".lstrip("."), pack, module, norm)
-        for name, module in model.named_modules()
-        for child, pack, norm in _followed_by_norm(module)
-    ]
-    for name, pack, module, norm in found:
-        _check_foldable(name, pack, module._modules[norm])
-    for _, pack, module, norm in found:
-        relu = getattr(module, "relu_follows_pack", False)
-        _fold(pack, module._modules[norm], relu)
-        module._modules[norm] = nn.Identity()
+    pairs = list(_followed_by_norm(model, DDFPack))
+    uses = _uses(model)
+    for pair in pairs:
+        if reason := _obstacle(pair, uses):
+            raise ValueError(f"{pair.path}: {NO_FOLD}: {reason}")
+    for pair in pairs:
+        _fold(pair.layer, pair.norm, getattr(pair.parent, "relu_follows_pack", False))
+        pair.parent._modules[pair.norm_name] = nn.Identity()
     return model
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """Folds all batch norms, behind convolutions and behind DDFPacks, in place.
+    """Folds the batch norms behind DDFPacks and convolutions, in place.
 
-    See :func:`fuse_ddf_bn` for arguments, result and errors.
+    See :func:`fuse_ddf_bn` for arguments, result and errors. A convolution with a hook or another
+    modification, and the norm behind it, stay as they are.
     """
-    from mmcv.cnn import fuse_conv_bn
-
     fuse_ddf_bn(model)
-    return fuse_conv_bn(model)
+    uses = _uses(model)
+    for pair in list(_followed_by_norm(model, nn.Conv2d)):
+        if not _is_shared(pair, uses) and _is_plain_conv(pair.layer) and _is_foldable(pair.norm):
+            fused = fuse_conv_bn_eval(pair.layer, pair.norm)
+            pair.parent._modules[pair.layer_name] = fused
+            pair.parent._modules[pair.norm_name] = nn.Identity()
+    return model
 
 
-def _followed_by_norm(module: nn.Module):
-    """(name of the pack, pack, name of the norm) for the children of a module."""
-    children = list(module._modules.items())
-    for (name, child), (norm_name, norm) in pairwise(children):
-        if isinstance(child, DDFPack) and isinstance(norm, (_BatchNorm, nn.SyncBatchNorm)):
-            yield name, child, norm_name
+def _followed_by_norm(model: nn.Module, kind: type[nn.Module]) -> Iterator[_Pair]:
+    for path, parent in model.named_modules():
+        for (name, layer), (norm_name, norm) in pairwise(parent._modules.items()):
+            if isinstance(layer, kind) and isinstance(norm, _BatchNorm):
+                yield _Pair(f"{path}.{name}".lstrip("."), parent, name, norm_name)
 
 
-def _check_foldable(name: str, pack: DDFPack, norm: nn.Module) -> None:
+def _uses(model: nn.Module) -> Counter[nn.Module]:
+    """How many names each module of the model has."""
+    return Counter(child for parent in model.modules() for child in parent._modules.values())
+
+
+def _is_shared(pair: _Pair, uses: Counter[nn.Module]) -> bool:
+    return uses[pair.layer] > 1 or uses[pair.norm] > 1
+
+
+def _is_plain(module: nn.Module, *forwards: object) -> bool:
+    """Whether a call of ``module`` is one of these methods and nothing else."""
+    return (
+        type(module).forward in forwards
+        and is_unmodified(module, type(module))
+        and not is_parametrized(module)
+        and not is_observed()
+    )
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    # mmcv's own class differs with empty tensors in very old versions of torch only.
+    from mmcv.cnn.bricks.wrappers import Conv2d
+
+    return _is_plain(conv, nn.Conv2d.forward, Conv2d.forward)
+
+
+def _is_foldable(norm: nn.Module) -> bool:
+    return (
+        not norm.training
+        and norm.running_mean is not None
+        and _is_plain(norm, _BatchNorm.forward, nn.SyncBatchNorm.forward)
+    )
+
+
+def _obstacle(pair: _Pair, uses: Counter[nn.Module]) -> str | None:
+    """Why the norm of a pair cannot be folded into its pack."""
+    pack, norm = pair.layer, pair.norm
     if norm.training:
-        reason = "the model is in training mode; call eval() first"
-    elif pack.kernel_combine != "mul":
-        reason = "kernel_combine 'add' gives no factor of the channel that could hold the norm's"
-    elif norm.running_mean is None:
-        reason = "it keeps no running statistics"
-    elif type(pack.output) is not nn.Identity:
-        reason = "the pack has taken in another one"
-    elif norm.num_features != pack.in_channels:
-        reason = f"it has {norm.num_features} channels, the pack {pack.in_channels}"
-    else:
-        return
-    raise ValueError(f"{name}: {NO_FOLD}: {reason}")
+        return "the model is in training mode; call eval() first"
+    if pack.kernel_combine != "mul":
+        return "kernel_combine 'add' gives no factor of the channel that could hold the norm's"
+    if norm.running_mean is None:
+        return "it keeps no running statistics"
+    if isinstance(pack.output, Shift):
+        return "the pack has taken in another one"
+    if norm.num_features != pack.in_channels:
+        return f"it has {norm.num_features} channels, the pack {pack.in_channels}"
+    if _is_shared(pair, uses):
+        return "the pack or the norm is used more than once"
+    if not _is_foldable(norm):
+        return "the norm has hooks, or its class or methods are not PyTorch's"
+    channel_norm = layers_of(pack.channel_branch)[-1]
+    if (
+        not _is_plain(pack, DDFPack.forward, DDFConv2d.forward)
+        or type(pack).generate_filters is not DDFPack.generate_filters
+        or "generate_filters" in pack.__dict__
+        or not is_unmodified(pack.output, nn.Identity)
+        or not is_unmodified(channel_norm, FilterNorm)
+    ):
+        return "the pack has hooks, or a module or method of it was replaced"
+    if not isinstance(channel_norm.std, nn.Parameter):
+        return "its channel filters have no learned scale, which could hold the norm's"
+    return None
 
 
 @torch.no_grad()
@@ -96,6 +173,10 @@ def _fold(pack: DDFPack, norm: nn.Module, relu: bool) -> None:
     if getattr(pack, "bias", None) is not None:  # of a DDFConv2d
         shift = shift + pack.bias * factor
         pack.bias = None
-    std = pack.channel_branch[-1].std
-    std.mul_(factor.to(std.dtype).repeat_interleave(std.numel() // pack.in_channels))
-    pack.output = Shift(shift.to(std.dtype), relu)
+    channel_norm = layers_of(pack.channel_branch)[-1]
+    dtype = channel_norm.std.dtype
+    factor = factor.to(dtype).repeat_interleave(channel_norm.std.numel() // pack.in_channels)
+    for name, values in list(channel_norm.named_parameters(recurse=False)):
+        # Not in place: packs may share parameters.
+        setattr(channel_norm, name, nn.Parameter(values * factor, values.requires_grad))
+    pack.output = Shift(shift.to(dtype), relu)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers.filter_norm import FilterNorm
 from ddf_mm.layers.fused import PackOptions, PackWeights, fused_pack
+from ddf_mm.layers.shift import Shift
+from ddf_mm.layers.unmodified import (
+    Placement,
+    is_conv,
+    is_filter_norm,
+    is_global_pooling,
+    is_observed,
+    is_unmodified,
+    layers_of,
+)
 from ddf_mm.ops import ddf, ddf_up, filter_norm, library
-from ddf_mm.ops.checks import check_combine, check_int, check_kernel_size
+from ddf_mm.ops.checks import COMBINES, check_combine, check_int, check_kernel_size
 
 # torch.fx records the operations as one call each instead of tracing through its argument checks
 # (mmengine's `efficient_conv_bn_eval` traces models).
@@ -60,45 +69,11 @@ def _channel_branch(
     return nn.Sequential(
         nn.AdaptiveAvgPool2d((1, 1)),
         nn.Conv2d(in_channels, mid_channels, 1),
-        nn.ReLU(inplace=True),
+        # Not in place, which PyTorch refuses behind a module with a full backward hook.
+        nn.ReLU(),
         nn.Conv2d(mid_channels, in_channels * kernel_size**2, 1),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True),
     )
-
-
-_SPATIAL_TYPES = (nn.Conv2d, FilterNorm)
-_CHANNEL_TYPES = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, FilterNorm)
-
-
-def _are_plain(branch: nn.Module, types: tuple[type, ...]) -> bool:
-    """Whether a branch is still made of modules of just these types, without hooks."""
-    modules = (branch, *branch._modules.values())
-    return tuple(map(type, modules)) == (nn.Sequential, *types) and not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-
-
-class Shift(nn.Module):
-    """Adds one value a channel, then optionally applies ReLU: what is left of a folded norm.
-
-    Args:
-        bias: ``Tensor[C]``.
-        relu: whether ReLU follows.
-    """
-
-    def __init__(self, bias: Tensor, relu: bool = False) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``Tensor[B, C, H, W]`` -> a tensor of the same shape and dtype."""
-        out = x + self.bias.to(x.dtype)[:, None, None]
-        return out.relu_() if self.relu else out
-
-    def extra_repr(self) -> str:
-        return f"{self.bias.numel()}, relu={self.relu}"
 
 
 class DDFPack(BaseModule):
@@ -149,7 +124,6 @@ class DDFPack(BaseModule):
         self.dilation = dilation
         self.head = head
         self.kernel_combine = kernel_combine
-        self._filter_arguments = (kernel_size, dilation, stride, kernel_combine)
         self.spatial_branch = _spatial_branch(in_channels, kernel_size, head, nonlinearity, stride)
         self.channel_branch = _channel_branch(in_channels, kernel_size, nonlinearity, se_ratio)
         # `efficient_conv_bn_eval` asks which module feeds each BN; a function has no answer.
@@ -170,39 +144,57 @@ class DDFPack(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
-        if self._can_fuse(x):
-            if type(self.output) is Shift and not torch.is_grad_enabled():
-                return fused_pack(x, *self._fused_arguments(), self.output.bias, self.output.relu)
-            out = fused_pack(x, *self._fused_arguments())
-        else:
-            out = ddf(x, *self.generate_filters(x), *self._filter_arguments)
-        return self.output(out)
+        fused = self._fused_arguments(x)
+        if fused is None:
+            return self.output(ddf(x, *self.generate_filters(x), *self._filter_arguments))
+        if is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
+            return fused_pack(x, *fused, self.output.bias, self.output.relu)
+        return self.output(fused_pack(x, *fused))
 
-    def _can_fuse(self, x: Tensor) -> bool:
-        """Whether one function may stand for the branches: none of them is traced, watched by a
-        hook or replaced, and x is what they would take."""
-        return (
+    @property
+    def _filter_arguments(self) -> tuple[int, int, int, str]:
+        """The last arguments of :func:`~ddf_mm.ops.ddf`."""
+        return self.kernel_size, self.dilation, self.stride, self.kernel_combine
+
+    def _fused_arguments(self, x: Tensor) -> tuple[PackWeights, PackOptions] | None:
+        """Arguments of :func:`fused_pack`, if it computes all that the branches would for x."""
+        if is_observed() or not (
             type(x) in (Tensor, nn.Parameter)
+            and x.layout is torch.strided
             and x.dim() == 4
             and x.shape[1] == self.in_channels
             and x.numel() > 0
             and library.serves(x)
-            and (
-                x.dtype == self.spatial_branch[0].weight.dtype
-                or torch.is_autocast_enabled(x.device.type)
-            )
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and _are_plain(self.spatial_branch, _SPATIAL_TYPES)
-            and _are_plain(self.channel_branch, _CHANNEL_TYPES)
-        )
-
-    def _fused_arguments(self) -> tuple[PackWeights, PackOptions]:
-        spatial, spatial_norm = self.spatial_branch
-        _, squeeze, _, expand, channel_norm = self.channel_branch
-        convolutions = (p for m in (spatial, squeeze, expand) for p in (m.weight, m.bias))
-        options = PackOptions(*self._filter_arguments, self.head, spatial_norm.std)
-        return PackWeights(*convolutions, channel_norm.std), options
+            and self.kernel_combine in COMBINES
+            and type(self).generate_filters is _GENERATE_FILTERS
+            and "generate_filters" not in self.__dict__
+        ):
+            return None
+        spatial, channel = layers_of(self.spatial_branch), layers_of(self.channel_branch)
+        if len(spatial) != 2 or len(channel) != 5:
+            return None
+        project, spatial_norm = spatial
+        pool, squeeze, relu, expand, channel_norm = channel
+        kernel_size, dilation, stride, combine = self._filter_arguments
+        channels, head, taps = self.in_channels, self.head, kernel_size**2
+        width = getattr(squeeze, "out_channels", 0)
+        at = Placement.of(x)
+        if not (
+            type(dilation) is int
+            and dilation > 0
+            and is_conv(project, at, (head * taps, channels, 1, 1), stride)
+            and is_filter_norm(spatial_norm, at, head, "spatial", taps)
+            and is_global_pooling(pool)
+            and is_conv(squeeze, at, (width, channels, 1, 1))
+            and is_unmodified(relu, nn.ReLU)
+            and is_conv(expand, at, (channels * taps, width, 1, 1))
+            and is_filter_norm(channel_norm, at, channels, "channel", taps)
+        ):
+            return None
+        convs = (conv._parameters for conv in (project, squeeze, expand))
+        tensors = (t for own in convs for t in (own["weight"], own["bias"]))
+        options = PackOptions(kernel_size, dilation, stride, combine, head, spatial_norm.std)
+        return PackWeights(*tensors, channel_norm._parameters["std"]), options
 
     def generate_filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies to features ``Tensor[B, C, H, W]``.
@@ -212,7 +204,7 @@ class DDFPack(BaseModule):
             ``Tensor[B, head*k*k, ceil(H/stride), ceil(W/stride)]``, as :func:`~ddf_mm.ops.ddf`
             takes them.
         """
-        k = self._filter_arguments[0]
+        k, *_ = self._filter_arguments
         channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
         return channel_filter, self.spatial_branch(x)
 
@@ -223,104 +215,91 @@ class DDFPack(BaseModule):
         )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+_GENERATE_FILTERS = DDFPack.generate_filters
+
+
+def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor], kernel_size: int) -> Tensor:
+    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``.
+
+    Unmodified branches pool the input that they share once and normalize in one call.
+    """
+    layers = [layers_of(branch) for branch in branches]
+    if not _share_one_norm(layers, inputs[0], kernel_size**2):
+        return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
+    *_, norm = layers[0]
+    count = len(branches)
+    stacked = _convolve_together([branch[:-1] for branch in layers], inputs)
+    if stacked is None:
+        pooled = None
+        raw = []
+        for (*others, _), value in zip(layers, inputs, strict=True):
+            # A convolution leaves what others read as it is.
+            is_shared = value is inputs[0] and nn.Conv2d in map(type, others[1:2])
+            if is_shared and is_global_pooling(others[0]):
+                pool, *others = others
+                pooled = pool(value) if pooled is None else pooled
+                value = pooled
+            for layer in others:
+                value = layer(value)
+            raw.append(value)
+        stacked = torch.stack(raw, dim=1).flatten(1, 2)
+    std = norm.std
+    if norm.filter_type == "channel":
+        std = torch.cat([branch[-1].std for branch in layers])
+    filters = filter_norm(stacked, count * norm.in_channels, norm.filter_type, std)
+    return filters.unflatten(1, (count, -1))
+
+
+def _share_one_norm(layers: list[list[nn.Module]], x: Tensor, taps: int) -> bool:
+    """Whether one call can take the place of the FilterNorms that end all these branches."""
+    if is_observed() or type(x) not in (Tensor, nn.Parameter) or min(map(len, layers)) < 2:
+        return False
+    at, first = Placement.of(x), layers[0][-1]
+    return type(first) is FilterNorm and all(
+        is_filter_norm(norm, at, first.in_channels, first.filter_type, taps)
+        and (norm.filter_type == "channel" or norm.std == first.std)
+        and all(
+            is_unmodified(layer, nn.Conv2d)
+            or is_unmodified(layer, nn.ReLU)
+            or is_global_pooling(layer)
+            for layer in others
+        )
+        for *others, norm in layers
     )
 
 
-def _layers(branch: nn.Module) -> list[nn.Module]:
-    """The layers of nested ``nn.Sequential``, in order."""
-    if type(branch) is not nn.Sequential:
-        return [branch]
-    return [layer for part in branch for layer in _layers(part)]
-
-
-def _share_one_norm(branches: nn.ModuleList) -> bool:
-    """Whether one call can normalize for all: their FilterNorms are alike and nobody watches."""
-    norms = [_layers(branch)[-1] for branch in branches]
-    if any(type(norm) is not FilterNorm or norm.running_mean for norm in norms):
-        return False
-    skipped = [m for branch in branches for m in branch.modules() if type(m) is nn.Sequential]
-    if any(map(_has_hooks, norms + skipped)):
-        return False
-    kinds = {(n.in_channels, n.filter_type, n.running_std or n.std) for n in norms}
-    return len(kinds) == 1
-
-
-def _is_plain_conv(conv: nn.Module, groups: int, size: int) -> bool:
-    """Whether this is an unwatched convolution that keeps the size, with square windows."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == (size, size)
-        and conv.groups == groups
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding == (size // 2, size // 2)
-        and conv.padding_mode == "zeros"
-        and not _has_hooks(conv)
-    )
-
-
-def _convolve_together(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor | None:
+def _convolve_together(layers: list[list[nn.Module]], inputs: list[Tensor]) -> Tensor | None:
     """What the branches' convolutions make of the input that they share, depthwise and 1x1 of all
     in one pass: ``Tensor[B, branches * outputs, H, W]``; ``None`` where that is not possible."""
     x = inputs[0]
     if (
         torch.is_grad_enabled()
+        or type(x) is not Tensor
         or x.device.type != "cpu"
         or any(value is not x for value in inputs)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
         or not library.serves(x)
+        or any(len(convs) != 2 for convs in layers)
     ):
-        return None
-    layers = [_layers(branch)[:-1] for branch in branches]
-    if any(len(convs) != 2 for convs in layers):
         return None
     depthwise, pointwise = zip(*layers, strict=True)
     channels, size = x.shape[1], getattr(depthwise[0], "kernel_size", (0,))[0]
-    if not size % 2 or not all(
-        _is_plain_conv(spread, channels, size)
-        and _is_plain_conv(mixed, 1, 1)
-        and spread.in_channels == spread.out_channels == mixed.in_channels
-        and mixed.out_channels == pointwise[0].out_channels
-        for spread, mixed in layers
+    outputs = getattr(pointwise[0], "out_channels", 0)
+    at = Placement.of(x)
+    if not all(
+        size % 2
+        and is_conv(spread, at, (channels, 1, size, size), 1, size // 2, channels)
+        and is_conv(mix, at, (outputs, channels, 1, 1))
+        for spread, mix in layers
     ):
         return None
-
-    def together(convs: tuple[nn.Conv2d, ...]) -> tuple[Tensor, Tensor | None]:
-        if all(conv.bias is None for conv in convs):
-            return torch.cat([conv.weight for conv in convs]), None
-        biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias for c in convs]
-        return torch.cat([conv.weight for conv in convs]), torch.cat(biases)
-
-    tensors = library.autocast_inputs(x, *together(depthwise), *together(pointwise))
-    if any(t is not None and t.dtype != tensors[0].dtype for t in tensors):
-        return None  # the convolutions themselves tell
+    tensors = library.autocast_inputs(
+        x,
+        torch.cat([conv.weight for conv in depthwise]),
+        torch.cat([conv.bias for conv in depthwise]),
+        torch.cat([conv.weight for conv in pointwise]),
+        torch.cat([conv.bias for conv in pointwise]),
+    )
     return torch.ops.ddf_mm.depthwise_pointwise(*tensors)
-
-
-def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
-    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``."""
-    if not _share_one_norm(branches):
-        return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
-    norm, count = _layers(branches[0])[-1], len(branches)
-    stacked = _convolve_together(branches, inputs)
-    if stacked is None:
-        raw = []
-        for branch, value in zip(branches, inputs, strict=True):
-            for layer in _layers(branch)[:-1]:
-                value = layer(value)
-            raw.append(value)
-        stacked = torch.stack(raw, dim=1).flatten(1, 2)
-    std = norm.std
-    if norm.running_std:
-        std = torch.cat([_layers(branch)[-1].std for branch in branches])
-    filters = filter_norm(stacked, count * norm.in_channels, norm.filter_type, std)
-    return filters.unflatten(1, (count, -1))
 
 
 @MODELS.register_module("DDFUp")
@@ -435,8 +414,7 @@ class DDFUpPack(BaseModule):
     def generate_filters(self, x: Tensor, joint_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies, for the arguments of :meth:`forward`.
 
-        The branches share one pooling of x and, where their FilterNorms have no hooks, one
-        normalization.
+        Branches that nobody modified share one pooling of x and one normalization.
 
         Returns:
             The channel filters ``Tensor[B, s*s, C, k, k]`` and the spatial filters
@@ -444,12 +422,10 @@ class DDFUpPack(BaseModule):
         """
         k = self.kernel_size
         guides = self._guides(x, joint_x)
-        # Pooled once for all: the branches' own pooling leaves one pixel as it is.
-        pooled = [F.adaptive_avg_pool2d(x, 1)] * len(self.channel_branch)
-        channel_filter = _stack_filters(self.channel_branch, pooled)
+        channel_filter = _stack_filters(self.channel_branch, [x] * len(self.channel_branch), k)
         return (
             channel_filter.unflatten(2, (self.in_channels, k, k)),
-            _stack_filters(self.spatial_branch, guides),
+            _stack_filters(self.spatial_branch, guides, k),
         )
 
     def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:

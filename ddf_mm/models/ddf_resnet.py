@@ -19,6 +19,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from ddf_mm.layers import DDFPack, switch_to_deploy
+from ddf_mm.layers.unmodified import is_unmodified
 
 PLUGIN_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
@@ -153,7 +154,7 @@ class DDFBottleneck(BaseModule):
     @property
     def relu_follows_pack(self) -> bool:
         """Whether ReLU follows ``conv2`` and its norm: :func:`~ddf_mm.layers.fuse_ddf_bn` asks."""
-        return type(self.relu) is nn.ReLU
+        return is_unmodified(self, DDFBottleneck) and is_unmodified(self.relu, nn.ReLU)
 
     @property
     def _conv2_has_relu(self) -> bool:

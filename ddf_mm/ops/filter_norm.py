@@ -47,7 +47,7 @@ def filter_norm(
 
     Raises:
         TypeError: x is no floating-point tensor, or in_channels no int.
-        ValueError: another filter_type, or a shape that does not fit.
+        ValueError: another filter_type, or a shape or device that does not fit.
 
     Example:
         >>> logits = torch.randn(2, 9, 14, 14)
@@ -77,8 +77,7 @@ def filter_norm(
 
     if filter_type == "channel":
         x = x.reshape(batch, total)
-    dtype = accumulate_dtype(x.dtype)
-    std, mean = _as_parameter("std", std, total, dtype), _as_parameter("mean", mean, total, dtype)
+    std, mean = _as_parameter("std", std, total, x), _as_parameter("mean", mean, total, x)
     # A compiler fuses the formula with its surroundings.
     if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return library.run_filter_norm(x, in_channels, std, mean, eps)
@@ -86,9 +85,9 @@ def filter_norm(
 
 
 def _as_parameter(
-    name: str, value: float | Tensor | None, total: int, dtype: torch.dtype
+    name: str, value: float | Tensor | None, total: int, x: Tensor
 ) -> float | Tensor | None:
-    """A number as it is, a tensor as one value a tap in ``dtype``."""
+    """A number as it is, a tensor as one value a tap in the dtype that x is normalized in."""
     if not isinstance(value, Tensor):
         return value
     if value.dim() and tuple(value.shape) != (total,):
@@ -96,4 +95,7 @@ def _as_parameter(
             f"{name} must be a number or a Tensor[{total}], one value a tap of x's channels, "
             f"got shape {list(value.shape)}"
         )
-    return value.to(dtype).expand(total)
+    # A single value may come from the CPU, as everywhere in PyTorch.
+    if value.device != x.device and (value.dim() or value.device.type != "cpu"):
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    return value.to(x.device, accumulate_dtype(x.dtype)).expand(total)

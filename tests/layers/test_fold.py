@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.cnn import ConvModule, build_conv_layer, fuse_conv_bn
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
-from ddf_mm.layers import DDFConv2d, DDFPack, fuse_ddf_bn, switch_to_deploy
-from ddf_mm.layers.pack import Shift
+from ddf_mm.layers import DDFConv2d, DDFPack, FilterNorm, fuse_ddf_bn, switch_to_deploy
+from ddf_mm.layers.shift import Shift
 from ddf_mm.models import DDFResNet
 
 
@@ -21,7 +22,8 @@ def randomized(model: nn.Module) -> nn.Module:
             for tensor in (module.running_mean, module.bias, module.weight):
                 if tensor is not None:
                     nn.init.normal_(tensor, 0.2, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.running_var is not None:
+                nn.init.uniform_(module.running_var, 0.5, 2)
     return model.eval()
 
 
@@ -139,3 +141,160 @@ def test_a_second_norm_is_refused():
     folded[1] = nn.BatchNorm2d(8).eval()
     with pytest.raises(ValueError, match="the pack has taken in another one"):
         fuse_ddf_bn(folded)
+
+
+def double_output(module: nn.Module) -> None:
+    original = module.forward
+    module.forward = lambda x: 2 * original(x)
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledPack(DDFPack):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledFilters(DDFPack):
+    def generate_filters(self, x):
+        channel, spatial = super().generate_filters(x)
+        return channel.square(), spatial
+
+
+class Doubled(nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda m, args, out: 2 * out)
+
+
+CHANGES = {
+    "pack hook": lambda m: hook(m[0]),
+    "pack forward": lambda m: double_output(m[0]),
+    "pack subclass": lambda m: m.insert(0, m.pop(0) and DoubledPack(8)),
+    "filters subclass": lambda m: m.insert(0, m.pop(0) and DoubledFilters(8)),
+    "norm hook": lambda m: hook(m[1]),
+    "norm forward": lambda m: double_output(m[1]),
+    "norm subclass": lambda m: m.__setitem__(1, DoubledNorm(8)),
+    "norm parametrized": lambda m: parametrize.register_parametrization(m[1], "weight", Doubled()),
+    "output": lambda m: setattr(m[0], "output", nn.Tanh()),
+    "output hook": lambda m: hook(m[0].output),
+    "FilterNorm hook": lambda m: hook(m[0].channel_branch[4]),
+    "FilterNorm forward": lambda m: double_output(m[0].channel_branch[4]),
+    "FilterNorm parametrized": lambda m: parametrize.register_parametrization(
+        m[0].channel_branch[4], "std", Doubled()
+    ),
+    "FilterNorm with a mean": lambda m: m[0].channel_branch.__setitem__(
+        4, FilterNorm(8, 3, "channel", running_std=True, running_mean=True)
+    ),
+    "FilterNorm of fixed scale": lambda m: m[0].channel_branch.__setitem__(
+        4, FilterNorm(8, 3, "channel")
+    ),
+    "layer behind FilterNorm": lambda m: m[0].channel_branch.append(nn.Tanh()),
+    "branch hook": lambda m: hook(m[0].channel_branch),
+    "branch forward": lambda m: double_output(m[0].channel_branch),
+    "other convolution": lambda m: m[0].channel_branch.__setitem__(1, nn.Conv2d(8, 1, 1)),
+    "convolution hook": lambda m: hook(m[0].spatial_branch[0]),
+    "used twice": lambda m: m.extend([m[0], m[1]]),
+    "pack used without norm": lambda m: m.append(m[0]),
+    "shared norm": lambda m: m.extend([DDFPack(8), m[1]]),
+    "shared scale": lambda m: share_scale(m),
+    "block of packs": lambda m: m.append(nn.Sequential(DDFPack(8), nn.BatchNorm2d(8))),
+}
+
+
+def share_scale(model: nn.Sequential) -> None:
+    second = DDFPack(8)
+    second.channel_branch[4].std = model[0].channel_branch[4].std
+    model.extend([second, nn.BatchNorm2d(8)])
+
+
+FOLDED = {
+    "FilterNorm with a mean",
+    "other convolution",
+    "convolution hook",
+    "shared scale",
+    "block of packs",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_folded_right_or_refused(name):
+    model = nn.Sequential(DDFPack(8), nn.BatchNorm2d(8))
+    CHANGES[name](model)
+    model = randomized(model)
+    x = torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        want = model(x)
+    before = norms(model)
+    if name in FOLDED:
+        fuse_ddf_bn(model)
+        assert norms(model) == 0
+    else:
+        with pytest.raises(ValueError, match="DDFPack cannot take in the batch norm behind it"):
+            fuse_ddf_bn(model)
+        assert norms(model) == before
+    with torch.no_grad():
+        got = model(x)
+    assert ((got - want).abs() <= 1e-5 * want.abs().max()).all()
+
+
+class HalvedConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        (lambda m: None, 0),
+        (lambda m: m.__setitem__(1, nn.BatchNorm2d(8, affine=False)), 0),
+        (lambda m: m.__setitem__(1, nn.BatchNorm2d(8, track_running_stats=False)), 1),
+        (lambda m: m.__setitem__(1, DoubledNorm(8)), 1),
+        (lambda m: hook(m[0]), 1),
+        (lambda m: double_output(m[1]), 1),
+        (lambda m: m.__setitem__(0, HalvedConv(8, 8, 3)), 1),
+        (lambda m: m.__setitem__(0, build_conv_layer(dict(type="ConvWS"), 8, 8, 3)), 1),
+        (lambda m: m.__setitem__(0, build_conv_layer(dict(type="Conv"), 8, 8, 3)), 0),
+        (lambda m: parametrizations.weight_norm(m[0]), 1),
+        (lambda m: m.insert(1, nn.ReLU()), 1),
+        (lambda m: m.extend([m[0], m[1]]), 2),
+    ],
+)
+def test_convolutions_are_folded_right_or_left(change, left):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8))
+    change(model)
+    model = randomized(model)
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        want = model(x)
+        got = switch_to_deploy(model)(x)
+    assert ((got - want).abs() <= 1e-5 * want.abs().max()).all()
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model) == left
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "subclass"])
+def test_a_relu_that_does_more_is_left_to_the_block(how):
+    model = randomized(DDFResNet(depth=26, base_channels=16))
+    block, seen = model.layer2[0], []
+    if how == "hook":
+        block.relu.register_forward_hook(lambda m, args, out: seen.append(1) or 2 * out)
+    elif how == "forward":
+        double_output(block.relu)
+    else:
+
+        class Squeezed(type(block)):
+            def _residual_sum(self, x):
+                out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+                out = self.norm3(self.conv3(self.relu(out * 0.5 - 0.1)))
+                return out + self.downsample(x)
+
+        block.__class__ = Squeezed
+    folded = copy.deepcopy(model)
+    folded.switch_to_deploy()
+    check_same(folded, model, torch.randn(1, 3, 33, 40))

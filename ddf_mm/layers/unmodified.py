@@ -1,0 +1,168 @@
+"""Whether modules do just what their classes and attributes say.
+
+A fused path may stand for modules only where nothing that was done to them would be lost: a
+replaced module or method, a hook, a parametrization, offloaded or converted parameters, a tracer.
+Every fused path of the layers asks here; where the answer is no, it runs the modules themselves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from ddf_mm.layers.filter_norm import FilterNorm
+from ddf_mm.layers.shift import Shift
+
+
+def _methods() -> tuple[object, ...]:
+    """The methods that run in a call of the modules below."""
+    module, conv = nn.Module, nn.Conv2d
+    return (
+        module.__call__,
+        module._call_impl,
+        conv.forward,
+        conv._conv_forward,
+        nn.Sequential.forward,
+        nn.Sequential.__iter__,
+        nn.AdaptiveAvgPool2d.forward,
+        nn.ReLU.forward,
+        nn.Identity.forward,
+        nn.modules.batchnorm._BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+        FilterNorm.forward,
+        Shift.forward,
+    )
+
+
+_METHODS = _methods()
+# Attributes of an instance that take the place of these methods.
+_OVERRIDES = frozenset({"forward", "_conv_forward", "_call_impl", "_compiled_call_impl"})
+_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_observed() -> bool:
+    """Whether something sees or changes the calls of all modules or operators: global hooks,
+    patched classes, a tracer or compiler, a mode other than the one of ``torch.device``."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _has_any_global_hook()
+        or torch._C._len_torch_dispatch_stack()
+        or any(
+            type(torch._C._get_function_stack_at(i)) is not DeviceContext
+            for i in range(torch._C._len_torch_function_stack())
+        )
+        or _methods() != _METHODS
+    )
+
+
+def is_unmodified(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` is ``kind.forward`` and nothing else."""
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or not _OVERRIDES.isdisjoint(own)
+    )
+
+
+def layers_of(branch: nn.Module) -> list[nn.Module]:
+    """The layers of nested, unmodified ``nn.Sequential``, in order."""
+    if not is_unmodified(branch, nn.Sequential):
+        return [branch]
+    layers: list[nn.Module] = []
+    for layer in branch._modules.values():
+        if type(layer) is nn.Sequential:
+            layers += layers_of(layer)
+        else:
+            layers.append(layer)
+    return layers
+
+
+class Placement(NamedTuple):
+    """Where and in which dtypes a layer's parameters can be for some features."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Placement:
+        """The features' device and dtype, or the dtypes that autocast makes one."""
+        device, dtype = x.device, x.dtype
+        if torch.is_autocast_enabled(device.type) and dtype in _AUTOCAST_DTYPES:
+            return cls(device, _AUTOCAST_DTYPES)
+        return cls(device, (dtype,))
+
+    def has(self, tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+        """Whether ``tensor`` is an ordinary one of this shape there."""
+        return (
+            type(tensor) in (nn.Parameter, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype in self.dtypes
+            and tensor.device == self.device
+            and tensor.layout is torch.strided
+        )
+
+
+def is_conv(
+    module: nn.Module,
+    placement: Placement,
+    weight_shape: tuple[int, ...],
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> bool:
+    """Whether ``module`` is an unmodified ``Conv2d`` with a bias and without dilation of this
+    geometry."""
+    if not is_unmodified(module, nn.Conv2d):
+        return False
+    own = module.__dict__
+    parameters = own["_parameters"]
+    return (
+        placement.has(parameters.get("weight"), weight_shape)
+        and placement.has(parameters.get("bias"), weight_shape[:1])
+        and own["stride"] == (stride, stride)
+        and own["padding"] == (padding, padding)
+        and own["dilation"] == (1, 1)
+        and own["groups"] == groups
+        and own["padding_mode"] == "zeros"
+    )
+
+
+def is_global_pooling(module: nn.Module) -> bool:
+    """Whether ``module`` is an unmodified average pooling of all pixels."""
+    return is_unmodified(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+def is_filter_norm(
+    module: nn.Module, placement: Placement, filters: int, filter_type: str, taps: int
+) -> bool:
+    """Whether ``module`` is an unmodified FilterNorm of this geometry without a learned mean,
+    whose scale is learned for channel filters and a number for spatial ones."""
+    if not is_unmodified(module, FilterNorm):
+        return False
+    own = module.__dict__
+    if (
+        own["in_channels"] != filters
+        or own["filter_type"] != filter_type
+        or own.get("mean", module) is not None
+    ):
+        return False
+    if filter_type == "spatial":
+        return type(own.get("std")) in (float, int)
+    std = own["_parameters"].get("std")
+    # FilterNorm itself takes it to the dtype it computes in.
+    return (
+        type(std) in (nn.Parameter, Tensor)
+        and std.shape == (filters * taps,)
+        and std.dtype.is_floating_point
+        and std.device == placement.device
+    )
