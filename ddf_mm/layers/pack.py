@@ -223,8 +223,9 @@ def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor], kernel_size: i
 
     Unmodified branches pool the input that they share once and normalize in one call.
     """
-    layers = [layers_of(branch) for branch in branches]
-    if not _share_one_norm(layers, inputs[0], kernel_size**2):
+    # The compiler cannot read through layers_of.
+    layers = [] if is_observed() else [layers_of(branch) for branch in branches]
+    if not layers or not _share_one_norm(layers, inputs[0], kernel_size**2):
         return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
     *_, norm = layers[0]
     count = len(branches)
@@ -252,7 +253,7 @@ def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor], kernel_size: i
 
 def _share_one_norm(layers: list[list[nn.Module]], x: Tensor, taps: int) -> bool:
     """Whether one call can take the place of the FilterNorms that end all these branches."""
-    if is_observed() or type(x) not in (Tensor, nn.Parameter) or min(map(len, layers)) < 2:
+    if type(x) not in (Tensor, nn.Parameter) or min(map(len, layers)) < 2:
         return False
     at, first = Placement.of(x), layers[0][-1]
     return type(first) is FilterNorm and all(

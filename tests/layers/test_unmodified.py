@@ -27,6 +27,15 @@ from ddf_mm.ops import ddf, ddf_up, filter_norm
 CHANNELS = 8
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thousands of tiny calls, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_layer(kind: str) -> nn.Module:
     return {
         "pack": lambda: DDFPack(CHANNELS, head=2),
