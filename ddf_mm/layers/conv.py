@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from ddf_mm.layers.pack import DDFPack
 from ddf_mm.ops.checks import check_int
@@ -80,19 +79,23 @@ class DDFConv2d(DDFPack):
         super().__init__(
             in_channels, k, s, d, head, se_ratio, nonlinearity, kernel_combine, init_cfg
         )
-        if out_channels != in_channels:
+        in_channels = self.in_channels
+        if check_int("out_channels", out_channels, 1) != in_channels:
             raise ValueError(
                 "out_channels must equal in_channels, since DDF filters each channel by itself; "
                 f"got in_channels {in_channels}, out_channels {out_channels}"
             )
         same = d * (k // 2)
-        allowed = (None, same, (same, same)) + (("same",) if s == 1 else ())
-        if (tuple(padding) if isinstance(padding, list) else padding) not in allowed:
+        if isinstance(padding, str):
+            keeps_size = padding == "same" and s == 1
+        else:
+            keeps_size = padding is None or _pair("padding", padding, 0) == [same, same]
+        if not keeps_size:
             raise ValueError(
                 f"padding must be {same}, that is dilation * (kernel_size - 1) / 2 (or 'same' "
                 f"with stride 1), since DDF keeps the size up to its stride; got {padding!r}"
             )
-        check_int("groups", groups, 1)
+        groups = check_int("groups", groups, 1)
         if in_channels % groups:
             raise ValueError(
                 f"groups must divide in_channels, got groups {groups}, in_channels {in_channels}"
@@ -101,7 +104,7 @@ class DDFConv2d(DDFPack):
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
 
         # The attributes of Conv2d that ConvModule and other code read off a conv layer.
-        self.out_channels = out_channels
+        self.out_channels = in_channels
         self.kernel_size = (k, k)
         self.stride = (s, s)
         self.padding = (same, same)
@@ -109,7 +112,7 @@ class DDFConv2d(DDFPack):
         self.output_padding = (0, 0)
         self.groups = groups
         self.padding_mode = padding_mode
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(in_channels)) if bias else None
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
@@ -128,9 +131,14 @@ class DDFConv2d(DDFPack):
         return f"{super().extra_repr()}, groups={self.groups}, bias={self.bias is not None}"
 
 
+def _pair(name: str, value: int | tuple[int, int], minimum: int) -> list[int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return [check_int(name, size, minimum) for size in pair]
+
+
 def _square(name: str, value: int | tuple[int, int]) -> int:
     """An int, or the int of a pair of equal ints."""
-    pair = _pair(value)
+    pair = _pair(name, value, 1)
     if len(pair) != 2 or pair[0] != pair[1]:
         raise ValueError(f"{name} must be an int or a pair of equal ints, got {value!r}")
     return pair[0]

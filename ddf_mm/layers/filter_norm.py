@@ -39,16 +39,23 @@ class FilterNorm(nn.Module):
         running_mean: bool = False,
     ) -> None:
         super().__init__()
-        check_int("in_channels", in_channels, 1)
-        check_kernel_size(kernel_size, minimum=3)
+        in_channels = check_int("in_channels", in_channels, 1)
+        kernel_size = check_kernel_size(kernel_size, minimum=3)
         if filter_type not in FILTER_TYPES:
             raise ValueError(f"filter_type must be 'spatial' or 'channel', got {filter_type!r}")
+        try:
+            gain = calculate_gain(nonlinearity)
+        except ValueError as error:
+            raise ValueError(
+                "nonlinearity must be a name that torch.nn.init.calculate_gain takes, as 'relu' "
+                f"or 'linear', got {nonlinearity!r}"
+            ) from error
         self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.filter_type = filter_type
         self.running_std = running_std
         self.running_mean = running_mean
-        self.scale = calculate_gain(nonlinearity) / kernel_size
+        self.scale = gain / kernel_size
         taps = in_channels * kernel_size**2
         if running_std:
             self.std = nn.Parameter(torch.empty(taps))

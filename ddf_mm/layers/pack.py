@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -20,7 +22,14 @@ from ddf_mm.layers.unmodified import (
     layers_of,
 )
 from ddf_mm.ops import ddf, ddf_up, filter_norm, library
-from ddf_mm.ops.checks import COMBINES, check_combine, check_int, check_kernel_size
+from ddf_mm.ops.checks import (
+    COMBINES,
+    check_combine,
+    check_int,
+    check_kernel_size,
+    check_number,
+    check_tensor,
+)
 
 # torch.fx records the operations as one call each instead of tracing through its argument checks
 # (mmengine's `efficient_conv_bn_eval` traces models).
@@ -37,18 +46,51 @@ def _reset_branches(pack: nn.Module) -> None:
 
 def _check_pack_arguments(
     in_channels: int, kernel_size: int, dilation: int, head: int, se_ratio: float, combine: str
-) -> None:
-    check_int("in_channels", in_channels, 1)
-    check_kernel_size(kernel_size, minimum=3)
-    check_int("dilation", dilation, 1)
-    check_int("head", head, 1)
+) -> tuple[int, int, int, int]:
+    """Checks what both packs take; returns the first four arguments as ints."""
+    in_channels = check_int("in_channels", in_channels, 1)
+    kernel_size = check_kernel_size(kernel_size, minimum=3)
+    dilation = check_int("dilation", dilation, 1)
+    head = check_int("head", head, 1)
     if in_channels % head:
         raise ValueError(
             f"head must divide in_channels, got head {head}, in_channels {in_channels}"
         )
+    check_number("se_ratio", se_ratio)
     if not se_ratio > 0:
         raise ValueError(f"se_ratio must be positive, got {se_ratio}")
+    if math.isinf(se_ratio):
+        raise ValueError(f"se_ratio must be finite, got {se_ratio}")
     check_combine(combine)
+    return in_channels, kernel_size, dilation, head
+
+
+def _is_unbatched(x: Tensor, in_channels: int) -> bool:
+    """Whether the features are one image, ``Tensor[C, H, W]``, and no ``Tensor[B, C, H, W]``.
+
+    Raises:
+        TypeError, ValueError: they are neither, whatever the branches would take.
+    """
+    if isinstance(x, torch.fx.Proxy):  # a graph is traced for batches, its sizes are not known
+        return False
+    check_tensor("x", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"x must be a Tensor[B, C, H, W] or Tensor[C, H, W] with C = {in_channels}, got shape "
+            f"{list(x.shape)}"
+        )
+    # torch.jit.trace warns where a size is compared.
+    if not torch.jit.is_tracing() and (x.shape[-3] != in_channels or 0 in x.shape[-2:]):
+        raise ValueError(
+            f"x must have in_channels = {in_channels} channels and at least one row and column, "
+            f"got shape {list(x.shape)}"
+        )
+    return x.dim() == 3
+
+
+def _check_batch(x: Tensor, in_channels: int) -> None:
+    if _is_unbatched(x, in_channels):
+        raise ValueError(f"x must be a batch here, a Tensor[B, C, H, W], got shape {list(x.shape)}")
 
 
 def _spatial_branch(
@@ -116,8 +158,10 @@ class DDFPack(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        _check_pack_arguments(in_channels, kernel_size, dilation, head, se_ratio, kernel_combine)
-        check_int("stride", stride, 1)
+        in_channels, kernel_size, dilation, head = _check_pack_arguments(
+            in_channels, kernel_size, dilation, head, se_ratio, kernel_combine
+        )
+        stride = check_int("stride", stride, 1)
         self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.stride = stride
@@ -143,7 +187,15 @@ class DDFPack(BaseModule):
         super().init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``."""
+        """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``.
+
+        A single image, ``Tensor[C, H, W]``, is taken too, as by a convolution.
+
+        Raises:
+            TypeError, ValueError: x is no such floating-point tensor.
+        """
+        if _is_unbatched(x, self.in_channels):
+            return DDFPack.forward(self, x[None])[0]
         fused = self._fused_arguments(x)
         if fused is None:
             return self.output(ddf(x, *self.generate_filters(x), *self._filter_arguments))
@@ -204,6 +256,7 @@ class DDFPack(BaseModule):
             ``Tensor[B, head*k*k, ceil(H/stride), ceil(W/stride)]``, as :func:`~ddf_mm.ops.ddf`
             takes them.
         """
+        _check_batch(x, self.in_channels)
         k, *_ = self._filter_arguments
         channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
         return channel_filter, self.spatial_branch(x)
@@ -351,9 +404,12 @@ class DDFUpPack(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        _check_pack_arguments(in_channels, kernel_size, dilation, head, se_ratio, kernel_combine)
-        check_int("scale_factor", scale_factor, 1)
-        check_kernel_size(dw_kernel_size, "dw_kernel_size")
+        in_channels, kernel_size, dilation, head = _check_pack_arguments(
+            in_channels, kernel_size, dilation, head, se_ratio, kernel_combine
+        )
+        scale_factor = check_int("scale_factor", scale_factor, 1)
+        dw_kernel_size = check_kernel_size(dw_kernel_size, "dw_kernel_size")
+        joint_channels = check_int("joint_channels", joint_channels)
         self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.scale_factor = scale_factor
@@ -392,7 +448,8 @@ class DDFUpPack(BaseModule):
         """Upsamples the features.
 
         Args:
-            x: ``Tensor[B, C, H, W]``.
+            x: ``Tensor[B, C, H, W]``; or a single image, ``Tensor[C, H, W]``, and a guidance of
+                one.
             joint_x: guidance, ``Tensor[B, joint_channels, H, W]``, read alike by every branch;
                 or ``Tensor[B, joint_channels, s*H, s*W]``, of which the branch of subpixel
                 (p, q) reads the pixels (s*i + p, s*j + q), those it writes. ``None`` means x.
@@ -401,8 +458,18 @@ class DDFUpPack(BaseModule):
             ``Tensor[B, C, s*H, s*W]``.
 
         Raises:
-            ValueError: a guidance of another shape.
+            TypeError, ValueError: features or a guidance of another type or shape.
         """
+        if _is_unbatched(x, self.in_channels):
+            if joint_x is not None:
+                check_tensor("joint_x", joint_x)
+                if joint_x.dim() != 3:
+                    raise ValueError(
+                        "joint_x must be one image, as x is, a Tensor[joint_channels, H, W], got "
+                        f"shape {list(joint_x.shape)}"
+                    )
+                joint_x = joint_x[None]
+            return DDFUpPack.forward(self, x[None], joint_x)[0]
         return ddf_up(
             x,
             *self.generate_filters(x, joint_x),
@@ -421,6 +488,7 @@ class DDFUpPack(BaseModule):
             The channel filters ``Tensor[B, s*s, C, k, k]`` and the spatial filters
             ``Tensor[B, s*s, head*k*k, H, W]``, as :func:`~ddf_mm.ops.ddf_up` takes them.
         """
+        _check_batch(x, self.in_channels)
         k = self.kernel_size
         guides = self._guides(x, joint_x)
         channel_filter = _stack_filters(self.channel_branch, [x] * len(self.channel_branch), k)
@@ -433,12 +501,19 @@ class DDFUpPack(BaseModule):
         """What each spatial branch reads, in the order of the branches."""
         s = self.scale_factor
         if joint_x is None:
+            if self.joint_channels != self.in_channels:
+                raise ValueError(
+                    f"joint_x must be given, a guidance of {self.joint_channels} channels, since "
+                    f"joint_channels is {self.joint_channels} and in_channels {self.in_channels}"
+                )
             joint_x = x
             is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
             if is_eager and x.device.type == "cpu" and not torch.is_grad_enabled():
                 # oneDNN takes half as long for depthwise convolutions of this layout, and all
                 # branches share the copy.
                 joint_x = x.contiguous(memory_format=torch.channels_last)
+        elif not isinstance(joint_x, torch.fx.Proxy):
+            check_tensor("joint_x", joint_x)
         batch, _, height, width = x.shape
         own = (batch, self.joint_channels, height, width)
         upsampled = (batch, self.joint_channels, s * height, s * width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -9,19 +11,29 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINES = ("mul", "add")
 
 
-def check_int(name: str, value: int, minimum: int) -> None:
-    """Raises unless ``value`` is an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_int(name: str, value: int, minimum: int | None = None) -> int:
+    """``value`` as an int; raises unless it is an integer (numpy's serve) of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < minimum:
+    if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63, got {value}")
+    return value if isinstance(value, int) else int(value)
 
 
-def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int = 1) -> None:
-    """Raises unless ``kernel_size`` is an odd integer of at least ``minimum``."""
-    check_int(name, kernel_size, minimum)
+def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int = 1) -> int:
+    """``kernel_size`` as an int; raises unless it is an odd integer of at least ``minimum``."""
+    kernel_size = check_int(name, kernel_size, minimum)
     if kernel_size % 2 == 0:
         raise ValueError(f"{name} must be odd, so that a window has a centre; got {kernel_size}")
+    return kernel_size
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def check_combine(kernel_combine: str) -> None:
@@ -31,18 +43,21 @@ def check_combine(kernel_combine: str) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Raises unless ``tensor`` is a floating-point tensor, of ``like``'s dtype and device."""
+    """Raises unless ``tensor`` is a dense floating-point one, of ``like``'s dtype and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {kind}")
     if like is None:
         return
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{name} must have the dtype of features, {like.dtype}, got {tensor.dtype} "
-            "(under torch.autocast the operation casts all of them itself)"
+            "(torch.autocast casts the tensors of a call where none of them is float64)"
         )
     if tensor.device != like.device:
         raise ValueError(
@@ -50,17 +65,17 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def check_features(features: Tensor) -> None:
+def check_features(features: Tensor, name: str = "features") -> None:
     """Raises unless ``features`` is a floating-point ``Tensor[B, C, H, W]``, C, H, W > 0."""
-    check_tensor("features", features)
+    check_tensor(name, features)
     if features.dim() != 4:
         raise ValueError(
-            f"features must be a Tensor[B, C, H, W], got {features.dim()} dimensions, "
+            f"{name} must be a Tensor[B, C, H, W], got {features.dim()} dimensions, "
             f"shape {list(features.shape)}"
         )
     if 0 in features.shape[1:]:
         raise ValueError(
-            "features must have at least one channel, row and column (only the batch may be "
+            f"{name} must have at least one channel, row and column (only the batch may be "
             f"empty), got shape {list(features.shape)}"
         )
 
@@ -105,32 +120,13 @@ def check_ddf_arguments(
     check_int("stride", stride, 1)
     check_combine(kernel_combine)
     check_features(features)
-    batch, channels, height, width = features.shape
-    if channel_filter is None and spatial_filter is None:
-        raise ValueError(
-            "channel_filter and spatial_filter are both None; at least one must be given"
-        )
-    if channel_filter is not None:
-        check_tensor("channel_filter", channel_filter, like=features)
-        expected = (batch, channels, kernel_size, kernel_size)
-        if tuple(channel_filter.shape) != expected:
-            raise ValueError(
-                f"channel_filter must be a Tensor[B, C, k, k] = {list(expected)} to match "
-                f"features {list(features.shape)} and kernel_size {kernel_size}, "
-                f"got {list(channel_filter.shape)}"
-            )
+    height, width = features.shape[2:]
     # Written as a convolution's output size is, so that symbolic sizes compare without a guard.
     ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
+    groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
-        return ceil_h, ceil_w, 1
+        return ceil_h, ceil_w, groups
 
-    check_tensor("spatial_filter", spatial_filter, like=features)
-    if spatial_filter.dim() != 4 or spatial_filter.shape[0] != batch:
-        raise ValueError(
-            f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] with B = {batch}, the batch "
-            f"of features, got shape {list(spatial_filter.shape)}"
-        )
-    groups = check_groups(spatial_filter.shape[1], kernel_size, channels, "spatial_filter")
     out_h, out_w = spatial_filter.shape[2:]
     # The floor is what the official op takes; it drops the last window of an odd size.
     if out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride):
@@ -161,19 +157,58 @@ def check_ddf_up_arguments(
     """
     check_kernel_size(kernel_size)
     check_int("scale_factor", scale_factor, 1)
+    check_int("dilation", dilation, 1)
+    check_combine(kernel_combine)
     check_features(features)
-    subpixels = scale_factor * scale_factor
-    filters = {"channel_filter": channel_filter, "spatial_filter": spatial_filter}
-    for name, given in filters.items():
-        if given is None:
-            continue
-        check_tensor(name, given)
-        if given.dim() != 5 or given.shape[1] != subpixels:
-            shape = "B, s*s, C, k, k" if name == "channel_filter" else "B, s*s, g*k*k, H, W"
+    _check_filters(features, channel_filter, spatial_filter, kernel_size, scale_factor)
+    if spatial_filter is not None and spatial_filter.shape[3:] != features.shape[2:]:
+        raise ValueError(
+            f"spatial_filter must have the {features.shape[2]}x{features.shape[3]} pixels of "
+            f"features, got {spatial_filter.shape[3]}x{spatial_filter.shape[4]}"
+        )
+
+
+def _check_filters(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    scale_factor: int | None = None,
+) -> int:
+    """Checks all of the filters but the size of the spatial one; returns the filter groups."""
+    batch, channels = features.shape[:2]
+    if channel_filter is None and spatial_filter is None:
+        raise ValueError(
+            "channel_filter and spatial_filter are both None; at least one must be given"
+        )
+    # Upsampling has its subpixels behind the batch.
+    subpixels = () if scale_factor is None else (scale_factor**2,)
+    axis = "s*s, " if subpixels else ""
+    if channel_filter is not None:
+        check_tensor("channel_filter", channel_filter, like=features)
+        expected = (batch, *subpixels, channels, kernel_size, kernel_size)
+        if tuple(channel_filter.shape) != expected:
             raise ValueError(
-                f"{name} must be a Tensor[{shape}] with s*s = {subpixels} for scale_factor "
-                f"{scale_factor}, got shape {list(given.shape)}"
+                f"channel_filter must be a Tensor[B, {axis}C, k, k] = {list(expected)} to match "
+                f"features {list(features.shape)}{_scaled(scale_factor)} and kernel_size "
+                f"{kernel_size}, got "
+                f"{list(channel_filter.shape)}"
             )
-    # The subpixels' filters have one shape.
-    first = (None if given is None else given[:, 0] for given in filters.values())
-    check_ddf_arguments(features, *first, kernel_size, dilation, 1, kernel_combine)
+    if spatial_filter is None:
+        return 1
+    check_tensor("spatial_filter", spatial_filter, like=features)
+    leading = (batch, *subpixels)
+    at = len(leading)
+    if spatial_filter.dim() != at + 3 or tuple(spatial_filter.shape[:at]) != leading:
+        size = "H, W" if subpixels else "Ho, Wo"
+        raise ValueError(
+            f"spatial_filter must be a Tensor[B, {axis}groups*k*k, {size}] with B = {batch}, the "
+            f"batch of features{_scaled(scale_factor)}, got shape {list(spatial_filter.shape)}"
+        )
+    return check_groups(spatial_filter.shape[at], kernel_size, channels, "spatial_filter")
+
+
+def _scaled(scale_factor: int | None) -> str:
+    return (
+        "" if scale_factor is None else f", s*s = {scale_factor**2} for scale_factor {scale_factor}"
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_int, check_tensor
+from ddf_mm.ops.checks import check_int, check_number, check_tensor
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
 
 FILTER_TYPES = ("spatial", "channel")
@@ -46,8 +46,8 @@ def filter_norm(
         ``Tensor[B, in_channels*k*k]`` for ``'channel'``.
 
     Raises:
-        TypeError: x is no floating-point tensor, or in_channels no int.
-        ValueError: another filter_type, or a shape or device that does not fit.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong value, shape or device.
 
     Example:
         >>> logits = torch.randn(2, 9, 14, 14)
@@ -55,7 +55,8 @@ def filter_norm(
         tensor(True)
     """
     check_tensor("x", x)
-    check_int("in_channels", in_channels, 1)
+    in_channels = check_int("in_channels", in_channels, 1)
+    check_number("eps", eps)
     if filter_type not in FILTER_TYPES:
         raise ValueError(f"filter_type must be 'spatial' or 'channel', got {filter_type!r}")
     if filter_type == "spatial" and x.dim() != 4:
@@ -77,19 +78,21 @@ def filter_norm(
 
     if filter_type == "channel":
         x = x.reshape(batch, total)
-    std, mean = _as_parameter("std", std, total, x), _as_parameter("mean", mean, total, x)
+    std = _as_parameter("std", std, x)
+    mean = None if mean is None else _as_parameter("mean", mean, x)
     # A compiler fuses the formula with its surroundings.
     if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return library.run_filter_norm(x, in_channels, std, mean, eps)
     return filter_norm_reference(x, in_channels, std, mean, eps)
 
 
-def _as_parameter(
-    name: str, value: float | Tensor | None, total: int, x: Tensor
-) -> float | Tensor | None:
+def _as_parameter(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number as it is, a tensor as one value a tap in the dtype that x is normalized in."""
     if not isinstance(value, Tensor):
+        check_number(name, value)
         return value
+    check_tensor(name, value)
+    total = x.shape[1]
     if value.dim() and tuple(value.shape) != (total,):
         raise ValueError(
             f"{name} must be a number or a Tensor[{total}], one value a tap of x's channels, "

@@ -118,19 +118,22 @@ def warn_about_reference(device_type: str) -> None:
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on."""
+    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on.
+
+    It casts no float64, as for every operation; a call that mixes them is left as it is, so that
+    the check that refuses it names the dtypes that were given.
+    """
     if not isinstance(tensors[0], Tensor):
         return tensors
     device_type = tensors[0].device.type
     # The meta device has no autocast, and PyTorch raises when asked.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
+    if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors):
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
     )
 
 

@@ -317,7 +317,7 @@ def test_own_init_cfg_has_the_last_word():
         (dict(head=3), ValueError, "head must divide in_channels, got head 3, in_channels 8"),
         (dict(se_ratio=0), ValueError, "se_ratio must be positive, got 0"),
         (dict(kernel_combine="div"), ValueError, "kernel_combine must be 'mul' or 'add'"),
-        (dict(nonlinearity="none"), ValueError, "nonlinearity none"),
+        (dict(nonlinearity="none"), ValueError, "nonlinearity must be .*got 'none'"),
     ],
 )
 def test_bad_arguments_are_named(make, arguments, exception, message):
