@@ -7,7 +7,12 @@ where a lookup that fails in a child registry ends; so plain ``type='DDFResNet'`
 mmpretrain, mmdet and mmseg scopes as soon as ``ddf_mm.models`` is imported.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from mmengine import registry as root
+from mmengine.model import PretrainedInit
 from mmengine.registry import Registry
 
 _SCOPE = "ddf_mm"
@@ -50,3 +55,38 @@ VISBACKENDS = _child(root.VISBACKENDS)
 LOG_PROCESSORS = _child(root.LOG_PROCESSORS)
 INFERENCERS = _child(root.INFERENCERS)
 FUNCTIONS = _child(root.FUNCTIONS)
+
+
+def resolve(cfg: dict, registry: Registry) -> Any:
+    """What ``cfg['type']`` names: a class and each of its names give that class.
+
+    Args:
+        cfg: a config with a ``type``: a class or function; its plain name, a name with a scope
+            (``'mmengine.Pretrained'``) or with a module (``'mmengine.model.PretrainedInit'``, as
+            dumped configs have it).
+        registry: the root registry to look in, one of ``mmengine.registry``.
+
+    Returns:
+        The class or function, or ``None`` if there is none of this name.
+    """
+    kind = cfg.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(cfg.get("_scope_")) as current:
+        try:
+            return current.get(kind)
+        except Exception:  # mmengine tells by its own error when it builds the config
+            return None
+
+
+def name_pretrained(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
+    """``init_cfg`` with each ``PretrainedInit`` named ``'Pretrained'``, however it was written.
+
+    By this name mmengine's ``BaseModule`` knows what it has to load last, after the other
+    initializations of the module and its children.
+    """
+    if isinstance(init_cfg, (list, tuple)):
+        return [name_pretrained(cfg) for cfg in init_cfg]
+    if isinstance(init_cfg, dict) and resolve(init_cfg, root.WEIGHT_INITIALIZERS) is PretrainedInit:
+        return {**init_cfg, "type": "Pretrained"}
+    return init_cfg

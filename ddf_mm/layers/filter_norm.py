@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mmengine.utils.dl_utils.parrots_wrapper import _InstanceNorm
 from torch import Tensor, nn
 from torch.nn.init import calculate_gain
 
@@ -12,11 +13,15 @@ from ddf_mm.ops.filter_norm import FILTER_TYPES, filter_norm
 torch.fx.wrap("filter_norm")
 
 
-class FilterNorm(nn.Module):
+class FilterNorm(_InstanceNorm):
     """Filter normalization with the scale that keeps the variance of the features.
 
     See :func:`ddf_mm.ops.filter_norm` for the formula and the shapes. Arguments and parameter
     names are those of the official layer (theFoxofSky/ddfnet, ddf/ddf.py).
+
+    It is an instance norm over the taps of each filter, and a subclass of PyTorch's, by which the
+    optimizer constructors of mmengine and the toolboxes know norms: ``norm_decay_mult`` holds for
+    its parameters. It keeps no statistics.
 
     Args:
         in_channels: number of filters in the input's channels.
@@ -29,6 +34,8 @@ class FilterNorm(nn.Module):
         running_mean: learn a shift, one value a tap (parameter ``mean``).
     """
 
+    track_running_stats = False  # asked when a state dict is loaded
+
     def __init__(
         self,
         in_channels: int,
@@ -38,7 +45,8 @@ class FilterNorm(nn.Module):
         running_std: bool = False,
         running_mean: bool = False,
     ) -> None:
-        super().__init__()
+        # Not _InstanceNorm's: its weight, bias and running_mean are other things than these.
+        nn.Module.__init__(self)
         in_channels = check_int("in_channels", in_channels, 1)
         kernel_size = check_kernel_size(kernel_size, minimum=3)
         if filter_type not in FILTER_TYPES:

@@ -30,6 +30,7 @@ from ddf_mm.ops.checks import (
     check_number,
     check_tensor,
 )
+from ddf_mm.registry import name_pretrained
 
 # torch.fx records the operations as one call each instead of tracing through its argument checks
 # (mmengine's `efficient_conv_bn_eval` traces models).
@@ -180,10 +181,12 @@ class DDFPack(BaseModule):
         the ``Kaiming`` initialization of an enclosing mmengine module would make them zero. An
         ``init_cfg`` of this layer itself has the last word.
         """
-        _reset_branches(self)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if not self.is_init:
+            _reset_branches(self)
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -441,7 +444,9 @@ class DDFUpPack(BaseModule):
 
         An ``init_cfg`` of this layer itself has the last word.
         """
-        _reset_branches(self)
+        if not self.is_init:
+            _reset_branches(self)
+        self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
 
     def forward(self, x: Tensor, joint_x: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddf_mm.layers import DDFPack, switch_to_deploy
 from ddf_mm.layers.unmodified import is_unmodified
+from ddf_mm.registry import name_pretrained
 
 PLUGIN_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
@@ -46,6 +47,7 @@ class DDFBottleneck(BaseModule):
         ddf_cfg: arguments of DDFPack, or ``None`` for an ordinary convolution.
         dcn: config of another conv layer for ``conv2`` (where ``ddf_cfg`` is None).
         plugins: configs ``dict(cfg=…, position='after_conv1' | 'after_conv2' | 'after_conv3')``.
+        zero_init_residual: start the last norm at zero.
         init_cfg: mmengine's initialization config.
     """
 
@@ -68,6 +70,7 @@ class DDFBottleneck(BaseModule):
         ddf_cfg: dict | None = dict(),  # noqa: B006
         dcn: dict | None = None,
         plugins: Sequence[dict] | None = None,
+        zero_init_residual: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -83,6 +86,7 @@ class DDFBottleneck(BaseModule):
         self.dilation = dilation
         self.style = style
         self.with_cp = with_cp
+        self.zero_init_residual = zero_init_residual
         self.conv1_stride, self.conv2_stride = (1, stride) if style == "pytorch" else (stride, 1)
 
         self.norm1_name, norm1 = build_norm_layer(norm_cfg, self.mid_channels, postfix=1)
@@ -138,6 +142,16 @@ class DDFBottleneck(BaseModule):
             )
         self.add_module(name, layer)
         self._plugin_names[position].append(name)
+
+    def init_weights(self) -> None:
+        """Starts the last norm at zero if it is to, then goes by ``init_cfg``.
+
+        Before what this block, its stage or its network loads, so that nothing loaded is lost.
+        """
+        if self.zero_init_residual and not self.is_init:
+            constant_init(self.norm3, 0)
+        self.init_cfg = name_pretrained(self.init_cfg)
+        super().init_weights()
 
     @property
     def norm1(self) -> nn.Module:
@@ -454,6 +468,7 @@ class DDFResNet(BaseModule):
                     ddf_cfg=ddf_cfg,
                     dcn=dcn,
                     plugins=plugins,
+                    zero_init_residual=self.zero_init_residual,
                 )
             )
         return Sequential(*blocks)
@@ -497,15 +512,9 @@ class DDFResNet(BaseModule):
                 parameter.requires_grad = False
 
     def init_weights(self) -> None:
-        """Initializes as ``init_cfg`` says; a pretrained model keeps its last norms."""
+        """Initializes as ``init_cfg`` says, then the blocks; what is pretrained is loaded last."""
+        self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
-        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
-        if any(cfg and cfg["type"] == "Pretrained" for cfg in cfgs):
-            return
-        if self.zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, DDFBottleneck):
-                    constant_init(module.norm3, 0)
 
     def switch_to_deploy(self) -> None:
         """Folds the norms into the layers before them, for inference; mmpretrain's

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
 from ddf_mm.ops.checks import check_int
+from ddf_mm.registry import name_pretrained
 
 EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
 # What DDFUpFPN itself decides for its upsamplers.
@@ -160,6 +161,12 @@ class DDFUpFPN(BaseModule):
             )
             for factor in _scale_factors(scale_factor, len(levels) - 1)
         )
+
+    def init_weights(self) -> None:
+        """Initializes as ``init_cfg`` says, then the upsamplers in their own way; what is
+        pretrained is loaded last."""
+        self.init_cfg = name_pretrained(self.init_cfg)
+        super().init_weights()
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Builds the pyramid.

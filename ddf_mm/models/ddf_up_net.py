@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
 from ddf_mm.ops.checks import check_int
+from ddf_mm.registry import name_pretrained
 
 LOSSES = dict(l1=F.l1_loss, mse=F.mse_loss, smooth_l1=F.smooth_l1_loss)
 # Under it a map is taken for constant. Maps of depth vary by many times this in any unit.
@@ -122,8 +123,10 @@ class DDFUpNet(BaseModel):
 
     def init_weights(self) -> None:
         """Starts as the bilinear upsampling of the map, unless ``init_cfg`` says otherwise."""
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        if not self.is_init:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
 
     def forward(

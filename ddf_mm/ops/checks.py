@@ -12,7 +12,7 @@ COMBINES = ("mul", "add")
 
 
 def check_int(name: str, value: int, minimum: int | None = None) -> int:
-    """``value`` as an int; raises unless it is an integer (numpy's serve) of at least ``minimum``."""
+    """``value`` as an int; raises unless it is one, numpy's included, of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if minimum is not None and value < minimum:
@@ -191,8 +191,7 @@ def _check_filters(
             raise ValueError(
                 f"channel_filter must be a Tensor[B, {axis}C, k, k] = {list(expected)} to match "
                 f"features {list(features.shape)}{_scaled(scale_factor)} and kernel_size "
-                f"{kernel_size}, got "
-                f"{list(channel_filter.shape)}"
+                f"{kernel_size}, got {list(channel_filter.shape)}"
             )
     if spatial_filter is None:
         return 1
@@ -209,6 +208,6 @@ def _check_filters(
 
 
 def _scaled(scale_factor: int | None) -> str:
-    return (
-        "" if scale_factor is None else f", s*s = {scale_factor**2} for scale_factor {scale_factor}"
-    )
+    if scale_factor is None:
+        return ""
+    return f", s*s = {scale_factor**2} for scale_factor {scale_factor}"
