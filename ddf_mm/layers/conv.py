@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers.pack import DDFPack
-from ddf_mm.ops.checks import check_int
+from ddf_mm.ops.checks import check_int, check_ints
 
 
 @MODELS.register_module("DDF")
@@ -132,8 +132,9 @@ class DDFConv2d(DDFPack):
 
 
 def _pair(name: str, value: int | tuple[int, int], minimum: int) -> list[int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    return [check_int(name, size, minimum) for size in pair]
+    if isinstance(value, (tuple, list)):
+        return check_ints(name, value, "a pair of ints", minimum)
+    return [check_int(name, value, minimum)] * 2
 
 
 def _square(name: str, value: int | tuple[int, int]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddf_mm.layers import DDFPack, switch_to_deploy
 from ddf_mm.layers.unmodified import is_unmodified
+from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_number, check_sequence
 from ddf_mm.registry import name_pretrained
 
 PLUGIN_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -74,6 +75,12 @@ class DDFBottleneck(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        in_channels = check_int("in_channels", in_channels, 1)
+        out_channels = check_int("out_channels", out_channels, 1)
+        expansion = check_int("expansion", expansion, 1)
+        stride = check_int("stride", stride, 1)
+        dilation = check_int("dilation", dilation, 1)
+        _check_style(style)
         if out_channels % expansion:
             raise ValueError(
                 f"out_channels must be a multiple of expansion {expansion}, got {out_channels}"
@@ -127,7 +134,7 @@ class DDFBottleneck(BaseModule):
         self.downsample = downsample
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self._plugin_names: dict[str, list[str]] = {p: [] for p in PLUGIN_POSITIONS}
-        for plugin in plugins or ():
+        for plugin in _check_plugins(plugins):
             self._add_plugin(plugin)
 
     def _add_plugin(self, plugin: dict) -> None:
@@ -309,22 +316,39 @@ class DDFResNet(BaseModule):
             ]
         super().__init__(init_cfg)
 
+        depth = check_int("depth", depth)
         if depth not in self.arch_settings:
             raise ValueError(f"depth must be one of {list(self.arch_settings)}, got {depth!r}")
+        num_stages = check_int("num_stages", num_stages)
         if num_stages not in (1, 2, 3, 4):
             raise ValueError(f"num_stages must be 1 to 4, got {num_stages!r}")
-        _check_per_stage("strides", strides, num_stages)
-        _check_per_stage("dilations", dilations, num_stages)
-        _check_per_stage("stage_with_ddf", stage_with_ddf, num_stages, exact=False)
-        _check_per_stage("stage_with_dcn", stage_with_dcn, num_stages, exact=False)
+        in_channels = check_int("in_channels", in_channels, 1)
+        base_channels = check_int("base_channels", base_channels, 1)
+        if stem_channels is not None:
+            stem_channels = check_int("stem_channels", stem_channels, 1)
+        if expansion is not None:
+            expansion = check_int("expansion", expansion, 1)
+        strides = _ints_per_stage("strides", strides, num_stages)
+        dilations = _ints_per_stage("dilations", dilations, num_stages)
+        for name, chosen in (("ddf", stage_with_ddf), ("dcn", stage_with_dcn)):
+            _check_per_stage(f"stage_with_{name}", chosen, num_stages, exact=False)
+            if any(choice not in (True, False) for choice in chosen):
+                raise TypeError(f"stage_with_{name} must hold bools, got {tuple(chosen)}")
+        of_stages = f"of stages from 0 to {num_stages - 1}"
+        out_indices = tuple(check_ints("out_indices", out_indices, of_stages))
         if not out_indices or not all(0 <= i < num_stages for i in out_indices):
             raise ValueError(
                 f"out_indices must name stages from 0 to {num_stages - 1}, got {out_indices!r}"
             )
+        frozen_stages = check_int("frozen_stages", frozen_stages)
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {frozen_stages!r}")
-        if style not in ("pytorch", "caffe"):
-            raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
+        check_number("drop_path_rate", drop_path_rate)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be from 0 to less than 1, got {drop_path_rate}")
+        _check_style(style)
+        for name, cfg in dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, dcn=dcn).items():
+            check_dict(name, cfg, "the config of a layer")
         if dcn is not None and any(
             a and b for a, b in zip(stage_with_dcn, stage_with_ddf, strict=False)
         ):
@@ -440,10 +464,9 @@ class DDFResNet(BaseModule):
         num_blocks = self.stage_blocks[stage]
         dilations = [self.dilations[stage]] * num_blocks
         if self.multi_grid is not None and stage == self.num_stages - 1:
-            _check_per_stage(
+            dilations = _ints_per_stage(
                 "multi_grid", self.multi_grid, num_blocks, of="block of the last stage"
             )
-            dilations = list(self.multi_grid)
         elif self.contract_dilation and dilations[0] > 1:
             dilations[0] //= 2
 
@@ -489,12 +512,8 @@ class DDFResNet(BaseModule):
     def _stage_plugins(self, plugins: Sequence[dict] | None, stage: int) -> list[dict]:
         """The plugins of one stage; ``stages`` is left out of a plugin for all stages."""
         chosen = []
-        for plugin in plugins or ():
-            position, stages = plugin.get("position"), plugin.get("stages")
-            if position not in PLUGIN_POSITIONS:
-                raise ValueError(
-                    f"plugins: position must be one of {PLUGIN_POSITIONS}, got {position!r}"
-                )
+        for plugin in _check_plugins(plugins):
+            stages = plugin.get("stages")
             if stages is not None:
                 _check_per_stage("plugins: stages", stages, self.num_stages)
             if stages is None or stages[stage]:
@@ -584,11 +603,35 @@ class DDFResNet(BaseModule):
         return layer_id, num_layers
 
 
+def _check_style(style: str) -> None:
+    if style not in ("pytorch", "caffe"):
+        raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
+
+
+def _check_plugins(plugins: Sequence[dict] | None) -> Sequence[dict]:
+    if plugins is None:
+        return ()
+    check_sequence("plugins", plugins, "of dict(cfg=…, position=…)")
+    for plugin in plugins:
+        if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
+            raise TypeError(f"plugins must hold dict(cfg=dict(…), position=…), got {plugin!r}")
+        if plugin.get("position") not in PLUGIN_POSITIONS:
+            raise ValueError(
+                f"plugins: position must be one of {PLUGIN_POSITIONS}, got "
+                f"{plugin.get('position')!r}"
+            )
+    return plugins
+
+
+def _ints_per_stage(name: str, values: Sequence[int], count: int, of: str = "stage") -> list[int]:
+    _check_per_stage(name, values, count, of=of)
+    return check_ints(name, values, f"one value for each {of}", 1)
+
+
 def _check_per_stage(
     name: str, values: Sequence, count: int, exact: bool = True, of: str = "stage"
 ) -> None:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name} must be a tuple or list, got {type(values).__name__}")
+    check_sequence(name, values, f"one value for each {of}")
     if len(values) < count or (exact and len(values) > count):
         raise ValueError(f"{name} must have one value for each {of}, {count}, got {tuple(values)}")
 

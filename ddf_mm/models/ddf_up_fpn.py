@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
-from ddf_mm.ops.checks import check_int
+from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_sequence
 from ddf_mm.registry import name_pretrained
 
 EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
@@ -92,16 +93,14 @@ class DDFUpFPN(BaseModule):
         extra_convs_on_inputs: bool = True,
     ) -> None:
         super().__init__(init_cfg)
-        if not isinstance(in_channels, (list, tuple)):
-            raise TypeError(
-                "in_channels must be a list or tuple, the channels of each input, got "
-                f"{type(in_channels).__name__}"
-            )
-        for channels in in_channels:
-            check_int("in_channels", channels, 1)
-        check_int("out_channels", out_channels, 1)
-        check_int("num_outs", num_outs, 1)
-        check_int("start_level", start_level, 0)
+        in_channels = check_ints("in_channels", in_channels, "the channels of each input", 1)
+        out_channels = check_int("out_channels", out_channels, 1)
+        num_outs = check_int("num_outs", num_outs, 1)
+        start_level = check_int("start_level", start_level, 0)
+        end_level = check_int("end_level", end_level, -1)
+        for name, cfg in dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg).items():
+            check_dict(name, cfg, "the config of a layer")
+        check_dict("upsample_cfg", upsample_cfg, "of arguments of DDFUpPack")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_ins = len(in_channels)
@@ -181,11 +180,14 @@ class DDFUpFPN(BaseModule):
         Raises:
             ValueError: another number of inputs, or sizes that ``scale_factor`` does not fit.
         """
+        check_sequence("inputs", inputs, "a tensor for each of in_channels")
         if len(inputs) != self.num_ins:
             raise ValueError(
                 f"inputs must hold a tensor for each of in_channels, {self.num_ins}, got "
                 f"{len(inputs)}"
             )
+        for i in range(self.start_level, self.backbone_end_level):
+            _check_input(f"inputs[{i}]", inputs[i], self.in_channels[i])
         used = inputs[self.start_level : self.backbone_end_level]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, used, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
@@ -236,6 +238,14 @@ class DDFUpFPN(BaseModule):
         return _fit(out, height, width) if exporting else out[:, :, :height, :width]
 
 
+def _check_input(name: str, x: Tensor, channels: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    # torch.jit.trace warns where a size is compared.
+    if x.dim() != 4 or (not torch.jit.is_tracing() and x.shape[1] != channels):
+        raise ValueError(f"{name} must be a Tensor[B, {channels}, H, W], got shape {list(x.shape)}")
+
+
 def _fit(x: Tensor, height: int, width: int) -> Tensor:
     """Crops ``Tensor[B, C, H, W]`` to a size, or repeats its last row and column up to it."""
     for dim, size in ((2, height), (3, width)):
@@ -248,7 +258,6 @@ def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
     if end_level == -1:
         end = num_ins
     else:
-        check_int("end_level", end_level, 0)
         # mmdet's FPN counts to the last level, mmseg's to the one after it; neither takes the
         # numbers of outputs that the other does.
         end = end_level if num_outs == end_level - start_level else end_level + 1
@@ -269,15 +278,13 @@ def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
 
 def _scale_factors(scale_factor: int | Sequence[int], steps: int) -> list[int]:
     """The scale factor of each step between used levels."""
-    if isinstance(scale_factor, (list, tuple)):
-        factors = list(scale_factor)
+    if not isinstance(scale_factor, Integral):
+        factors = check_ints("scale_factor", scale_factor, "or an int", 1)
         if len(factors) != steps:
             raise ValueError(
                 "scale_factor must be an int or have one value for each two adjacent levels that "
                 f"are used, {steps}, got {scale_factor!r}"
             )
     else:
-        factors = [scale_factor] * steps
-    for factor in factors:
-        check_int("scale_factor", factor, 1)
+        factors = [check_int("scale_factor", scale_factor, 1)] * steps
     return factors

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, ModuleList
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement, PixelData
 from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
-from ddf_mm.ops.checks import check_int
+from ddf_mm.ops.checks import check_dict, check_int, check_number, check_sequence
 from ddf_mm.registry import name_pretrained
 
 LOSSES = dict(l1=F.l1_loss, mse=F.mse_loss, smooth_l1=F.smooth_l1_loss)
@@ -74,15 +74,21 @@ class DDFUpNet(BaseModel):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
-        check_int("scale_factor", scale_factor, 2)
+        scale_factor = check_int("scale_factor", scale_factor, 2)
         if scale_factor & (scale_factor - 1):
             raise ValueError(f"scale_factor must be a power of two, got {scale_factor}")
-        check_int("map_channels", map_channels, 1)
-        check_int("guide_channels", guide_channels, 1)
-        check_int("channels", channels, 1)
-        if loss not in LOSSES:
+        map_channels = check_int("map_channels", map_channels, 1)
+        guide_channels = check_int("guide_channels", guide_channels, 1)
+        channels = check_int("channels", channels, 1)
+        check_dict("norm_cfg", norm_cfg, "the config of a layer")
+        check_dict("act_cfg", act_cfg, "the config of a layer")
+        check_dict("upsample_cfg", upsample_cfg, "of arguments of DDFUpPack")
+        if loss not in tuple(LOSSES):
             raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
         for name, values in (("guide_mean", guide_mean), ("guide_std", guide_std)):
+            check_sequence(name, values, f"a number for each of {guide_channels} channels")
+            for i, value in enumerate(values):
+                check_number(f"{name}[{i}]", value)
             if len(values) != guide_channels:
                 raise ValueError(
                     f"{name} must hold a number for each of the guide's {guide_channels} channels, "
@@ -113,8 +119,8 @@ class DDFUpNet(BaseModel):
             nn.Sequential(conv(channels, stride=2) if i else conv(guide_channels), conv(channels))
             for i in range(doublings)
         )
-        # Coarsest first.
-        self.upsample_modules = nn.ModuleList(
+        # Coarsest first; mmengine's ModuleList, so that they initialize themselves, after init_cfg.
+        self.upsample_modules = ModuleList(
             DDFUpPack(channels, scale_factor=2, joint_channels=channels, **dict(upsample_cfg or {}))
             for _ in range(doublings)
         )
@@ -152,7 +158,7 @@ class DDFUpNet(BaseModel):
         Raises:
             ValueError: tensors of other shapes, an unknown mode, or no data samples for the loss.
         """
-        self._check_shapes(inputs, guide)
+        self._check_inputs(inputs, guide)
         std, mean = torch.std_mean(inputs.float(), dim=(1, 2, 3), keepdim=True)
         std = std.clamp(min=_MIN_STD)
         prediction = self._upsample((inputs.float() - mean) / std, guide)
@@ -187,7 +193,10 @@ class DDFUpNet(BaseModel):
         )
         return coarse + self.head(x)
 
-    def _check_shapes(self, inputs: Tensor, guide: Tensor) -> None:
+    def _check_inputs(self, inputs: Tensor, guide: Tensor) -> None:
+        for name, tensor in (("inputs", inputs), ("guide", guide)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if inputs.dim() != 4 or inputs.shape[1] != self.map_channels:
             raise ValueError(
                 f"inputs must be a Tensor[B, M, H, W] with M = {self.map_channels}, got shape "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
+from reprlib import repr as shortened
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ COMBINES = ("mul", "add")
 def check_int(name: str, value: int, minimum: int | None = None) -> int:
     """``value`` as an int; raises unless it is one, numpy's included, of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {_given(value)}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if value >= 2**63:
@@ -30,10 +32,32 @@ def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int 
     return kernel_size
 
 
+def check_ints(name: str, values: Sequence[int], of: str, minimum: int | None = None) -> list[int]:
+    """``values`` as a list of ints; raises unless it is a sequence of such as check_int takes."""
+    check_sequence(name, values, of)
+    return [check_int(f"{name}[{i}]", value, minimum) for i, value in enumerate(values)]
+
+
+def check_sequence(name: str, values: Sequence, of: str) -> None:
+    """Raises unless ``values`` is a list, tuple or the like, ``of`` what it holds."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a list or tuple, {of}, got {_given(values)}")
+
+
+def check_dict(name: str, value: dict | None, of: str) -> None:
+    """Raises unless ``value`` is a dict, ``of`` what it holds, or ``None``."""
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict, {of}, or None, got {_given(value)}")
+
+
+def _given(value: object) -> str:
+    return f"{shortened(value)} of type {type(value).__name__}"
+
+
 def check_number(name: str, value: float) -> None:
     """Raises unless ``value`` is a real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {_given(value)}")
 
 
 def check_combine(kernel_combine: str) -> None:

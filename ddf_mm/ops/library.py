@@ -6,7 +6,9 @@ that PyTorch wants to know about an op is said here, once for all devices.
 
 from __future__ import annotations
 
+import filecmp
 import os
+import sys
 import warnings
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -34,22 +36,59 @@ class _Missing(Exception):
     """A library cannot be used; says why and what helps."""
 
 
-def _load(name: str, remedy: str) -> None:
-    """Loads ``ddf_mm/<name>*.so``.
+def _find(name: str, package: Path) -> Path | None:
+    """The library ``<name>*.so`` of a package's folder."""
+    # The names that setuptools gives an extension module: .abi3.so and those of this Python.
+    found = (package / (name + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _package_with_libraries() -> Path:
+    """The folder of this package or, where Python was started in a source folder in which nothing
+    was compiled, that of the package that was installed from it.
+
+    Raises:
+        _Missing: another package than the one in this source folder is installed.
+    """
+    here = Path(__file__).resolve().parents[1]
+    sources = here.parent / "csrc"
+    if _find("_C", here) or not (sources.is_dir() and (here.parent / "setup.py").is_file()):
+        return here
+    for entry in sys.path:
+        installed = Path(entry).resolve() / here.name
+        library = _find("_C", installed)
+        if installed == here or library is None:
+            continue
+        # What calls the ops has to be what it is there; and the ops what would be compiled here.
+        callers = [
+            path.relative_to(here) for of in ("ops", "layers") for path in here.glob(f"{of}/*.py")
+        ]
+        _, differing, missing = filecmp.cmpfiles(here, installed, ["version.py", *callers], False)
+        compiled = library.stat().st_mtime
+        if differing or missing or any(f.stat().st_mtime > compiled for f in sources.rglob("*.*")):
+            raise _Missing(
+                f"Python runs the sources in {here.parent}, in which nothing is compiled, and "
+                f"{installed} was installed from others: start Python in another folder, or "
+                "install these, with `pip install -v --no-build-isolation .`"
+            )
+        return installed
+    return here
+
+
+def _load(name: str, package: Path, remedy: str) -> None:
+    """Loads ``<package>/<name>*.so``.
 
     Raises:
         _Missing: it is not there or does not load.
     """
-    folder = Path(__file__).resolve().parents[1]
-    # The names that setuptools gives an extension module: .abi3.so and those of this Python.
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / (name + suffix)).is_file()]
-    if not found:
+    library = _find(name, package)
+    if library is None:
         raise _Missing(f"this install has no ddf_mm/{name}*.so; {remedy}")
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
         raise _Missing(
-            f"{found[0]} does not load with torch {torch.__version__} "
+            f"{library} does not load with torch {torch.__version__} "
             f"({error.__cause__ or error}); {REINSTALL}"
         ) from error
 
@@ -65,10 +104,13 @@ def _load_all() -> tuple[frozenset[str], str]:
             raise _Missing(
                 f"torch {torch.__version__} is older than {oldest}; upgrade torch and {REINSTALL}"
             )
-        _load("_C", f"install a C++ compiler and ninja and {REINSTALL}")
+        package = _package_with_libraries()
+        _load("_C", package, f"install a C++ compiler and ninja and {REINSTALL}")
         compiled.add("cpu")
         if "cuda" in COMPILABLE:
-            _load("_C_cuda", f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}")
+            _load(
+                "_C_cuda", package, f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}"
+            )
             compiled.add("cuda")
     except _Missing as missing:
         return frozenset(compiled), str(missing)

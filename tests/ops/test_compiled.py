@@ -653,3 +653,54 @@ def test_a_library_that_does_not_load_costs_a_warning_only(without_library, tmp_
     assert info["cpu"] == "reference"
     assert "_C.abi3.so does not load with torch" in info["why"]
     assert total == TOTAL
+
+
+@pytest.fixture
+def source(without_library, tmp_path: Path) -> Path:
+    """A source folder in which nothing was compiled."""
+    shutil.copytree(without_library / "ddf_mm", tmp_path / "source" / "ddf_mm")
+    (tmp_path / "source" / "setup.py").touch()
+    (tmp_path / "source" / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "source" / "csrc" / "cpu" / "ops.cpp").touch()
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def site(source: Path, tmp_path: Path) -> Path:
+    """A folder of installed packages, with the one of that source folder."""
+    shutil.copytree(source / "ddf_mm", tmp_path / "site" / "ddf_mm")
+    for library in Path(sys.modules["ddf_mm"].__file__).parent.glob("_C*.so"):
+        shutil.copy(library, tmp_path / "site" / "ddf_mm")
+    return tmp_path / "site"
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+def test_the_libraries_of_an_install_serve_in_its_source_folder(source, site, safe_path):
+    at_import, at_use, info, total = use_in_another_process(
+        source, PYTHONPATH=str(site), PYTHONSAFEPATH=safe_path
+    )
+    assert at_import == at_use == []
+    assert info["cpu"] == "compiled"
+    assert total == TOTAL
+
+
+@pytest.mark.parametrize(
+    "changed", ["ddf_mm/version.py", "ddf_mm/layers/new.py", "csrc/cpu/ops.cpp"]
+)
+def test_an_install_of_other_sources_is_named(source, site, changed):
+    with (source / changed).open("a") as file:
+        file.write("# changed\n")
+    os.utime(source / changed, (2**31, 2**31))
+    at_import, at_use, info, total = use_in_another_process(source, PYTHONPATH=str(site))
+    assert at_import == []
+    ((_, message),) = at_use
+    assert info["cpu"] == "reference" and info["why"] in message
+    assert str(source) in info["why"] and str(site / "ddf_mm") in info["why"]
+    assert "start Python in another folder" in info["why"]
+    assert total == TOTAL
+
+
+def test_a_source_folder_that_was_never_installed_says_what_to_do(source):
+    info = use_in_another_process(source, PYTHONPATH="")[2]
+    assert info["cpu"] == "reference"
+    assert "this install has no ddf_mm/_C*.so" in info["why"] and "pip install" in info["why"]
