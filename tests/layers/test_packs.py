@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from ddf_cases import require_compiled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddf_mm.layers import DDFPack, DDFUpPack, FilterNorm, fuse_ddf_bn
+from ddf_mm.layers import DDFConv2d, DDFPack, DDFUpPack, FilterNorm, fuse_ddf_bn
 from ddf_mm.ops import backend_info, ddf, ddf_up_reference, filter_norm
 
 
@@ -318,6 +319,12 @@ def test_own_init_cfg_has_the_last_word():
         (dict(se_ratio=0), ValueError, "se_ratio must be positive, got 0"),
         (dict(kernel_combine="div"), ValueError, "kernel_combine must be 'mul' or 'add'"),
         (dict(nonlinearity="none"), ValueError, "nonlinearity must be .*got 'none'"),
+        (dict(in_channels="8"), TypeError, "in_channels must be an int, got '8' of type str"),
+        (dict(head=True), TypeError, "head must be an int, got True of type bool"),
+        (dict(dilation=None), TypeError, "dilation must be an int, got None"),
+        (dict(dilation=2**63), ValueError, r"dilation must be less than 2\*\*63, got 92"),
+        (dict(se_ratio="a"), TypeError, "se_ratio must be a number, got 'a' of type str"),
+        (dict(se_ratio=math.inf), ValueError, "se_ratio must be finite, got inf"),
     ],
 )
 def test_bad_arguments_are_named(make, arguments, exception, message):
@@ -332,6 +339,9 @@ def test_bad_arguments_of_one_layer_are_named():
         DDFUpPack(8, scale_factor=0)
     with pytest.raises(ValueError, match="dw_kernel_size must be odd.*got 2"):
         DDFUpPack(8, dw_kernel_size=2)
+    for given in (None, "3", 3.0, True):
+        with pytest.raises(TypeError, match=f"joint_channels must be an int, got {given!r}"):
+            DDFUpPack(8, joint_channels=given)
     with pytest.raises(ValueError, match="filter_type must be .*got 'both'"):
         FilterNorm(1, 3, "both")
 
@@ -472,3 +482,97 @@ def test_flops_of_an_up_pack_are_those_of_its_modules():
     with torch.no_grad(), FlopCounterMode(display=False) as without:
         up(x)
     assert without.get_total_flops() == with_gradients.get_total_flops()
+
+
+LAYERS = {
+    "DDFPack": lambda: DDFPack(8, stride=2),
+    "DDFConv2d": lambda: DDFConv2d(8, 8, 3, padding=1),
+    "DDFUpPack": lambda: DDFUpPack(8),
+}
+X = torch.randn(2, 8, 5, 6)
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request: pytest.FixtureRequest) -> nn.Module:
+    layer = LAYERS[request.param]()
+    if request.param == "DDFConv2d":
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_one_image_is_taken_as_a_batch_of_one(layer, hook, grad):
+    if hook:  # the modules one after the other
+        layer.channel_branch[-1].register_forward_hook(lambda *_: None)
+    with torch.set_grad_enabled(grad):
+        out = layer(X[1])
+        torch.testing.assert_close(out, layer(X[1:])[0], rtol=0, atol=0)
+    assert out.requires_grad == grad
+
+
+def test_one_image_and_its_guidance():
+    up = DDFUpPack(8, joint_channels=3)
+    for size in ((5, 6), (10, 12)):
+        guide = torch.randn(1, 3, *size)
+        torch.testing.assert_close(up(X[0], guide[0]), up(X[:1], guide)[0], rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"joint_x must be one image.*\[1, 3, "):
+            up(X[0], guide)
+        with pytest.raises(ValueError, match=r"joint_x must be .*B, joint_channels.*got .*\[3, "):
+            up(X, guide[0])
+
+
+@pytest.mark.parametrize(
+    "x, exception, message",
+    [
+        (X[:, :7], ValueError, r"x must have in_channels = 8 channels.*got shape \[2, 7, 5, 6\]"),
+        (X[0, :7], ValueError, r"x must have in_channels = 8 channels.*got shape \[7, 5, 6\]"),
+        (X[0, 0], ValueError, r"x must be a Tensor\[B, C, H, W\] or .*C = 8, got shape \[5, 6\]"),
+        (X[None], ValueError, r"x must be a Tensor\[B, C, H, W\] or .*got shape \[1, 2, 8, 5, 6\]"),
+        (X[:, :, :0], ValueError, r"x must have .*at least one row and column.*\[2, 8, 0, 6\]"),
+        (X.long(), TypeError, "x must be one of float16.*got torch.int64"),
+        (X.to_sparse(), TypeError, "x must be a dense tensor.*got torch.sparse_coo"),
+        (X.to_mkldnn(), TypeError, "x must be a dense tensor.*got torch._mkldnn"),
+        (torch.nested.nested_tensor([X[0]]), TypeError, "x must be a dense .*got a nested tensor"),
+        (X.numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),
+        ([X], TypeError, "x must be a torch.Tensor, got list"),
+        (None, TypeError, "x must be a torch.Tensor, got NoneType"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:30] if value is not X else "",
+)
+def test_wrong_features_are_named(layer, x, exception, message):
+    for call in (layer, layer.generate_filters):
+        with pytest.raises(exception, match=message):
+            call(x)
+
+
+def test_filters_are_of_batches(layer):
+    with pytest.raises(ValueError, match=r"x must be a batch here.*got shape \[8, 5, 6\]"):
+        layer.generate_filters(X[0])
+
+
+@pytest.mark.parametrize(
+    "guide, exception, message",
+    [
+        (None, ValueError, "joint_x must be given, a guidance of 3 channels, .* in_channels 8"),
+        (X, ValueError, r"joint_x must be .*\[2, 3, 5, 6\].*\[2, 3, 10, 12\], got .*\[2, 8, 5, 6"),
+        (3, TypeError, "joint_x must be a torch.Tensor, got int"),
+        (X[:, :3].long(), TypeError, "joint_x must be one of float16.*got torch.int64"),
+    ],
+)
+def test_a_wrong_guidance_is_named(guide, exception, message):
+    with pytest.raises(exception, match=message):
+        DDFUpPack(8, joint_channels=3)(X, guide)
+
+
+def test_sizes_may_be_numpys():
+    eight, three, one = np.int64(8), np.int32(3), np.uint8(1)
+    pack = DDFPack(eight, three, one, one, one)
+    up = DDFUpPack(eight, three, np.int64(2), one, one, joint_channels=three)
+    conv = DDFConv2d(eight, eight, (three, three), [one, one], one, one, one)
+    norm = FilterNorm(one, three, "spatial")
+    for layer in (pack, up, conv, norm):
+        sizes = [v for v in vars(layer).values() if isinstance(v, (int, np.integer))]
+        assert {type(size) for size in sizes} <= {int, bool}
+    assert pack(X).shape == conv(X).shape == X.shape
+    assert up(X, X[:, :3]).shape == (2, 8, 10, 12)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule
@@ -331,7 +332,30 @@ def test_registered_once_in_the_root():
         (dict(depth=34), ValueError, r"depth must be one of \[26, 50, 101, 152\], got 34"),
         (dict(num_stages=5), ValueError, "num_stages must be 1 to 4, got 5"),
         (dict(strides=(1, 2)), ValueError, "strides must have one value for each stage, 4"),
-        (dict(dilations=1), TypeError, "dilations must be a tuple or list, got int"),
+        (dict(dilations=1), TypeError, "dilations must be a list or tuple, .* got 1 of type int"),
+        (dict(strides="1222"), TypeError, "strides must be a list or tuple, .* got '1222'"),
+        (dict(strides=(1, 2, 2, 0)), ValueError, r"strides\[3\] must be at least 1, got 0"),
+        (dict(multi_grid=2), TypeError, "multi_grid must be a list or tuple"),
+        (dict(out_indices=3), TypeError, "out_indices must be a list or tuple, of stages.* got 3"),
+        (dict(out_indices=np.int64(3)), TypeError, "out_indices must be a list or tuple"),
+        (dict(out_indices="3"), TypeError, "out_indices must be a list or tuple, .* got '3'"),
+        (dict(out_indices=(3, "2")), TypeError, r"out_indices\[1\] must be an int, got '2'"),
+        (dict(stage_with_ddf=True), TypeError, "stage_with_ddf must be a list or tuple"),
+        (dict(stage_with_ddf=("False",) * 4), TypeError, "stage_with_ddf must hold bools"),
+        (dict(depth="26"), TypeError, "depth must be an int, got '26'"),
+        (dict(depth=[26]), TypeError, r"depth must be an int, got \[26\]"),
+        (dict(num_stages="4"), TypeError, "num_stages must be an int, got '4'"),
+        (dict(in_channels=0), ValueError, "in_channels must be at least 1, got 0"),
+        (dict(stem_channels="16"), TypeError, "stem_channels must be an int, got '16'"),
+        (dict(base_channels=None), TypeError, "base_channels must be an int, got None"),
+        (dict(expansion=0), ValueError, "expansion must be at least 1, got 0"),
+        (dict(frozen_stages="1"), TypeError, "frozen_stages must be an int, got '1'"),
+        (dict(drop_path_rate="0.1"), TypeError, "drop_path_rate must be a number, got '0.1'"),
+        (dict(drop_path_rate=1.0), ValueError, "drop_path_rate must be from 0 to less than 1"),
+        (dict(se_ratio=None), TypeError, "se_ratio must be a number, got None"),
+        (dict(norm_cfg="BN"), TypeError, "norm_cfg must be a dict.* got 'BN'"),
+        (dict(plugins=dict(cfg={})), TypeError, "plugins must be a list or tuple"),
+        (dict(plugins=[dict(position="after_conv1")]), TypeError, "plugins must hold dict"),
         (dict(out_indices=(4,)), ValueError, r"out_indices must name stages from 0 to 3, got \(4"),
         (dict(out_indices=()), ValueError, "out_indices must name stages"),
         (dict(frozen_stages=5), ValueError, "frozen_stages must be -1 to 4, got 5"),
@@ -356,3 +380,10 @@ def test_registered_once_in_the_root():
 def test_bad_arguments_are_named(arguments, exception, message):
     with pytest.raises(exception, match=message):
         small(**arguments)
+
+
+def test_sizes_may_be_numpys():
+    two = np.int64(2)
+    sizes = dict(base_channels=np.int64(8), num_stages=two, out_indices=(np.int64(1),), head=two)
+    model = DDFResNet(np.int64(26), **sizes, strides=(np.int64(1), two), dilations=(1, np.int32(1)))
+    assert model(image(33, 32))[0].shape == (2, 64, 5, 4)

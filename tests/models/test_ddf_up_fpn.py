@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,15 +239,23 @@ def test_registered_once_in_the_root():
 @pytest.mark.parametrize(
     "arguments, exception, message",
     [
-        (dict(in_channels=8), TypeError, "in_channels must be a list or tuple, .* got int"),
-        (dict(in_channels=[4, 0]), ValueError, "in_channels must be at least 1, got 0"),
+        (dict(in_channels=8), TypeError, "in_channels must be a list or tuple, .* got 8 of type"),
+        (dict(in_channels=[4, 0]), ValueError, r"in_channels\[1\] must be at least 1, got 0"),
+        (dict(in_channels="48"), TypeError, "in_channels must be a list or tuple, .* got '48'"),
+        (dict(in_channels=np.int64(8)), TypeError, "in_channels must be a list or tuple"),
+        (dict(in_channels=[4, "8"]), TypeError, r"in_channels\[1\] must be an int, got '8'"),
+        (dict(end_level=None), TypeError, "end_level must be an int, got None"),
+        (dict(scale_factor="2"), TypeError, "scale_factor must be .*int, got '2'"),
+        (dict(scale_factor=[2, 2, 0]), ValueError, r"scale_factor\[2\] must be at least 1, got 0"),
+        (dict(norm_cfg="BN"), TypeError, "norm_cfg must be a dict.*got 'BN'"),
+        (dict(upsample_cfg=[1]), TypeError, "upsample_cfg must be a dict.*DDFUpPack.*list"),
         (dict(out_channels=0), ValueError, "out_channels must be at least 1, got 0"),
         (dict(num_outs=3), ValueError, "num_outs must be at least 4 for 4 inputs, .* got 3"),
         (dict(num_outs=5, end_level=1), ValueError, "num_outs must be 2 for 4 .* got 5"),
         (dict(start_level=4), ValueError, "start_level and end_level must leave levels of the 4"),
         (dict(start_level=-1), ValueError, "start_level must be at least 0, got -1"),
         (dict(end_level=4, num_outs=5), ValueError, "must leave levels .* end_level 4"),
-        (dict(end_level=-2), ValueError, "end_level must be at least 0, got -2"),
+        (dict(end_level=-2), ValueError, "end_level must be at least -1, got -2"),
         (dict(add_extra_convs="on_top"), ValueError, "add_extra_convs must be .*got 'on_top'"),
         (dict(scale_factor=0), ValueError, "scale_factor must be at least 1, got 0"),
         (dict(scale_factor=[2, 2]), ValueError, r"adjacent levels .* 3, got \[2, 2\]"),
@@ -263,6 +272,29 @@ def test_bad_arguments_are_named(arguments, exception, message):
 def test_another_number_of_inputs_is_refused():
     with pytest.raises(ValueError, match="inputs must hold a tensor for each .* 4, got 3"):
         DDFUpFPN(CHANNELS, 8, 4)(pyramid(8, 8)[:3])
+
+
+def test_wrong_inputs_are_named():
+    neck, good = DDFUpFPN(CHANNELS, 8, 4), pyramid(8, 8)
+    for inputs in (good[0], None, {"a": good[0]}):
+        with pytest.raises(TypeError, match="inputs must be a list or tuple, a tensor for each"):
+            neck(inputs)
+    with pytest.raises(TypeError, match=r"inputs\[2\] must be a torch.Tensor, got NoneType"):
+        neck([*good[:2], None, good[3]])
+    with pytest.raises(
+        ValueError, match=r"inputs\[1\] must be a Tensor\[B, 6, H, W\], .*\[2, 4, 8"
+    ):
+        neck([good[0], good[0], *good[2:]])
+    with pytest.raises(
+        ValueError, match=r"inputs\[0\] must be a Tensor\[B, 4, H, W\], .*\[4, 8, 8"
+    ):
+        neck([x[0] for x in good])
+
+
+def test_sizes_may_be_numpys():
+    sizes = dict(in_channels=(np.int64(4), np.int32(6)), out_channels=np.int64(8))
+    neck = DDFUpFPN(**sizes, num_outs=np.int64(2), scale_factor=[np.int64(2)])
+    assert [out.shape[1] for out in neck(pyramid(8, 8, CHANNELS[:2]))] == [8, 8]
 
 
 class TwoLevels(nn.Module):

@@ -89,6 +89,12 @@ def test_loss_and_prediction():
         (dict(scale_factor=2, channels=0), ValueError, "channels"),
         (dict(scale_factor=2, loss="l3"), ValueError, "loss must be one of 'l1', .* got 'l3'"),
         (dict(scale_factor=2, guide_channels=1), ValueError, "guide_mean must hold a number for"),
+        (dict(scale_factor="2"), TypeError, "scale_factor must be an int, got '2'"),
+        (dict(scale_factor=2, guide_mean=1.0), TypeError, "guide_mean must be a list or tuple"),
+        (dict(scale_factor=2, guide_std=("a",) * 3), TypeError, r"guide_std\[0\] must be a number"),
+        (dict(scale_factor=2, loss=["l1"]), ValueError, r"loss must be one of .* got \['l1'\]"),
+        (dict(scale_factor=2, upsample_cfg=3), TypeError, "upsample_cfg must be a dict.* got 3"),
+        (dict(scale_factor=2, act_cfg="ReLU"), TypeError, "act_cfg must be a dict.* got 'ReLU'"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -103,6 +109,11 @@ def test_bad_inputs():
         net(maps[0], guide)
     with pytest.raises(ValueError, match=r"guide must be of shape \[1, 3, 8, 8\], 2 times .* got"):
         net(maps, guide[..., :7])
+    with pytest.raises(TypeError, match="inputs must be a torch.Tensor, got list"):
+        net([maps], guide)
+    with pytest.raises(TypeError, match="guide must be a torch.Tensor, got NoneType"):
+        net(maps, None)
+    assert DDFUpNet(np.int64(2), channels=np.int64(4))(maps, guide).shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match="data_samples with gt_map are needed"):
         net(maps, guide, mode="loss")
     with pytest.raises(ValueError, match="mode must be .* got 'train'"):

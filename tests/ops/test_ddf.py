@@ -309,6 +309,15 @@ ERRORS = [
     (dict(dilation=0), ValueError, "dilation must be at least 1, got 0"),
     (dict(dilation=-1), ValueError, "dilation must be at least 1, got -1"),
     (dict(kernel_combine="sub"), ValueError, "kernel_combine must be 'mul' or 'add', got 'sub'"),
+    (dict(kernel_size="3"), TypeError, "kernel_size must be an int, got '3' of type str"),
+    (dict(stride=2**63), ValueError, r"stride must be less than 2\*\*63, got 92"),
+    (dict(features=X.to_sparse()), TypeError, "features must be a dense .*got torch.sparse_coo"),
+    (dict(channel_filter=CF.to_mkldnn()), TypeError, "channel_filter must be a dense .*_mkldnn"),
+    (
+        dict(features=torch.nested.nested_tensor([X[0]])),
+        TypeError,
+        "features must be a dense tensor.*got a nested tensor",
+    ),
 ]
 
 
@@ -353,6 +362,17 @@ def test_ddf_up_without_one_of_the_filters_and_with_an_empty_batch():
         (dict(scale_factor=3), ValueError, r"channel_filter must be .*s\*s = 9 for scale_factor 3"),
         (dict(spatial_filter=SF), ValueError, r"spatial_filter must be .*s\*s = 4.*\[2, 9, 5, 6\]"),
         (dict(channel_filter=1), TypeError, "channel_filter must be a torch.Tensor"),
+        (
+            dict(channel_filter=torch.zeros(2, 4, 3, 3, 3)),
+            ValueError,
+            r"channel_filter must be .*s\*s.* = \[2, 4, 4, 3, 3\].*got \[2, 4, 3, 3, 3\]",
+        ),
+        (
+            dict(spatial_filter=torch.zeros(2, 4, 9, 5, 5)),
+            ValueError,
+            "spatial_filter must have the 5x6 pixels of features, got 5x5",
+        ),
+        (dict(dilation=0), ValueError, "dilation must be at least 1, got 0"),
         (dict(channel_filter=None, spatial_filter=None), ValueError, "are both None"),
     ],
 )
@@ -365,6 +385,29 @@ def test_ddf_up_names_bad_arguments(change, exception, message):
     ddf_up(**good)
     with pytest.raises(exception, match=message):
         ddf_up(**{**good, **change})
+
+
+def test_sizes_may_be_numpys():
+    one, two, three = np.uint8(1), np.int64(2), np.int32(3)
+    for function in (ddf, ddf_reference):
+        want = function(X, CF, SF[..., ::2, ::2], 3, 1, 2)
+        assert torch.equal(function(X, CF, SF[..., ::2, ::2], three, one, two), want)
+    filters = torch.randn(2, 4, 9, 5, 6)
+    assert torch.equal(ddf_up(X, None, filters, three, two, one), ddf_up(X, None, filters))
+
+
+@pytest.mark.parametrize("double", ["features", "channel_filter", "spatial_filter"])
+def test_autocast_names_the_float64_tensor_that_was_given(double):
+    """It casts no float64; a mixture is refused, in words about the tensors as they were given."""
+    tensors = dict(features=X, channel_filter=CF, spatial_filter=SF)
+    with torch.autocast("cpu"):
+        assert ddf(**tensors).dtype == torch.bfloat16
+        assert ddf(**{name: t.double() for name, t in tensors.items()}).dtype == torch.float64
+        with pytest.raises(TypeError, match="where none of them is float64") as error:
+            ddf(**{**tensors, double: tensors[double].double()})
+    message = str(error.value)
+    assert "torch.float64" in message and "torch.float32" in message
+    assert "bfloat16" not in message
 
 
 def test_backend_info_names_what_serves():

@@ -99,6 +99,22 @@ def test_statistics_are_float32_under_half_precision(dtype, autocast):
             ValueError,
             r"mean must be .*got shape \[1, 9\]",
         ),
+        (
+            (torch.zeros(2, 9), 1, "channel", torch.ones(9, device="meta")),
+            ValueError,
+            "std must be on the device of x, cpu, got meta",
+        ),
+        (
+            (torch.zeros(2, 9), 1, "channel", 1.0, torch.ones(9, device="meta")),
+            ValueError,
+            "mean must be on the device of x, cpu, got meta",
+        ),
+        ((torch.zeros(2, 9), 1, "channel", "1"), TypeError, "std must be a number, got '1' of"),
+        ((torch.zeros(2, 9), 1, "channel", None), TypeError, "std must be a number, got None"),
+        ((torch.zeros(2, 9), 1, "channel", 1, [1]), TypeError, r"mean must be a number, got \[1\]"),
+        ((torch.zeros(2, 9), 1, "channel", 1, 0, "x"), TypeError, "eps must be a number, got 'x'"),
+        ((torch.zeros(2, 9), "1", "channel"), TypeError, "in_channels must be an int, got '1'"),
+        ((torch.zeros(2, 9).to_sparse(), 1, "channel"), TypeError, "x must be a dense tensor"),
     ],
 )
 def test_bad_arguments_are_named(arguments, exception, message):
