@@ -75,18 +75,19 @@ def _is_unbatched(x: Tensor, in_channels: int) -> bool:
     if isinstance(x, torch.fx.Proxy):  # a graph is traced for batches, its sizes are not known
         return False
     check_tensor("x", x)
-    if x.dim() not in (3, 4):
+    shape = x.shape
+    if len(shape) not in (3, 4):
         raise ValueError(
             f"x must be a Tensor[B, C, H, W] or Tensor[C, H, W] with C = {in_channels}, got shape "
-            f"{list(x.shape)}"
+            f"{list(shape)}"
         )
     # torch.jit.trace warns where a size is compared.
-    if not torch.jit.is_tracing() and (x.shape[-3] != in_channels or 0 in x.shape[-2:]):
+    if not torch.jit.is_tracing() and (shape[-3] != in_channels or 0 in (shape[-2], shape[-1])):
         raise ValueError(
             f"x must have in_channels = {in_channels} channels and at least one row and column, "
-            f"got shape {list(x.shape)}"
+            f"got shape {list(shape)}"
         )
-    return x.dim() == 3
+    return len(shape) == 3
 
 
 def _check_batch(x: Tensor, in_channels: int) -> None:

@@ -220,15 +220,15 @@ def _check_filters(
     if spatial_filter is None:
         return 1
     check_tensor("spatial_filter", spatial_filter, like=features)
-    leading = (batch, *subpixels)
-    at = len(leading)
-    if spatial_filter.dim() != at + 3 or tuple(spatial_filter.shape[:at]) != leading:
+    shape = spatial_filter.shape
+    at = 1 + len(subpixels)
+    if len(shape) != at + 3 or shape[0] != batch or (subpixels and shape[1] != subpixels[0]):
         size = "H, W" if subpixels else "Ho, Wo"
         raise ValueError(
             f"spatial_filter must be a Tensor[B, {axis}groups*k*k, {size}] with B = {batch}, the "
             f"batch of features{_scaled(scale_factor)}, got shape {list(spatial_filter.shape)}"
         )
-    return check_groups(spatial_filter.shape[at], kernel_size, channels, "spatial_filter")
+    return check_groups(shape[at], kernel_size, channels, "spatial_filter")
 
 
 def _scaled(scale_factor: int | None) -> str:
