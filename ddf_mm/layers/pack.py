@@ -23,7 +23,9 @@ from ddf_mm.layers.unmodified import (
 )
 from ddf_mm.ops import ddf, ddf_up, filter_norm, library
 from ddf_mm.ops.checks import (
+    AUTOCAST_RULE,
     COMBINES,
+    DTYPES,
     check_combine,
     check_int,
     check_kernel_size,
@@ -93,6 +95,32 @@ def _is_unbatched(x: Tensor, in_channels: int) -> bool:
 def _check_batch(x: Tensor, in_channels: int) -> None:
     if _is_unbatched(x, in_channels):
         raise ValueError(f"x must be a batch here, a Tensor[B, C, H, W], got shape {list(x.shape)}")
+
+
+def _check_placement(name: str, x: Tensor, branch: nn.Module) -> None:
+    """Raises where x has not the dtype or device of the convolution that reads it in a branch, in
+    words about the layer. Branches that were modified are left to answer themselves."""
+    if is_observed() or isinstance(x, torch.fx.Proxy):
+        return
+    layers = [m for m in layers_of(branch) if not is_unmodified(m, nn.AdaptiveAvgPool2d)]
+    if not layers or not is_unmodified(layers[0], nn.Conv2d):
+        return
+    weight = layers[0]._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+        return
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the device of the layer's parameters, {weight.device}, got "
+            f"{x.device}"
+        )
+    if x.dtype == weight.dtype:
+        return
+    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if not casts or torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(
+            f"{name} must have the dtype of the layer's parameters, {weight.dtype}, got {x.dtype} "
+            f"({AUTOCAST_RULE})"
+        )
 
 
 def _spatial_branch(
@@ -261,6 +289,8 @@ class DDFPack(BaseModule):
             takes them.
         """
         _check_batch(x, self.in_channels)
+        for branch in (self.channel_branch, self.spatial_branch):
+            _check_placement("x", x, branch)
         k, *_ = self._filter_arguments
         channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
         return channel_filter, self.spatial_branch(x)
@@ -495,6 +525,7 @@ class DDFUpPack(BaseModule):
             ``Tensor[B, s*s, head*k*k, H, W]``, as :func:`~ddf_mm.ops.ddf_up` takes them.
         """
         _check_batch(x, self.in_channels)
+        _check_placement("x", x, self.channel_branch[0])
         k = self.kernel_size
         guides = self._guides(x, joint_x)
         channel_filter = _stack_filters(self.channel_branch, [x] * len(self.channel_branch), k)
@@ -520,6 +551,7 @@ class DDFUpPack(BaseModule):
                 joint_x = x.contiguous(memory_format=torch.channels_last)
         elif not isinstance(joint_x, torch.fx.Proxy):
             check_tensor("joint_x", joint_x)
+            _check_placement("joint_x", joint_x, self.spatial_branch[0])
         batch, _, height, width = x.shape
         own = (batch, self.joint_channels, height, width)
         upsampled = (batch, self.joint_channels, s * height, s * width)

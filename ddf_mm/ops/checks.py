@@ -11,6 +11,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINES = ("mul", "add")
+AUTOCAST_RULE = "torch.autocast casts the tensors of a call where none of them is float64"
 
 
 def check_int(name: str, value: int, minimum: int | None = None) -> int:
@@ -81,7 +82,7 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{name} must have the dtype of features, {like.dtype}, got {tensor.dtype} "
-            "(torch.autocast casts the tensors of a call where none of them is float64)"
+            f"({AUTOCAST_RULE})"
         )
     if tensor.device != like.device:
         raise ValueError(

@@ -576,3 +576,42 @@ def test_sizes_may_be_numpys():
         assert {type(size) for size in sizes} <= {int, bool}
     assert pack(X).shape == conv(X).shape == X.shape
     assert up(X, X[:, :3]).shape == (2, 8, 10, 12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_of_another_dtype_or_device_are_named(layer, autocast):
+    with torch.autocast("cpu", enabled=autocast):
+        for own, given in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+            message = f"x must have the dtype of the layer's parameters, {own}, got {given} "
+            with pytest.raises(TypeError, match=message):
+                layer.to(own)(X.to(given))
+        layer.to(torch.float32)
+        if autocast:
+            assert layer(X.half()).dtype == torch.bfloat16
+        else:
+            with pytest.raises(TypeError, match="parameters, torch.float32, got torch.float16"):
+                layer(X.half())
+        with pytest.raises(ValueError, match="x must be on the device of .*, cpu, got meta"):
+            layer(X.to("meta"))
+        with pytest.raises(ValueError, match="x must be on the device of .*, meta, got cpu"):
+            layer.to("meta")(X)
+        assert layer(X.to("meta")).shape[:2] == X.shape[:2]
+
+
+def test_a_guidance_of_another_dtype_or_device_is_named():
+    up, guide = DDFUpPack(8, joint_channels=3), X[:, :3]
+    with pytest.raises(TypeError, match="joint_x must have the dtype of the layer's .* got .*64"):
+        up(X, guide.double())
+    with pytest.raises(ValueError, match="joint_x must be on the device of .*, cpu, got meta"):
+        up(X, guide.to("meta"))
+
+
+def test_a_branch_that_was_modified_reads_what_it_takes():
+    """It may well cast; the check knows the stock convolutions only."""
+    pack = DDFPack(8).double()
+    want = pack(X.double())
+    for branch, i in ((pack.spatial_branch, 0), (pack.channel_branch, 1)):
+        branch[i].float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        branch[i].register_forward_hook(lambda _, args, out: out.double())
+    pack.channel_branch[3].double()
+    torch.testing.assert_close(pack(X.double()), want, rtol=1e-4, atol=1e-4)
