@@ -347,8 +347,9 @@ class DDFResNet(BaseModule):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be from 0 to less than 1, got {drop_path_rate}")
         _check_style(style)
-        for name, cfg in dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, dcn=dcn).items():
-            check_dict(name, cfg, "the config of a layer")
+        check_dict("conv_cfg", conv_cfg, "the config of a layer")
+        check_dict("norm_cfg", norm_cfg, "the config of a layer", optional=False)
+        check_dict("dcn", dcn, "the config of a layer")
         if dcn is not None and any(
             a and b for a, b in zip(stage_with_dcn, stage_with_ddf, strict=False)
         ):

@@ -45,10 +45,11 @@ def check_sequence(name: str, values: Sequence, of: str) -> None:
         raise TypeError(f"{name} must be a list or tuple, {of}, got {_given(values)}")
 
 
-def check_dict(name: str, value: dict | None, of: str) -> None:
-    """Raises unless ``value`` is a dict, ``of`` what it holds, or ``None``."""
-    if value is not None and not isinstance(value, dict):
-        raise TypeError(f"{name} must be a dict, {of}, or None, got {_given(value)}")
+def check_dict(name: str, value: dict | None, of: str, optional: bool = True) -> None:
+    """Raises unless ``value`` is a dict, ``of`` what it holds, or ``None`` where that will do."""
+    if not isinstance(value, dict) and not (optional and value is None):
+        or_none = ", or None" if optional else ""
+        raise TypeError(f"{name} must be a dict, {of}{or_none}, got {_given(value)}")
 
 
 def _given(value: object) -> str:

@@ -71,6 +71,7 @@ def test_other_code_for_norms_leaves_it_alone():
     norm = FilterNorm(2, 3, "spatial", running_std=True)
     public = [getattr(nn, name) for name in dir(nn) if name.endswith(("Norm", "1d", "2d", "3d"))]
     assert not any(isinstance(norm, kind) for kind in public)
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))[0] is norm
     copied = FilterNorm(2, 3, "spatial", running_std=True)
     copied.load_state_dict({"std": norm.std.data})  # of the official code: without metadata
     assert (copied.std == norm.std).all()

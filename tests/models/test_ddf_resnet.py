@@ -354,6 +354,12 @@ def test_registered_once_in_the_root():
         (dict(drop_path_rate=1.0), ValueError, "drop_path_rate must be from 0 to less than 1"),
         (dict(se_ratio=None), TypeError, "se_ratio must be a number, got None"),
         (dict(norm_cfg="BN"), TypeError, "norm_cfg must be a dict.* got 'BN'"),
+        (
+            dict(norm_cfg=None),
+            TypeError,
+            "norm_cfg must be a dict, the config of a layer, got None",
+        ),
+        (dict(conv_cfg="Conv2d"), TypeError, "conv_cfg must be a dict.*, or None, got 'Conv2d'"),
         (dict(plugins=dict(cfg={})), TypeError, "plugins must be a list or tuple"),
         (dict(plugins=[dict(position="after_conv1")]), TypeError, "plugins must hold dict"),
         (dict(out_indices=(4,)), ValueError, r"out_indices must name stages from 0 to 3, got \(4"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit, Sequential
-from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import nn
 
 from ddf_mm.layers import DDFPack, DDFUpPack
@@ -111,8 +111,6 @@ def test_a_child_that_loads(name, tmp_path):
 def test_classifiers_detectors_and_segmentors_that_load(tmp_path):
     """Their own ``pretrained`` and ``init_cfg``, and what mmseg hands on to the backbone."""
     pytest.importorskip("mmpretrain")
-    from mmengine.registry import MODELS
-
     backbone = dict(type="DDFResNet", depth=26, base_channels=8)
     head = dict(type="LinearClsHead", num_classes=2, in_channels=256)
     classifier = dict(
@@ -158,6 +156,9 @@ def test_resolve_and_name_pretrained():
         assert name_pretrained(dict(type=name, checkpoint="a")) == dict(
             type="Pretrained", checkpoint="a"
         )
+    for name in (DDFResNet, "DDFResNet", "ddf_mm.DDFResNet", "ddf_mm.models.DDFResNet"):
+        assert resolve(dict(type=name), MODELS) is DDFResNet
+        assert resolve(ConfigDict(type=name, _scope_="ddf_mm"), MODELS) is DDFResNet
     assert resolve(dict(type="NoSuchThing"), WEIGHT_INITIALIZERS) is None
     assert resolve(dict(type="no.such.Thing"), WEIGHT_INITIALIZERS) is None
     other = dict(type="Kaiming", layer="Conv2d")
