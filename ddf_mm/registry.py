@@ -21,12 +21,22 @@ _SCOPE = "ddf_mm"
 _NO_LOCATION = ["ddf_mm.registry"]
 
 
+class _Registry(Registry):
+    """Finds a name with its own scope where it finds the plain one: in the root registries."""
+
+    def get(self, key: str) -> Any:
+        """The class that ``key`` names."""
+        scope, name = self.split_scope_key(key)
+        is_own = scope == self.scope and "." not in name
+        return super().get(name if is_own else key)
+
+
 def _child(parent: Registry, locations: list[str] = _NO_LOCATION) -> Registry:
     """The child of ``parent`` in scope ``ddf_mm``; the existing one if this module is reloaded."""
     existing = parent.children.get(_SCOPE)
     if existing is not None:
         return existing
-    return Registry(parent.name, parent=parent, scope=_SCOPE, locations=locations)
+    return _Registry(parent.name, parent=parent, scope=_SCOPE, locations=locations)
 
 
 MODELS = _child(root.MODELS, ["ddf_mm.layers", "ddf_mm.models"])

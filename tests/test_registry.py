@@ -39,6 +39,19 @@ def test_scoped_name_needs_no_custom_imports(toolbox):
     assert out.splitlines()[-1] == "ddf_mm.models.ddf_resnet DDFUpPack DDFConv2d"
 
 
+@pytest.mark.parametrize(
+    "name", ["DDFUp", "ddf_mm.DDFUp", "ddf_mm.layers.DDFUpPack", "ddf_mm.layers.pack.DDFUpPack"]
+)
+def test_every_name_in_the_own_scope(name):
+    """``_scope_='ddf_mm'`` is what a dict gets that was read through ``ddf_mm::``."""
+    out = run(f"""
+        from mmengine.registry import MODELS
+        layer = MODELS.build(dict(type="{name}", _scope_="ddf_mm", in_channels=8))
+        print(type(layer).__name__)
+    """)
+    assert out.splitlines()[-1] == "DDFUpPack"
+
+
 @pytest.mark.parametrize("toolbox", TOOLBOXES)
 def test_plain_name_after_custom_imports(toolbox):
     pytest.importorskip(f"{toolbox}.registry")
