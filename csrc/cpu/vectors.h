@@ -165,17 +165,80 @@ DDF_INLINE void store(T* to, Vector<Sum<T>, N> v) {
   }
 }
 
-// Not inlined, since there are many callers and the ends of rows are few.
+#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+// The first count bits.
+DDF_INLINE uint32_t first_bits(int64_t count) { return (uint32_t{1} << count) - 1; }
+#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
+// A mask of the first count lanes of kBytes bytes.
+template <int kBytes>
+DDF_INLINE __m256i first_lanes_mask(int64_t count) {
+  constexpr int kN = 32 / kBytes;
+  using I = IntegerOf<kBytes>;
+  Vector<I, kN> index{};
+  for (int i = 0; i < kN; ++i) index[i] = static_cast<I>(i);
+  return bit_cast<__m256i>(index < splat<I, kN>(static_cast<I>(count)));
+}
+#endif
+
+// Copies the first count < N elements, in pieces of a power of two.
 template <int N, class T>
-__attribute__((noinline)) Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
-  Vector<Sum<T>, N> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = widen(from[i]);
-  return v;
+DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
+  if constexpr (N > 1) {
+    constexpr int kHalf = N / 2;
+    if (count & kHalf) {
+      std::memcpy(to, from, kHalf * sizeof(T));
+      to += kHalf;
+      from += kHalf;
+    }
+    copy_some<kHalf>(to, from, count);
+  }
+}
+
+// The first count < N elements; the other lanes are zero. Memory behind them is not touched.
+template <int N, class T>
+DDF_INLINE Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
+#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 16)
+    return bit_cast<Vector<float, N>>(
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(count)), from));
+  else if constexpr (std::is_same_v<T, double> && N == 8)
+    return bit_cast<Vector<double, N>>(
+        _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_bits(count)), from));
+  else if constexpr (sizeof(T) == 2 && N == 16) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_bits(count)), from);
+    T values[N];
+    std::memcpy(values, &bits, sizeof(bits));
+    return load<N>(values);
+  }
+#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 8)
+    return bit_cast<Vector<float, N>>(_mm256_maskload_ps(from, first_lanes_mask<4>(count)));
+  else if constexpr (std::is_same_v<T, double> && N == 4)
+    return bit_cast<Vector<double, N>>(_mm256_maskload_pd(from, first_lanes_mask<8>(count)));
+#endif
+  T values[N] = {};
+  copy_some<N>(values, from, count);
+  return load<N>(values);
 }
 
 template <int N, class T>
-__attribute__((noinline)) void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(v[i]);
+DDF_INLINE void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
+#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 16)
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_bits(count)),
+                                 bit_cast<__m512>(v));
+  else if constexpr (std::is_same_v<T, double> && N == 8)
+    return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_bits(count)),
+                                 bit_cast<__m512d>(v));
+#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 8)
+    return _mm256_maskstore_ps(to, first_lanes_mask<4>(count), bit_cast<__m256>(v));
+  else if constexpr (std::is_same_v<T, double> && N == 4)
+    return _mm256_maskstore_pd(to, first_lanes_mask<8>(count), bit_cast<__m256d>(v));
+#endif
+  T values[N];
+  store<N>(values, v);
+  copy_some<N>(to, values, count);
 }
 
 // The first count of N elements; the others are zero, or stay as they are in memory.
