@@ -1,6 +1,7 @@
-// What the operators of every device check of their tensors, and how they make their outputs.
+// What the operators of every device check of their arguments, for memory safety alone: ddf_mm.ops
+// has told its users of bad arguments in its own words, but programs also call the operators
+// themselves, and exported ones with other sizes than Python saw.
 #pragma once
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -9,11 +10,9 @@
 #include <vector>
 
 #include "geometry.h"
+#include "memory.h"
 
 namespace ddf {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Stored with the channels innermost, and not also contiguous (as one pixel or one channel is).
 inline bool is_channels_last(const Tensor& t) {
@@ -25,92 +24,124 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+inline std::vector<int64_t> size_of(const Tensor& t) {
+  std::vector<int64_t> size;
+  for (int64_t i = 0; i < t.dim(); ++i) size.push_back(t.size(i));
+  return size;
 }
 
-inline void check(const Tensor& tensor, const Tensor& features, const char* name,
-                  int64_t dimensions = 4) {
-  STD_TORCH_CHECK(tensor.dim() == dimensions, "ddf: ", name, " must have ", dimensions,
+inline void check_dtype(const Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Float || type == ScalarType::Double,
+                  "ddf_mm: ", name, " must be float16, bfloat16, float32 or float64, got ",
+                  torch::headeronly::toString(type));
+}
+
+inline void check_kind(const Tensor& tensor, const Tensor& features, const char* name,
+                       int64_t dimensions) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions, "ddf_mm: ", name, " must have ", dimensions,
                   " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf: ", name,
-                  " must have the dtype of features");
-  STD_TORCH_CHECK(tensor.device() == features.device(), "ddf: ", name,
-                  " must be on the device of features");
+  STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf_mm: ", name,
+                  " must have the dtype of the first tensor");
+  STD_TORCH_CHECK(tensor.device() == features.device(), "ddf_mm: ", name,
+                  " must be on the device of the first tensor");
 }
 
-inline void check_size(const Tensor& tensor, const std::vector<int64_t>& size, const char* name) {
+inline void check_like(const Tensor& tensor, const Tensor& features, const char* name,
+                       const std::vector<int64_t>& size) {
+  check_kind(tensor, features, name, static_cast<int64_t>(size.size()));
   for (size_t i = 0; i < size.size(); ++i)
-    STD_TORCH_CHECK(tensor.size(i) == size[i], "ddf: ", name, " must have size ", size[i],
+    STD_TORCH_CHECK(tensor.size(i) == size[i], "ddf_mm: ", name, " must have size ", size[i],
                     " in dimension ", i, ", got ", tensor.size(i));
 }
 
-// ddf_mm.ops.ddf has told users of bad arguments in its own words; these checks keep a direct call
-// of the operator from reading out of bounds.
+inline void check_like(const OptionalTensor& tensor, const Tensor& features, const char* name,
+                       const std::vector<int64_t>& size) {
+  if (tensor) check_like(*tensor, features, name, size);
+}
+
+inline void check_elements(bool is_bounded) {
+  STD_TORCH_CHECK(is_bounded,
+                  "ddf_mm: the tensors, or the work on them, are larger than any memory");
+}
+
+inline void check_features(const Tensor& features) {
+  STD_TORCH_CHECK(features.dim() == 4, "ddf_mm: features must have 4 dimensions, got ",
+                  features.dim());
+  check_dtype(features, "features");
+  for (int i = 1; i < 4; ++i)
+    STD_TORCH_CHECK(features.size(i) >= 1,
+                    "ddf_mm: features must have at least one channel, row and column");
+}
+
+inline int64_t ceil_of_quotient(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
+
+// With `scale`, of ddf_up, filters have a dimension of subpixels behind the batch.
 inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
                             const OptionalTensor& spatial_filter, int64_t kernel_size,
-                            int64_t dilation, int64_t stride) {
-  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "ddf: kernel_size must be odd, got ",
-                  kernel_size);
-  STD_TORCH_CHECK(dilation >= 1 && stride >= 1, "ddf: dilation and stride must be at least 1, got ",
-                  dilation, " and ", stride);
+                            int64_t dilation, int64_t stride,
+                            std::optional<int64_t> scale = std::nullopt) {
+  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1 &&
+                      is_product_within(kMaxTerms, kernel_size, kernel_size),
+                  "ddf_mm: kernel_size must be odd, got ", kernel_size);
+  STD_TORCH_CHECK(dilation >= 1 && stride >= 1,
+                  "ddf_mm: dilation and stride must be at least 1, got ", dilation, " and ",
+                  stride);
   STD_TORCH_CHECK(channel_filter || spatial_filter,
-                  "ddf: channel_filter and spatial_filter are both None");
-  check(features, features, "features");
+                  "ddf_mm: channel_filter and spatial_filter are both None");
   Geometry g;
+  g.scale = scale.value_or(1);
+  STD_TORCH_CHECK(g.scale >= 1 && is_product_within(kMaxTerms, g.scale, g.scale),
+                  "ddf_mm: scale_factor must be at least 1, got ", g.scale);
+  check_features(features);
   g.batch = features.size(0);
   g.channels = features.size(1);
   g.height = features.size(2);
   g.width = features.size(3);
   g.kernel = kernel_size;
-  g.dilation = dilation;
-  g.stride = stride;
-  g.out_height = (g.height + stride - 1) / stride;
-  g.out_width = (g.width + stride - 1) / stride;
+  g.out_height = ceil_of_quotient(g.height, stride);
+  g.out_width = ceil_of_quotient(g.width, stride);
   g.groups = 1;
-  if (channel_filter) {
-    check(*channel_filter, features, "channel_filter");
-    check_size(*channel_filter, {g.batch, g.channels, kernel_size, kernel_size}, "channel_filter");
-  }
+  // [B, ...], or [B, subpixels, ...].
+  const auto of_filter = [&](const std::vector<int64_t>& size) {
+    std::vector<int64_t> whole = {g.batch};
+    if (scale) whole.push_back(g.subpixels());
+    whole.insert(whole.end(), size.begin(), size.end());
+    return whole;
+  };
+  check_like(channel_filter, features, "channel_filter",
+             of_filter({g.channels, kernel_size, kernel_size}));
   if (spatial_filter) {
-    check(*spatial_filter, features, "spatial_filter");
-    const int64_t rows = spatial_filter->size(2), columns = spatial_filter->size(3);
-    STD_TORCH_CHECK(rows == g.out_height || rows == g.height / stride, "ddf: spatial_filter has ",
-                    rows, " rows for ", g.height, " of features");
-    STD_TORCH_CHECK(columns == g.out_width || columns == g.width / stride,
-                    "ddf: spatial_filter has ", columns, " columns for ", g.width, " of features");
+    check_kind(*spatial_filter, features, "spatial_filter", scale ? 5 : 4);
+    const int64_t last = spatial_filter->dim() - 1;
+    const int64_t planes = spatial_filter->size(last - 2);
+    const int64_t rows = spatial_filter->size(last - 1), columns = spatial_filter->size(last);
+    STD_TORCH_CHECK(rows >= 1 && (rows == g.out_height || rows == g.height / stride),
+                    "ddf_mm: spatial_filter has ", rows, " rows for ", g.height, " of features");
+    STD_TORCH_CHECK(columns >= 1 && (columns == g.out_width || columns == g.width / stride),
+                    "ddf_mm: spatial_filter has ", columns, " columns for ", g.width,
+                    " of features");
     g.out_height = rows;
     g.out_width = columns;
-    g.groups = spatial_filter->size(1) / g.taps();
-    STD_TORCH_CHECK(g.groups >= 1 && g.groups * g.taps() == spatial_filter->size(1) &&
-                        g.channels % g.groups == 0,
-                    "ddf: spatial_filter has ", spatial_filter->size(1), " channels for ",
-                    g.channels, " of features and kernel_size ", kernel_size);
-    check_size(*spatial_filter, {g.batch, g.groups * g.taps(), rows, columns}, "spatial_filter");
+    g.groups = planes / g.taps();
+    STD_TORCH_CHECK(g.groups >= 1 && planes % g.taps() == 0 && g.channels % g.groups == 0,
+                    "ddf_mm: spatial_filter has ", planes, " channels for ", g.channels,
+                    " of features and kernel_size ", kernel_size);
+    check_like(*spatial_filter, features, "spatial_filter", of_filter({planes, rows, columns}));
   }
   g.group_channels = g.channels / g.groups;
   // More dilation puts all taps but the centre outside of the features just as well, more stride
   // all windows but the first; what the kernels compute from both stays small.
   g.dilation = std::min(dilation, std::max(g.height, g.width));
   g.stride = std::min(stride, std::max(g.height, g.width));
+  check_elements(g.is_bounded());
   return g;
 }
 
-struct NormShape {
-  int64_t batch, taps, pixels;
-};
-
-// x is [B, filters * taps, ...]; what follows are pixels.
-inline NormShape norm_shape_of(const Tensor& x, int64_t filters) {
-  STD_TORCH_CHECK(x.dim() >= 2, "filter_norm: x must have at least 2 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(filters >= 1 && x.size(1) % filters == 0 && x.size(1) / filters >= 2,
-                  "filter_norm: x must have a multiple of filters, at least 2 taps each, got ",
-                  x.size(1), " channels for ", filters, " filters");
-  NormShape shape{x.size(0), x.size(1) / filters, 1};
-  for (int i = 2; i < x.dim(); ++i) shape.pixels *= x.size(i);
-  return shape;
+inline std::vector<int64_t> output_size(const Geometry& g) {
+  return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
 }
 
 // The type that sums, and the parameters of filter_norm, are kept in.
@@ -122,38 +153,13 @@ inline torch::headeronly::ScalarType sum_type_of(const Tensor& x) {
 inline void check_parameter(const OptionalTensor& parameter, const Tensor& x, int64_t size,
                             const char* name) {
   if (!parameter) return;
-  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == size, "filter_norm: ", name,
+  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == size, "ddf_mm: ", name,
                   " must have one dimension of ", size);
-  STD_TORCH_CHECK(parameter->scalar_type() == sum_type_of(x), "filter_norm: ", name,
-                  " must be float64 for x in float64, float32 otherwise");
-  STD_TORCH_CHECK(parameter->device() == x.device(), "filter_norm: ", name,
-                  " must be on the device of x");
+  STD_TORCH_CHECK(parameter->scalar_type() == sum_type_of(x), "ddf_mm: ", name,
+                  " must be float64 beside float64 tensors, float32 otherwise");
+  STD_TORCH_CHECK(parameter->device() == x.device(), "ddf_mm: ", name,
+                  " must be on the device of the first tensor");
 }
-
-inline void check_norm_grad(const Tensor& grad, const Tensor& x) {
-  bool fits =
-      grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
-  for (int i = 0; fits && i < x.dim(); ++i) fits = grad.size(i) == x.size(i);
-  STD_TORCH_CHECK(fits, "filter_norm: grad must have the shape, dtype and device of x");
-}
-
-inline Tensor empty_like(const Tensor& x, bool channels_last) {
-  std::vector<int64_t> size;
-  for (int i = 0; i < x.dim(); ++i) size.push_back(x.size(i));
-  return empty(x, size, channels_last);
-}
-
-// Room for the gradient of a parameter of filter_norm, which is empty if it is not needed.
-inline Tensor empty_parameter(const Tensor& x, bool is_needed) {
-  return torch::stable::empty({is_needed ? x.size(1) : 0}, sum_type_of(x), std::nullopt,
-                              x.device());
-}
-
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Also checks the parameters that ddf_pack has beside ddf's.
 inline Geometry pack_geometry_of(const Tensor& features, const Tensor& raw_channel,
@@ -161,32 +167,87 @@ inline Geometry pack_geometry_of(const Tensor& features, const Tensor& raw_chann
                                  const OptionalTensor& bias, int64_t kernel_size, int64_t dilation,
                                  int64_t stride) {
   const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
-  STD_TORCH_CHECK(kernel_size >= 3, "ddf_pack: kernel_size must be at least 3, got ", kernel_size);
+  STD_TORCH_CHECK(kernel_size >= 3, "ddf_mm: kernel_size must be at least 3, got ", kernel_size);
   check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
   check_parameter(bias, features, g.channels, "bias");
   return g;
 }
 
-// The same as geometry_of for ddf_up, whose filters have a dimension of subpixels behind the batch.
-inline Geometry up_geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
-                               const OptionalTensor& spatial_filter, int64_t kernel_size,
-                               int64_t scale_factor, int64_t dilation) {
-  // More would overflow the number of subpixels.
-  constexpr int64_t kMaxScale = int64_t{1} << 30;
-  STD_TORCH_CHECK(scale_factor >= 1 && scale_factor <= kMaxScale,
-                  "ddf_up: scale_factor must be at least 1, got ", scale_factor);
-  const int64_t subpixels = scale_factor * scale_factor;
-  const auto first = [&](const OptionalTensor& filter, const char* name) {
-    if (!filter) return filter;
-    check(*filter, features, name, 5);
-    STD_TORCH_CHECK(filter->size(1) == subpixels, "ddf_up: ", name, " must have ", subpixels,
-                    " subpixels, got ", filter->size(1));
-    return OptionalTensor(torch::stable::select(*filter, 1, 0));
-  };
-  Geometry g = geometry_of(features, first(channel_filter, "channel_filter"),
-                           first(spatial_filter, "spatial_filter"), kernel_size, dilation, 1);
-  g.scale = scale_factor;
-  return g;
-}
+// Filters to normalize, in an order of memory that the kernels know: x itself, or a copy.
+struct NormFilters {
+  int64_t batch, filters, taps, pixels;
+  bool channels_last;
+
+  // x is [B, filters * taps, ...]; what follows are pixels.
+  NormFilters(const Tensor& x, int64_t filters, const OptionalTensor& std) : filters(filters) {
+    STD_TORCH_CHECK(x.dim() >= 2, "ddf_mm: x must have at least 2 dimensions, got ", x.dim());
+    check_dtype(x, "x");
+    STD_TORCH_CHECK(filters >= 1 && x.size(1) % filters == 0 && x.size(1) / filters >= 2,
+                    "ddf_mm: x must have a multiple of filters, at least 2 taps each, got ",
+                    x.size(1), " channels for ", filters, " filters");
+    int64_t room = kMaxElements;
+    for (const int64_t size : size_of(x)) {
+      check_elements(is_product_within(room, size));
+      room /= std::max<int64_t>(size, 1);
+    }
+    batch = x.size(0);
+    taps = x.size(1) / filters;
+    pixels = 1;
+    for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
+    channels_last = x.dim() == 4 && is_channels_last(x);
+    check_parameter(std, x, x.size(1), "std");
+  }
+
+  Tensor ordered(const Tensor& t) const { return in_layout(t, channels_last); }
+  bool is_empty() const { return batch * pixels == 0; }
+  // Whether a filter's taps, not its pixels, are neighbours in memory.
+  bool has_taps_inner() const { return channels_last || pixels == 1; }
+};
+
+// The gradients of filter_norm; empty where one is not needed.
+struct __attribute__((visibility("hidden"))) NormGradients {
+  Tensor x, std, mean;
+
+  NormGradients(const NormFilters& of, const Tensor& like, bool need_x, bool need_std,
+                bool need_mean)
+      : x(need_x ? empty(like, size_of(like), of.channels_last) : none_of(like)),
+        std(empty(like, {need_std ? like.size(1) : 0}, false, sum_type_of(like))),
+        mean(empty(like, {need_mean ? like.size(1) : 0}, false, sum_type_of(like))) {
+    if (!of.is_empty()) return;
+    torch::stable::zero_(std);
+    torch::stable::zero_(mean);
+  }
+};
+
+// The gradients of ddf and ddf_up; empty where one is not needed.
+struct __attribute__((visibility("hidden"))) DDFGradients {
+  bool need_features, need_channel, need_spatial;
+  Tensor features, channel_filter, spatial_filter;
+
+  DDFGradients(const Geometry& g, const Tensor& grad, const Tensor& of_features,
+               const OptionalTensor& of_channel, const OptionalTensor& of_spatial,
+               bool need_features, bool need_channel, bool need_spatial)
+      : need_features(need_features),
+        need_channel(need_channel && of_channel),
+        need_spatial(need_spatial && of_spatial),
+        features(checked_like(grad, of_features, g)),
+        channel_filter(this->need_channel ? empty(of_features, size_of(*of_channel), false)
+                                          : none_of(of_features)),
+        spatial_filter(this->need_spatial
+                           ? empty(of_features, size_of(*of_spatial),
+                                   of_spatial->dim() == 4 && is_channels_last(*of_spatial))
+                           : none_of(of_features)) {}
+
+  // Whether there is nothing to compute.
+  bool is_empty() const {
+    return features.numel() + channel_filter.numel() + spatial_filter.numel() == 0;
+  }
+
+ private:
+  Tensor checked_like(const Tensor& grad, const Tensor& of, const Geometry& g) const {
+    check_like(grad, of, "grad", output_size(g));
+    return need_features ? empty(of, size_of(of), is_channels_last(of)) : none_of(of);
+  }
+};
 
 }  // namespace ddf

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,7 +20,6 @@
 namespace ddf::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
 const Kernels& kernels() {
@@ -40,11 +42,31 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// LibTorch's C interface would drop what body throws.
 void run_in_parallel(int64_t count, Body body, void* context) {
-  torch::stable::parallel_for(0, count, 1,
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  std::exception_ptr thrown;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end, context);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
+template <class Arguments>
+void run(void (*kernel)(const Arguments&, ParallelFor), const Arguments& arguments) {
+  try {
+    kernel(arguments, run_in_parallel);
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, "ddf_mm: can't allocate memory for intermediate results");
+  }
+}
+
+// One of those that check_dtype lets pass.
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -53,16 +75,9 @@ DType dtype_of(const Tensor& tensor) {
       return DType::f64;
     case ScalarType::Half:
       return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
     default:
-      STD_TORCH_CHECK(false, "ddf: features must be float16, bfloat16, float32 or float64");
+      return DType::bf16;
   }
-}
-
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  return torch::stable::contiguous(
-      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // With a dimension of subpixels, or without.
@@ -70,14 +85,6 @@ SpatialStrides strides_of(const Tensor& spatial) {
   const int64_t last = spatial.dim() - 1;
   return {spatial.stride(0), last == 4 ? spatial.stride(1) : 0, spatial.stride(last - 2),
           spatial.stride(last - 1), spatial.stride(last)};
-}
-
-bool is_empty(const Geometry& g) {
-  return g.batch * g.channels * g.out_height * g.out_width == 0 || g.height * g.width == 0;
-}
-
-std::vector<int64_t> output_size(const Geometry& g) {
-  return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
 }
 
 Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
@@ -89,7 +96,7 @@ Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTenso
   f.mul = mul;
   f.channels_last = is_channels_last(features);
   Tensor output = empty(features, output_size(g), f.channels_last);
-  if (is_empty(g)) return output;
+  if (output.numel() == 0) return output;
 
   const Tensor x = in_layout(features, f.channels_last);
   const OptionalTensor cf = contiguous(channel_filter);
@@ -100,7 +107,7 @@ Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTenso
     f.spatial_strides = strides_of(*spatial_filter);
   }
   f.output = output.mutable_data_ptr();
-  kernels().forward(f, run_in_parallel);
+  run(kernels().forward, f);
   return output;
 }
 
@@ -110,30 +117,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
                                                const OptionalTensor& spatial_filter, bool mul,
                                                bool need_features, bool need_channel,
                                                bool need_spatial) {
+  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
+                        need_channel, need_spatial);
+  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
   Backward b{};
   b.geometry = g;
-  check(grad, features, "grad");
-  check_size(grad, output_size(g), "grad");
   b.dtype = dtype_of(features);
   b.mul = mul;
   b.channels_last = is_channels_last(features);
-  need_channel = need_channel && channel_filter;
-  need_spatial = need_spatial && spatial_filter;
-
-  const auto gradient = [&](bool need, const Tensor& of, bool channels_last) {
-    if (!need) return empty(features, {0}, false);
-    std::vector<int64_t> size;
-    for (int64_t i = 0; i < of.dim(); ++i) size.push_back(of.size(i));
-    return empty(features, size, channels_last);
-  };
-  Tensor grad_features = gradient(need_features, features, b.channels_last);
-  Tensor grad_channel = gradient(need_channel, need_channel ? *channel_filter : features, false);
-  Tensor grad_spatial =
-      gradient(need_spatial, need_spatial ? *spatial_filter : features,
-               need_spatial && spatial_filter->dim() == 4 && is_channels_last(*spatial_filter));
-  if (is_empty(g) || !(need_features || need_channel || need_spatial))
-    return {grad_features, grad_channel, grad_spatial};
-
   const Tensor x = in_layout(features, b.channels_last);
   const Tensor dy = in_layout(grad, b.channels_last);
   const OptionalTensor cf = contiguous(channel_filter);
@@ -144,44 +135,30 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
     b.spatial_filter = spatial_filter->const_data_ptr();
     b.spatial_strides = strides_of(*spatial_filter);
   }
-  b.grad_features = need_features ? grad_features.mutable_data_ptr() : nullptr;
-  b.grad_channel = need_channel ? grad_channel.mutable_data_ptr() : nullptr;
-  if (need_spatial) {
-    b.grad_spatial = grad_spatial.mutable_data_ptr();
-    b.grad_spatial_strides = strides_of(grad_spatial);
+  b.grad_features = to.need_features ? to.features.mutable_data_ptr() : nullptr;
+  b.grad_channel = to.need_channel ? to.channel_filter.mutable_data_ptr() : nullptr;
+  if (to.need_spatial) {
+    b.grad_spatial = to.spatial_filter.mutable_data_ptr();
+    b.grad_spatial_strides = strides_of(to.spatial_filter);
   }
-  kernels().backward(b, run_in_parallel);
-  return {grad_features, grad_channel, grad_spatial};
+  run(kernels().backward, b);
+  return {to.features, to.channel_filter, to.spatial_filter};
 }
 
-// Filters as the kernels take them: x as it is, where its order of memory is one that they know,
-// or a contiguous copy.
-struct Filters {
-  NormSizes sizes;
-  bool channels_last;
-
-  Filters(const Tensor& x, int64_t filters) : channels_last(x.dim() == 4 && is_channels_last(x)) {
-    const NormShape shape = norm_shape_of(x, filters);
-    sizes = {shape.batch, filters, shape.taps, shape.pixels, channels_last || shape.pixels == 1};
-  }
-  Tensor ordered(const Tensor& t) const {
-    return t.dim() == 4 ? in_layout(t, channels_last) : torch::stable::contiguous(t);
-  }
-  bool is_empty() const { return sizes.batch * sizes.pixels == 0; }
-};
+NormSizes sizes_of(const NormFilters& of) {
+  return {of.batch, of.filters, of.taps, of.pixels, of.has_taps_inner()};
+}
 
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
-  const Filters of(x, filters);
-  check_parameter(std, x, x.size(1), "std");
+  const NormFilters of(x, filters, std);
   check_parameter(mean, x, x.size(1), "mean");
-  const Tensor result = empty_like(x, of.channels_last);
+  const Tensor result = empty(x, size_of(x), of.channels_last);
   if (of.is_empty()) return result;
   const Tensor ordered = of.ordered(x);
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
-  kernels().norm({of.sizes, dtype_of(x), ordered.const_data_ptr(), data_of(factors),
-                  data_of(shifts), scale, eps, result.mutable_data_ptr()},
-                 run_in_parallel);
+  run(kernels().norm, {sizes_of(of), dtype_of(x), ordered.const_data_ptr(), data_of(factors),
+                       data_of(shifts), scale, eps, result.mutable_data_ptr()});
   return result;
 }
 
@@ -189,25 +166,18 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         int64_t filters, const OptionalTensor& std,
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
-  const Filters of(x, filters);
-  check_parameter(std, x, x.size(1), "std");
-  check_norm_grad(grad, x);
-  const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : empty(x, {0}, false);
-  Tensor grad_std = empty_parameter(x, need_std), grad_mean = empty_parameter(x, need_mean);
-  if (of.is_empty()) {
-    torch::stable::zero_(grad_std);
-    torch::stable::zero_(grad_mean);
-    return {grad_x, grad_std, grad_mean};
-  }
+  const NormFilters of(x, filters, std);
+  check_like(grad, x, "grad", size_of(x));
+  const NormGradients to(of, x, need_x, need_std, need_mean);
+  if (of.is_empty()) return {to.x, to.std, to.mean};
   const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
   const OptionalTensor factors = contiguous(std);
-  kernels().norm_backward(
-      {of.sizes, dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
-       data_of(factors), scale, eps, need_x ? grad_x.mutable_data_ptr() : nullptr,
-       need_std ? grad_std.mutable_data_ptr() : nullptr,
-       need_mean ? grad_mean.mutable_data_ptr() : nullptr},
-      run_in_parallel);
-  return {grad_x, grad_std, grad_mean};
+  run(kernels().norm_backward,
+      {sizes_of(of), dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
+       data_of(factors), scale, eps, need_x ? to.x.mutable_data_ptr() : nullptr,
+       need_std ? to.std.mutable_data_ptr() : nullptr,
+       need_mean ? to.mean.mutable_data_ptr() : nullptr});
+  return {to.x, to.std, to.mean};
 }
 
 Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
@@ -222,7 +192,7 @@ Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
                   const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
                   int64_t dilation, bool mul) {
   return forward_of(
-      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation),
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
       features, channel_filter, spatial_filter, mul);
 }
 
@@ -240,36 +210,37 @@ Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw
 Tensor depthwise_pointwise(const Tensor& features, const Tensor& depthwise,
                            const OptionalTensor& depthwise_bias, const Tensor& pointwise,
                            const OptionalTensor& pointwise_bias) {
-  check(features, features, "features");
-  check(depthwise, features, "depthwise");
-  check(pointwise, features, "pointwise");
+  check_features(features);
+  check_kind(depthwise, features, "depthwise", 4);
+  check_kind(pointwise, features, "pointwise", 4);
   Branches b{};
   b.batch = features.size(0);
   b.channels = features.size(1);
   b.height = features.size(2);
   b.width = features.size(3);
   b.kernel = depthwise.size(2);
-  STD_TORCH_CHECK(b.channels >= 1 && depthwise.size(0) >= 1 && depthwise.size(0) % b.channels == 0,
-                  "ddf: depthwise must have a multiple of ", b.channels, " filters, got ",
-                  depthwise.size(0));
-  b.branches = depthwise.size(0) / b.channels;
-  STD_TORCH_CHECK(b.kernel % 2 == 1, "ddf: depthwise must have an odd size, got ", b.kernel);
-  check_size(depthwise, {b.branches * b.channels, 1, b.kernel, b.kernel}, "depthwise");
-  STD_TORCH_CHECK(pointwise.size(0) >= 1 && pointwise.size(0) % b.branches == 0,
-                  "ddf: pointwise must have a multiple of ", b.branches, " filters, got ",
-                  pointwise.size(0));
-  check_size(pointwise, {pointwise.size(0), b.channels, 1, 1}, "pointwise");
-  b.outputs = pointwise.size(0) / b.branches;
-  const auto check_bias = [&](const OptionalTensor& bias, int64_t size, const char* name) {
-    if (!bias) return;
-    check(*bias, features, name, 1);
-    check_size(*bias, {size}, name);
-  };
-  check_bias(depthwise_bias, depthwise.size(0), "depthwise_bias");
-  check_bias(pointwise_bias, pointwise.size(0), "pointwise_bias");
+  const int64_t filters = depthwise.size(0), outputs = pointwise.size(0);
+  STD_TORCH_CHECK(filters >= 1 && filters % b.channels == 0,
+                  "ddf_mm: depthwise must have a multiple of ", b.channels, " filters, got ",
+                  filters);
+  b.branches = filters / b.channels;
+  STD_TORCH_CHECK(b.kernel % 2 == 1, "ddf_mm: depthwise must have an odd size, got ", b.kernel);
+  check_like(depthwise, features, "depthwise", {filters, 1, b.kernel, b.kernel});
+  STD_TORCH_CHECK(outputs >= 1 && outputs % b.branches == 0,
+                  "ddf_mm: pointwise must have a multiple of ", b.branches, " filters, got ",
+                  outputs);
+  check_like(pointwise, features, "pointwise", {outputs, b.channels, 1, 1});
+  b.outputs = outputs / b.branches;
+  check_like(depthwise_bias, features, "depthwise_bias", {filters});
+  check_like(pointwise_bias, features, "pointwise_bias", {outputs});
+  check_elements(is_product_within(kMaxElements, b.kernel, b.kernel, filters) &&
+                 is_product_within(kMaxElements, outputs, b.channels) &&
+                 is_product_within(kMaxElements, b.batch, outputs, b.height, b.width) &&
+                 is_product_within(kMaxElements, b.batch, b.channels, b.height + b.kernel,
+                                   b.width + b.kernel));
   b.dtype = dtype_of(features);
-  Tensor output = empty(features, {b.batch, pointwise.size(0), b.height, b.width}, true);
-  if (b.batch * b.height * b.width == 0) return output;
+  const Tensor output = empty(features, {b.batch, outputs, b.height, b.width}, true);
+  if (b.batch == 0) return output;
   const Tensor x = in_layout(features, true);
   const Tensor dw = in_layout(depthwise, false), pw = in_layout(pointwise, false);
   const OptionalTensor dw_bias = contiguous(depthwise_bias), pw_bias = contiguous(pointwise_bias);
@@ -279,35 +250,33 @@ Tensor depthwise_pointwise(const Tensor& features, const Tensor& depthwise,
   b.pointwise = pw.const_data_ptr();
   b.pointwise_bias = data_of(pw_bias);
   b.output = output.mutable_data_ptr();
-  kernels().branches(b, run_in_parallel);
+  run(kernels().branches, b);
   return output;
 }
 
 std::tuple<Tensor, Tensor> pointwise_pool(const Tensor& features, const Tensor& weight,
                                           const OptionalTensor& bias, int64_t stride) {
-  check(features, features, "features");
-  check(weight, features, "weight");
-  STD_TORCH_CHECK(stride >= 1, "ddf: stride must be at least 1, got ", stride);
+  check_features(features);
+  check_kind(weight, features, "weight", 4);
+  STD_TORCH_CHECK(stride >= 1, "ddf_mm: stride must be at least 1, got ", stride);
   Project p{};
   p.batch = features.size(0);
   p.channels = features.size(1);
   p.height = features.size(2);
   p.width = features.size(3);
-  STD_TORCH_CHECK(p.channels * p.height * p.width * weight.size(0) > 0,
-                  "ddf: features must have a channel, a row and a column, weight an output");
   p.outputs = weight.size(0);
-  p.stride = stride;
-  check_size(weight, {p.outputs, p.channels, 1, 1}, "weight");
-  if (bias) {
-    check(*bias, features, "bias", 1);
-    check_size(*bias, {p.outputs}, "bias");
-  }
+  STD_TORCH_CHECK(p.outputs >= 1, "ddf_mm: weight must have at least one output");
+  check_like(weight, features, "weight", {p.outputs, p.channels, 1, 1});
+  check_like(bias, features, "bias", {p.outputs});
+  check_elements(is_product_within(kMaxElements, p.batch, p.channels, p.height, p.width) &&
+                 is_product_within(kMaxElements, p.batch, p.outputs, p.height, p.width) &&
+                 is_product_within(kMaxElements, p.outputs, p.channels));
   p.dtype = dtype_of(features);
-  // In this order: a stride near the largest integer does not overflow.
-  const std::vector<int64_t> size = {p.batch, p.outputs, (p.height - 1) / stride + 1,
-                                     (p.width - 1) / stride + 1};
-  Tensor output = empty(features, size, true);
-  Tensor mean = empty(features, {p.batch, p.channels}, false);
+  const Tensor output = empty(
+      features,
+      {p.batch, p.outputs, ceil_of_quotient(p.height, stride), ceil_of_quotient(p.width, stride)},
+      true);
+  const Tensor mean = empty(features, {p.batch, p.channels}, false);
   if (p.batch == 0) return {output, mean};
   p.stride = std::min(stride, std::max(p.height, p.width));
   const Tensor x = in_layout(features, true), w = in_layout(weight, false);
@@ -317,7 +286,7 @@ std::tuple<Tensor, Tensor> pointwise_pool(const Tensor& features, const Tensor& 
   p.bias = data_of(b);
   p.output = output.mutable_data_ptr();
   p.mean = mean.mutable_data_ptr();
-  kernels().project(p, run_in_parallel);
+  run(kernels().project, p);
   return {output, mean};
 }
 
@@ -339,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
                                                int64_t dilation, bool mul, bool need_features,
                                                bool need_channel, bool need_spatial) {
   return backward_of(
-      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation),
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
       grad, features, channel_filter, spatial_filter, mul, need_features, need_channel,
       need_spatial);
 }

@@ -16,8 +16,9 @@ constexpr int kChannels = 4;
 // rows take turns: channel n begins n * line behind the first.
 //
 // Padded row r and column c lie in phase (r % stride, c % stride) at (r / stride, c / stride); tap
-// (ty, tx) of output (i, j) is padded row i * stride + ty * dilation, so it lies offset[t] behind
-// i * pitch + j.
+// (ty, tx) of output (i, j) is padded row i * stride + ty * dilation, so it lies
+// offset_of(ty * dilation, tx * dilation) behind i * pitch + j. Phases that no tap reads are left
+// out.
 template <class A>
 struct Window {
   // The values of one phase in a row of the features.
@@ -29,8 +30,8 @@ struct Window {
 
   const Geometry& g;
   int64_t rows, columns;  // padded
+  int64_t phases;         // of rows, and of columns
   int64_t phase_rows, line, pitch, size;
-  std::vector<int64_t> offset;      // of each tap
   std::vector<int64_t> row_offset;  // of each padded row
   std::vector<Run> runs;
 
@@ -38,6 +39,7 @@ struct Window {
     const int64_t reach = (g.kernel - 1) * g.dilation, pad = g.padding();
     rows = (out_rows - 1) * g.stride + reach + 1;
     columns = (g.out_width - 1) * g.stride + reach + 1;
+    phases = std::min(g.stride, reach + 1);
     phase_rows = ceil_div(rows, g.stride);
     // A vector that starts in the row may end behind it.
     line =
@@ -46,20 +48,27 @@ struct Window {
     line = round_up(line, kLanes<A>);
     pitch = kChannels * line;
     const int64_t lead = g.stride == 1 ? round_up(pad, kLanes<A>) - pad : 0;
-    size = lead + g.stride * g.stride * phase_rows * pitch;
+    size = lead + phases * phases * phase_rows * pitch;
     for (int64_t r = 0; r < rows; ++r)
-      row_offset.push_back(lead + r % g.stride * g.stride * phase_rows * pitch +
+      row_offset.push_back(lead + r % g.stride * phases * phase_rows * pitch +
                            r / g.stride * pitch);
-    for (int64_t t = 0; t < g.taps(); ++t)
-      offset.push_back(row_offset[t / g.kernel * g.dilation] +
-                       column_offset(t % g.kernel * g.dilation));
     const int64_t end = std::min(columns, g.width + pad);
     for (int64_t c = pad; c < std::min(pad + g.stride, end); ++c)
-      runs.push_back({column_offset(c), c - pad, ceil_div(end - c, g.stride)});
+      if (c % g.stride < phases)
+        runs.push_back({column_offset(c), c - pad, ceil_div(end - c, g.stride)});
   }
 
   int64_t column_offset(int64_t column) const {
     return column % g.stride * phase_rows * pitch + column / g.stride;
+  }
+  int64_t offset_of(int64_t row, int64_t column) const {
+    return row_offset[row] + column_offset(column);
+  }
+  std::vector<int64_t> offsets_of_taps() const {
+    std::vector<int64_t> offsets;
+    for (int64_t t = 0; t < g.taps(); ++t)
+      offsets.push_back(offset_of(t / g.kernel * g.dilation, t % g.kernel * g.dilation));
+    return offsets;
   }
 
   // Copies what the window of the output rows from row0 on holds of a plane. The plane that lies
@@ -76,8 +85,9 @@ struct Window {
                        plane + (above + begin) * g.width, g.width, end - begin, runs[0].count);
     for (int64_t r = begin; r < end; ++r)
       for (const Run& run : runs)
-        load_row(to + row_offset[r] + run.offset, plane + (above + r) * g.width + run.column,
-                 run.count, g.stride);
+        if (r % g.stride < phases)
+          load_row(to + row_offset[r] + run.offset, plane + (above + r) * g.width + run.column,
+                   run.count, g.stride);
   }
 };
 
@@ -320,7 +330,7 @@ void forward_planes(const Forward& f, ParallelFor run) {
   std::vector<Phase> phases;
   for (int64_t row = 0; row < g.scale; ++row)
     for (int64_t column = 0; column < g.scale; ++column) {
-      Phase phase{row, column, {}, window.offset};
+      Phase phase{row, column, {}, window.offsets_of_taps()};
       for (int64_t t = 0; t < g.taps(); ++t)
         phase.taps.push_back(tap_of(g, f.spatial_strides, row * g.scale + column, t, 0, 0));
       phases.push_back(phase);
@@ -352,9 +362,8 @@ void grad_features_up_planes(const Backward& b, ParallelFor run) {
       const int64_t down = g.padding() - t / g.kernel * g.dilation;
       const int64_t right = g.padding() - t % g.kernel * g.dilation;
       phase.taps.push_back(tap_of(g, b.spatial_strides, r, t, down, right));
-      phase.x_offset.push_back(
-          window.offset[(g.scale * down + r / g.scale + reach) * windows.kernel + g.scale * right +
-                        r % g.scale + reach]);
+      phase.x_offset.push_back(window.offset_of(g.scale * down + r / g.scale + reach,
+                                                g.scale * right + r % g.scale + reach));
     }
   filter_planes<T, Combine>(windows, plan, window, {phase}, static_cast<const T*>(b.grad), g,
                             static_cast<const T*>(b.channel_filter),
@@ -390,7 +399,7 @@ void grad_features_planes(const Backward& b, ParallelFor run) {
         if (down % g.stride || right % g.stride) continue;
         phase.taps.push_back(tap_of(g, b.spatial_strides, 0, t, down / g.stride, right / g.stride));
         phase.x_offset.push_back(
-            window.offset[(down / g.stride + reach) * windows.kernel + right / g.stride + reach]);
+            window.offset_of(down / g.stride + reach, right / g.stride + reach));
       }
       phases.push_back(phase);
     }
@@ -524,6 +533,7 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     const Window<A> window(g, plan.rows);
+    const std::vector<int64_t> offsets = window.offsets_of_taps();
     const int64_t plane = plan.rows * pitch;
     Scratch<A> spatial(g.taps() * plane), channel(g.taps() * kChannels),
         dy(plan.rows * window.pitch);
@@ -558,9 +568,8 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
                            item.image % g.subpixels(), item.row0, rows);
         }
         A* to = channel_parts + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
-        grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, window.offset.data(),
-                                         window.line, x, dy, pitch, plane, spatial, channel,
-                                         grad_spatial, to);
+        grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), window.line,
+                                         x, dy, pitch, plane, spatial, channel, grad_spatial, to);
       });
       if (grad_spatial_out == nullptr) continue;
       for (int64_t t = 0; t < g.taps(); ++t)

@@ -15,6 +15,23 @@ using False = std::false_type;
 // CUDA's limit for one launch.
 constexpr int64_t kMaxBlocks = INT32_MAX;
 
+// Rows, columns and the pixels of one channel are counted in 32 bits, with what is added to them;
+// elements are not, but for those that one launch writes.
+constexpr int64_t kMaxPixels = INT32_MAX / 4;
+constexpr int64_t kMaxElements32 = INT32_MAX;
+
+// Whether a call, whose geometry is bounded, can be split into such launches.
+inline bool is_within_launches(const Geometry& g) {
+  return g.batch <= kMaxElements32 && g.channels <= kMaxPixels && g.stride <= kMaxPixels &&
+         is_product_within(kMaxPixels, g.height, g.width) &&
+         is_product_within(kMaxPixels, g.scale, g.height) &&
+         is_product_within(kMaxPixels, g.scale, g.width) &&
+         is_product_within(kMaxPixels, g.scale, g.scale) &&
+         is_product_within(kMaxPixels, g.kernel, g.dilation) &&
+         is_product_within(kMaxElements32, g.channels, g.width) &&
+         is_product_within(kMaxElements32, g.groups, g.kernel, g.kernel, g.out_width);
+}
+
 // The type that sums are kept in.
 template <typename T>
 struct AccumulateType {

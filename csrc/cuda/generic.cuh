@@ -197,9 +197,6 @@ grad_channel_generic(Arguments<T> a, int channel_lanes) {
   }
 }
 
-// Elements that one launch of a generic kernel writes.
-constexpr int64_t kMaxElements = INT32_MAX;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Channels that are neighbours in memory are walked first.
@@ -214,10 +211,10 @@ template <typename T, typename Kernel, typename Launch>
 void launch_boxes(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
                   int64_t rows, int64_t columns, Launch&& launch) {
   const int64_t batch = a.geometry.batch;
-  const int64_t rows_at_once = std::clamp<int64_t>(kMaxElements / (channels * columns), 1, rows);
+  const int64_t rows_at_once = std::clamp<int64_t>(kMaxElements32 / (channels * columns), 1, rows);
   const int64_t image = channels * rows_at_once * columns;
   const int64_t batches_at_once =
-      rows_at_once < rows ? 1 : std::clamp<int64_t>(kMaxElements / image, 1, batch);
+      rows_at_once < rows ? 1 : std::clamp<int64_t>(kMaxElements32 / image, 1, batch);
   for (int64_t first_batch = 0; first_batch < batch; first_batch += batches_at_once) {
     for (int64_t first_row = 0; first_row < rows; first_row += rows_at_once) {
       Box box;

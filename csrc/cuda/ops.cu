@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <functional>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -42,11 +42,6 @@ void with_type(ScalarType type, Function&& function) {
   }
 }
 
-// Uninitialised, of `like`'s dtype, device and layout, channels_last or else contiguous.
-Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty(like, sizes, ddf::is_channels_last(like));
-}
-
 // Of filters of several subpixels, [B, subpixels, ...], those of the first.
 template <typename T>
 View<T> strided_view(T* data, const Tensor& t) {
@@ -69,17 +64,30 @@ View<T> writable_view_of(const Tensor& t) {
   return strided_view(static_cast<T*>(t.mutable_data_ptr()), t);
 }
 
-// Rows, columns and the pixels of one channel are counted in 32 bits; elements are not.
-void check_limits(const Geometry& g) {
-  constexpr int64_t limit = INT32_MAX / 4;
-  STD_TORCH_CHECK(g.height <= limit && g.width <= limit && g.height * g.width <= limit &&
-                      g.channels <= limit && g.kernel <= limit && g.dilation <= limit &&
-                      g.kernel * g.dilation <= limit && g.stride <= limit && g.scale <= INT16_MAX &&
-                      g.scale * std::max(g.height, g.width) <= limit,
-                  "CUDA kernels serve images of at most ", limit,
-                  " pixels, and as many channels, kernel_size * dilation and stride; of rows and "
-                  "columns of the output of ddf_up, too");
+// The geometry of a call that the kernels serve.
+Geometry served(const Geometry& g) {
+  STD_TORCH_CHECK(is_within_launches(g), "ddf_mm: CUDA kernels serve images of at most ",
+                  kMaxPixels, " pixels, and as many channels, kernel_size * dilation and stride, ",
+                  "with at most ", kMaxElements32, " values in one row of all channels");
+  return g;
 }
+
+// Room that lives until the kernels are done: the caching allocator hands a block on to later work
+// of the same stream only, so it may be given back before.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(const Tensor& like, ScalarType type) : like_(like), type_(type) {}
+  T* operator()(int64_t elements) {
+    tensors_.push_back(empty(like_, {elements}, false, type_));
+    return static_cast<T*>(tensors_.back().mutable_data_ptr());
+  }
+
+ private:
+  const Tensor& like_;
+  ScalarType type_;
+  std::vector<Tensor> tensors_;
+};
 
 template <typename T>
 Arguments<T> arguments_of(const Geometry& geometry, bool mul, const Tensor& features,
@@ -98,10 +106,9 @@ Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
                const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
                int64_t stride, bool mul) {
   const Geometry g =
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
-  check_limits(g);
+      served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out = empty_as(features, {g.batch, g.channels, g.out_height, g.out_width});
+  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -112,6 +119,11 @@ Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
   return out;
 }
 
+template <typename T>
+View<T> view_if(bool is_needed, const Tensor& t) {
+  return is_needed ? writable_view_of<T>(t) : View<T>{};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
                                             const OptionalTensor& channel_filter,
                                             const OptionalTensor& spatial_filter,
@@ -119,95 +131,59 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
                                             bool mul, bool need_features, bool need_channel,
                                             bool need_spatial) {
   const Geometry g =
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride);
-  check_limits(g);
-  check(grad, features, "grad");
-  check_size(grad, {g.batch, g.channels, g.out_height, g.out_width}, "grad");
+      served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  // One each: outputs of an operator must not share memory.
-  const auto none = [&] { return torch::stable::new_empty(features, {0}); };
-  const bool wants_channel = need_channel && channel_filter.has_value();
-  const bool wants_spatial = need_spatial && spatial_filter.has_value();
-  const Tensor grad_features =
-      need_features ? empty_as(features, {g.batch, g.channels, g.height, g.width}) : none();
-  const Tensor grad_channel =
-      wants_channel ? torch::stable::new_empty(features, {g.batch, g.channels, g.kernel, g.kernel})
-                    : none();
-  const Tensor grad_spatial =
-      wants_spatial
-          ? empty_as(*spatial_filter, {g.batch, g.groups * g.taps(), g.out_height, g.out_width})
-          : none();
+  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
+                        need_channel, need_spatial);
+  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
-    // The caching allocator hands a block on to later work of the same stream only, so these may
-    // go before the kernels are done.
-    std::vector<Tensor> scratch;
-    const auto allocate = [&](int64_t floats) {
-      scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
-      return static_cast<float*>(scratch.back().mutable_data_ptr());
-    };
-    const auto view = [](const Tensor& t) {
-      return t.numel() > 0 ? writable_view_of<T>(t) : View<T>{};
-    };
-    const Gradients<T> to{view(grad_features), view(grad_channel), view(grad_spatial)};
-    run_backward(a, to, Allocate<float>(allocate), current_stream(features));
+    Scratch<float> scratch(features, ScalarType::Float);
+    const Gradients<T> views{view_if<T>(to.need_features, to.features),
+                             view_if<T>(to.need_channel, to.channel_filter),
+                             view_if<T>(to.need_spatial, to.spatial_filter)};
+    run_backward(a, views, Allocate<float>(std::ref(scratch)), current_stream(features));
   });
-  return {grad_features, grad_channel, grad_spatial};
+  return {to.features, to.channel_filter, to.spatial_filter};
 }
 
-// Filters in an order of memory that the kernels know: x itself, or a contiguous copy.
-struct Filters {
-  NormShape shape;
-  int64_t filters;
-  bool channels_last;
+NormFilters served(const NormFilters& of) {
+  STD_TORCH_CHECK(of.taps <= kMaxElements32, "ddf_mm: CUDA kernels serve filters of at most ",
+                  kMaxElements32, " taps");
+  return of;
+}
 
-  Filters(const Tensor& x, int64_t filters)
-      : shape(norm_shape_of(x, filters)),
-        filters(filters),
-        channels_last(x.dim() == 4 && ddf::is_channels_last(x)) {
-    constexpr int64_t limit = INT32_MAX;
-    STD_TORCH_CHECK(shape.taps <= limit, "CUDA kernels serve filters of at most ", limit, " taps");
-  }
-  Tensor ordered(const Tensor& t) const {
-    return torch::stable::contiguous(t, channels_last
-                                            ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
-  }
-  bool is_empty() const { return shape.batch * shape.pixels == 0; }
-
-  template <typename T>
-  NormArguments<T> arguments(const Tensor& x, const OptionalTensor& std, double scale,
-                             double eps) const {
-    using A = Accumulate<T>;
-    NormArguments<T> a{};
-    a.batch = shape.batch;
-    a.filters = filters;
-    a.taps = shape.taps;
-    a.pixels = shape.pixels;
-    a.taps_inner = channels_last || shape.pixels == 1;
-    a.x = static_cast<const T*>(x.const_data_ptr());
-    a.std = static_cast<const A*>(data_of(std));
-    a.scale = static_cast<A>(scale);
-    a.eps = static_cast<A>(eps);
-    return a;
-  }
-};
+template <typename T>
+NormArguments<T> arguments_of(const NormFilters& of, const Tensor& x, const OptionalTensor& std,
+                              double scale, double eps) {
+  using A = Accumulate<T>;
+  NormArguments<T> a{};
+  a.batch = of.batch;
+  a.filters = of.filters;
+  a.taps = of.taps;
+  a.pixels = of.pixels;
+  a.taps_inner = of.has_taps_inner();
+  a.x = static_cast<const T*>(x.const_data_ptr());
+  a.std = static_cast<const A*>(data_of(std));
+  a.scale = static_cast<A>(scale);
+  a.eps = static_cast<A>(eps);
+  return a;
+}
 
 Tensor norm(const Tensor& x, int64_t filters, const OptionalTensor& std, const OptionalTensor& mean,
             double scale, double eps) {
-  const Filters of(x, filters);
-  check_parameter(std, x, x.size(1), "std");
+  const NormFilters of = served(NormFilters(x, filters, std));
   check_parameter(mean, x, x.size(1), "mean");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor result = empty_like(x, of.channels_last);
+  const Tensor result = empty(x, size_of(x), of.channels_last);
   if (of.is_empty()) return result;
   const Tensor ordered = of.ordered(x);
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    NormArguments<T> a = of.template arguments<T>(ordered, factors, scale, eps);
+    NormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
     a.mean = static_cast<const Accumulate<T>*>(data_of(shifts));
     a.result = static_cast<T*>(result.mutable_data_ptr());
     run_norm(a, current_stream(x));
@@ -219,44 +195,37 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
                                                  int64_t filters, const OptionalTensor& std,
                                                  double scale, double eps, bool need_x,
                                                  bool need_std, bool need_mean) {
-  const Filters of(x, filters);
-  check_parameter(std, x, x.size(1), "std");
-  check_norm_grad(grad, x);
+  const NormFilters of = served(NormFilters(x, filters, std));
+  check_like(grad, x, "grad", size_of(x));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor grad_x = need_x ? empty_like(x, of.channels_last) : torch::stable::new_empty(x, {0});
-  Tensor grad_std = empty_parameter(x, need_std), grad_mean = empty_parameter(x, need_mean);
-  if (of.is_empty()) {
-    torch::stable::zero_(grad_std);
-    torch::stable::zero_(grad_mean);
-    return {grad_x, grad_std, grad_mean};
-  }
+  const NormGradients to(of, x, need_x, need_std, need_mean);
+  if (of.is_empty()) return {to.x, to.std, to.mean};
   const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
   const OptionalTensor factors = contiguous(std);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    NormArguments<T> a = of.template arguments<T>(ordered, factors, scale, eps);
+    NormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
     a.grad = static_cast<const T*>(ordered_grad.const_data_ptr());
-    if (need_x) a.result = static_cast<T*>(grad_x.mutable_data_ptr());
-    if (need_std) a.grad_std = static_cast<A*>(grad_std.mutable_data_ptr());
-    if (need_mean) a.grad_mean = static_cast<A*>(grad_mean.mutable_data_ptr());
+    if (need_x) a.result = static_cast<T*>(to.x.mutable_data_ptr());
+    if (need_std) a.grad_std = static_cast<A*>(to.std.mutable_data_ptr());
+    if (need_mean) a.grad_mean = static_cast<A*>(to.mean.mutable_data_ptr());
     run_norm_backward(a, current_stream(x));
   });
-  return {grad_x, grad_std, grad_mean};
+  return {to.x, to.std, to.mean};
 }
 
 Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
             const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
             double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
             int64_t dilation, int64_t stride, bool mul) {
-  const Geometry g = pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
-                                      kernel_size, dilation, stride);
-  check_limits(g);
+  const Geometry g = served(pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
+                                             kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out = empty_as(features, {g.batch, g.channels, g.out_height, g.out_width});
+  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
-  const Tensor channel = torch::stable::contiguous(raw_channel);
-  const Tensor spatial = Filters(raw_spatial, g.groups).ordered(raw_spatial);
+  const Tensor channel = in_layout(raw_channel, false);
+  const Tensor spatial = in_layout(raw_spatial, ddf::is_channels_last(raw_spatial));
   const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -269,12 +238,8 @@ Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw
     a.around.channel_std = static_cast<const A*>(data_of(std));
     a.around.bias = static_cast<const A*>(data_of(shift));
     if (relu) a.around.floor = 0;
-    std::vector<Tensor> scratch;
-    const auto allocate = [&](int64_t elements) {
-      scratch.push_back(torch::stable::new_empty(features, {elements}));
-      return static_cast<T*>(scratch.back().mutable_data_ptr());
-    };
-    run_pack(a, Allocate<T>(allocate), current_stream(features));
+    Scratch<T> scratch(features, features.scalar_type());
+    run_pack(a, Allocate<T>(std::ref(scratch)), current_stream(features));
   });
   return out;
 }
@@ -284,12 +249,10 @@ int64_t subpixel_stride(const OptionalTensor& filter) { return filter ? filter->
 Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
                   const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
                   int64_t dilation, bool mul) {
-  const Geometry g =
-      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation);
-  check_limits(g);
+  const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
+                                        dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out =
-      empty_as(features, {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width});
+  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const cudaStream_t stream = current_stream(features);
@@ -310,56 +273,36 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
                                                int64_t kernel_size, int64_t scale_factor,
                                                int64_t dilation, bool mul, bool need_features,
                                                bool need_channel, bool need_spatial) {
-  const Geometry g =
-      up_geometry_of(features, channel_filter, spatial_filter, kernel_size, scale_factor, dilation);
-  check_limits(g);
-  check(grad, features, "grad");
-  check_size(grad, {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width}, "grad");
+  const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
+                                        dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const auto gradient = [&](bool need, const std::vector<int64_t>& size) {
-    return torch::stable::new_empty(features, need ? size : std::vector<int64_t>{0});
-  };
-  const int64_t n = g.subpixels();
-  const Tensor grad_features = need_features
-                                   ? empty_as(features, {g.batch, g.channels, g.height, g.width})
-                                   : gradient(false, {});
-  const Tensor grad_channel =
-      gradient(need_channel && channel_filter, {g.batch, n, g.channels, g.kernel, g.kernel});
-  const Tensor grad_spatial = gradient(
-      need_spatial && spatial_filter, {g.batch, n, g.groups * g.taps(), g.out_height, g.out_width});
-  if (grad.numel() == 0) return {grad_features, grad_channel, grad_spatial};
+  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
+                        need_channel, need_spatial);
+  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const cudaStream_t stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
-    if (grad_features.numel() > 0) {
-      a.result = writable_view_of<T>(grad_features);
+    if (to.need_features) {
+      a.result = writable_view_of<T>(to.features);
       run_up_grad_features(a, strides, stream);
     }
-    Gradients<T> to{};
-    SubpixelStrides to_strides{};
-    if (grad_channel.numel() > 0) {
-      to.channel_filter = writable_view_of<T>(grad_channel);
-      to_strides.channel_filter = grad_channel.stride(1);
-    }
-    if (grad_spatial.numel() > 0) {
-      to.spatial_filter = writable_view_of<T>(grad_spatial);
-      to_strides.spatial_filter = grad_spatial.stride(1);
-    }
-    if (to.channel_filter.data == nullptr && to.spatial_filter.data == nullptr) return;
+    if (!to.need_channel && !to.need_spatial) return;
+    const Gradients<T> views{{},
+                             view_if<T>(to.need_channel, to.channel_filter),
+                             view_if<T>(to.need_spatial, to.spatial_filter)};
+    const SubpixelStrides to_strides{to.need_channel ? to.channel_filter.stride(1) : 0,
+                                     to.need_spatial ? to.spatial_filter.stride(1) : 0};
     a.result = View<T>{};
     for_each_subpixel(a, strides, [&](const Arguments<T>& call, int64_t r) {
-      std::vector<Tensor> scratch;
-      const auto allocate = [&](int64_t floats) {
-        scratch.push_back(torch::stable::new_empty(features, {floats}, ScalarType::Float));
-        return static_cast<float*>(scratch.back().mutable_data_ptr());
-      };
-      run_backward(call, filter_grads_of(to, to_strides, r), Allocate<float>(allocate), stream);
+      Scratch<float> scratch(features, ScalarType::Float);
+      run_backward(call, filter_grads_of(views, to_strides, r), Allocate<float>(std::ref(scratch)),
+                   stream);
     });
   });
-  return {grad_features, grad_channel, grad_spatial};
+  return {to.features, to.channel_filter, to.spatial_filter};
 }
 
 }  // namespace

@@ -1,0 +1,114 @@
+// How the operators of every device get memory, and what they throw when there is none.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// Of Python's stable ABI. Weak: a process without Python can load the libraries too.
+extern "C" {
+struct _object;
+__attribute__((weak)) _object* PyImport_ImportModule(const char* name);
+__attribute__((weak)) _object* PyObject_CallMethod(_object* object, const char* name,
+                                                   const char* format, ...);
+}
+
+namespace pybind11 {
+
+// pybind11's base of exceptions that set Python's error themselves, declared as there: it exports
+// the class so that any module can throw one.
+class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  virtual void set_error() const = 0;
+};
+
+}  // namespace pybind11
+
+namespace ddf {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// LibTorch's C interface tells that an allocation failed, not why: it drops the exception. Python
+// repeats the allocation, which raises the same one.
+class FailedAllocation : public pybind11::builtin_exception {
+ public:
+  FailedAllocation(int64_t bytes, const torch::stable::Device& device)
+      : builtin_exception((is_cuda(device) ? "CUDA out of memory. Tried to allocate "
+                                           : "ddf_mm: can't allocate memory: tried to allocate ") +
+                          std::to_string(bytes) + " bytes"),
+        bytes_(bytes),
+        device_(is_cuda(device) ? "cuda:" + std::to_string(device.index()) : "cpu") {}
+
+  void set_error() const override {
+    _object* const library = PyImport_ImportModule("ddf_mm.ops.library");
+    if (library != nullptr)
+      PyObject_CallMethod(library, "raise_failed_allocation", "Lss", static_cast<long long>(bytes_),
+                          device_.c_str(), what());
+  }
+
+ private:
+  static bool is_cuda(const torch::stable::Device& device) {
+    return device.type() == torch::headeronly::DeviceType::CUDA;
+  }
+
+  int64_t bytes_;
+  std::string device_;
+};
+
+inline int64_t bytes_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// The tensor of `elements` that allocate() makes on a device.
+template <typename Allocate>
+Tensor allocated(int64_t elements, torch::headeronly::ScalarType type,
+                 const torch::stable::Device& device, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    throw FailedAllocation(elements * bytes_of(type), device);
+  }
+}
+
+// Uninitialized, with the device of `like`.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool channels_last,
+                    torch::headeronly::ScalarType type) {
+  using torch::headeronly::MemoryFormat;
+  int64_t elements = 1;
+  for (const int64_t n : size) elements *= n;
+  return allocated(elements, type, like.device(), [&] {
+    return torch::stable::empty(
+        size, type, std::nullopt, like.device(), std::nullopt,
+        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  });
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
+  return empty(like, size, channels_last, like.scalar_type());
+}
+
+// What is not asked for.
+inline Tensor none_of(const Tensor& like) { return empty(like, {0}, false); }
+
+// t itself, or a copy in this order of memory.
+inline Tensor in_layout(const Tensor& t, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  return allocated(t.numel(), t.scalar_type(), t.device(), [&] {
+    return torch::stable::contiguous(
+        t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  });
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(in_layout(*t, false)) : std::nullopt;
+}
+
+inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+}  // namespace ddf
