@@ -13,6 +13,7 @@ import warnings
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -141,6 +142,18 @@ def serves(features: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def raise_failed_allocation(size: int, device: str, text: str) -> NoReturn:
+    """Raises what allocating ``size`` bytes on ``device`` raises.
+
+    The libraries call it: PyTorch's C interface tells them that an allocation failed, but not why.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory; also with ``text`` if there is some by now.
+    """
+    torch.empty(size, dtype=torch.uint8, device=device)
+    raise torch.OutOfMemoryError(text)
 
 
 def warn_about_reference(device_type: str) -> None:
