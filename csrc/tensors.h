@@ -30,6 +30,11 @@ inline std::vector<int64_t> size_of(const Tensor& t) {
   return size;
 }
 
+// Python's None comes as an undefined tensor.
+inline void check_defined(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.defined(), "ddf_mm: ", name, " must be a tensor, got None");
+}
+
 inline void check_dtype(const Tensor& tensor, const char* name) {
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
@@ -41,6 +46,7 @@ inline void check_dtype(const Tensor& tensor, const char* name) {
 
 inline void check_kind(const Tensor& tensor, const Tensor& features, const char* name,
                        int64_t dimensions) {
+  check_defined(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == dimensions, "ddf_mm: ", name, " must have ", dimensions,
                   " dimensions, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf_mm: ", name,
@@ -68,6 +74,7 @@ inline void check_elements(bool is_bounded) {
 }
 
 inline void check_features(const Tensor& features) {
+  check_defined(features, "features");
   STD_TORCH_CHECK(features.dim() == 4, "ddf_mm: features must have 4 dimensions, got ",
                   features.dim());
   check_dtype(features, "features");
@@ -83,9 +90,9 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
                             const OptionalTensor& spatial_filter, int64_t kernel_size,
                             int64_t dilation, int64_t stride,
                             std::optional<int64_t> scale = std::nullopt) {
-  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1 &&
-                      is_product_within(kMaxTerms, kernel_size, kernel_size),
-                  "ddf_mm: kernel_size must be odd, got ", kernel_size);
+  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "ddf_mm: kernel_size must be odd, got ",
+                  kernel_size);
+  check_elements(is_product_within(kMaxTerms, kernel_size, kernel_size));
   STD_TORCH_CHECK(dilation >= 1 && stride >= 1,
                   "ddf_mm: dilation and stride must be at least 1, got ", dilation, " and ",
                   stride);
@@ -93,8 +100,8 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
                   "ddf_mm: channel_filter and spatial_filter are both None");
   Geometry g;
   g.scale = scale.value_or(1);
-  STD_TORCH_CHECK(g.scale >= 1 && is_product_within(kMaxTerms, g.scale, g.scale),
-                  "ddf_mm: scale_factor must be at least 1, got ", g.scale);
+  STD_TORCH_CHECK(g.scale >= 1, "ddf_mm: scale_factor must be at least 1, got ", g.scale);
+  check_elements(is_product_within(kMaxTerms, g.scale, g.scale));
   check_features(features);
   g.batch = features.size(0);
   g.channels = features.size(1);
@@ -180,6 +187,7 @@ struct NormFilters {
 
   // x is [B, filters * taps, ...]; what follows are pixels.
   NormFilters(const Tensor& x, int64_t filters, const OptionalTensor& std) : filters(filters) {
+    check_defined(x, "x");
     STD_TORCH_CHECK(x.dim() >= 2, "ddf_mm: x must have at least 2 dimensions, got ", x.dim());
     check_dtype(x, "x");
     STD_TORCH_CHECK(filters >= 1 && x.size(1) % filters == 0 && x.size(1) / filters >= 2,

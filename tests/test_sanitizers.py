@@ -94,6 +94,16 @@ def test_passes_the_sweep(sanitized, instruction_set):
     assert re.search(r"\b12 passed", result.stdout), result.stdout
 
 
+def test_passes_the_direct_calls(sanitized):
+    tests = ROOT / "tests" / "ops" / "test_direct_calls.py"
+    command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "not out_of_memory"]
+    # Copies of expanded tensors ask for more memory than there is.
+    options = f"{sanitized['ASAN_OPTIONS']}:allocator_may_return_null=1"
+    result = run(command, BUILD, **{**sanitized, "ASAN_OPTIONS": options})
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
+
+
 @in_each_set
 def test_a_read_out_of_bounds_is_found(sanitized, instruction_set):
     result = run(

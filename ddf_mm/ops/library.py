@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
+from ddf_mm.ops.checks import (
+    check_ddf_arguments,
+    check_ddf_up_arguments,
+    check_features,
+    check_int,
+    check_kernel_size,
+    check_tensor,
+)
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 # Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
@@ -196,6 +203,18 @@ def _combine(mul: bool) -> str:
     return "mul" if mul else "add"
 
 
+def _check_like(name, tensor, like, shape, dtype=None):
+    """Raises unless ``tensor``, if not None, is of ``shape``, of ``like``'s dtype and device."""
+    if tensor is None:
+        return
+    dtype = dtype or like.dtype
+    if tensor.dtype != dtype or tensor.device != like.device or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be a {dtype} tensor of shape {list(shape)} on {like.device}, got "
+            f"{tensor.dtype}, {list(tensor.shape)} and {tensor.device}"
+        )
+
+
 def _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul):
     out_h, out_w, _ = check_ddf_arguments(
         features, channel_filter, spatial_filter, kernel_size, dilation, stride, _combine(mul)
@@ -232,11 +251,8 @@ def _fake_ddf_up(
 def _fake_backward(fake, grad, features, channel_filter, spatial_filter, *rest):
     options, needed = rest[:4], rest[4:]
     out = fake(features, channel_filter, spatial_filter, *options)
-    if grad.shape != out.shape or grad.dtype != out.dtype:
-        raise ValueError(
-            f"grad must be a {out.dtype} tensor of the output's shape {list(out.shape)}, got "
-            f"{grad.dtype} and {list(grad.shape)}"
-        )
+    check_tensor("grad", grad)
+    _check_like("grad", grad, features, out.shape)
 
     def gradient(of, need, memory_format):
         if of is None or not need:
@@ -335,11 +351,29 @@ def run_ddf_up(
     return _run(ops.ddf_up, ops.ddf_up_backward, features, channel_filter, spatial_filter, *options)
 
 
+def _check_filter_norm(x, filters, std, mean=None):
+    check_tensor("x", x)
+    check_int("filters", filters, 1)
+    if x.dim() < 2 or x.shape[1] % filters or x.shape[1] // filters < 2:
+        raise ValueError(
+            "x must have a multiple of filters channels, at least 2 taps for each of the "
+            f"{filters} filters, got shape {list(x.shape)}"
+        )
+    dtype = accumulate_dtype(x.dtype)
+    _check_like("std", std, x, (x.shape[1],), dtype)
+    _check_like("mean", mean, x, (x.shape[1],), dtype)
+
+
 def _fake_filter_norm(x, filters, std, mean, scale, eps):
+    _check_filter_norm(x, filters, std, mean)
     return torch.empty_like(x, memory_format=layout_of(x))
 
 
 def _fake_filter_norm_backward(grad, x, filters, std, scale, eps, need_x, need_std, need_mean):
+    _check_filter_norm(x, filters, std)
+    check_tensor("grad", grad)
+    _check_like("grad", grad, x, x.shape)
+
     def parameter(needed):
         return x.new_empty(x.shape[1] if needed else 0, dtype=accumulate_dtype(x.dtype))
 
@@ -347,24 +381,63 @@ def _fake_filter_norm_backward(grad, x, filters, std, scale, eps, need_x, need_s
     return grad_x, parameter(need_std), parameter(need_mean)
 
 
-def _fake_ddf_pack(features, raw_channel, raw_spatial, *options):
-    return _fake_ddf(features, raw_channel, raw_spatial, *options[-4:])
+def _fake_ddf_pack(features, raw_channel, raw_spatial, channel_std, *options):
+    bias, kernel_size = options[3], options[5]
+    check_tensor("raw_channel", raw_channel)
+    check_tensor("raw_spatial", raw_spatial)
+    out = _fake_ddf(features, raw_channel, raw_spatial, *options[5:])
+    check_kernel_size(kernel_size, minimum=3)
+    channels, dtype = features.shape[1], accumulate_dtype(features.dtype)
+    _check_like("channel_std", channel_std, features, (channels * kernel_size**2,), dtype)
+    _check_like("bias", bias, features, (channels,), dtype)
+    return out
 
 
-def _fake_depthwise_pointwise(features, depthwise, depthwise_bias, pointwise, pointwise_bias):
-    batch, _, height, width = features.shape
+def _check_filters(name, weight, groups):
+    """Raises unless ``weight`` has a multiple, at least one, of ``groups`` filters."""
+    check_tensor(name, weight)
+    if weight.dim() != 4 or weight.shape[0] < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name} must have 4 dimensions and a multiple of {groups} filters, got shape "
+            f"{list(weight.shape)}"
+        )
+
+
+def _empty_channels_last(features, channels, height, width):
     return torch.empty(
-        (batch, pointwise.shape[0], height, width),
+        (features.shape[0], channels, height, width),
         dtype=features.dtype,
         device=features.device,
         memory_format=torch.channels_last,
     )
 
 
+def _fake_depthwise_pointwise(features, depthwise, depthwise_bias, pointwise, pointwise_bias):
+    check_features(features)
+    _, channels, height, width = features.shape
+    _check_filters("depthwise", depthwise, channels)
+    filters, size = depthwise.shape[0], depthwise.shape[2]
+    if size % 2 == 0:
+        raise ValueError(f"depthwise must have an odd size, got {size}")
+    _check_like("depthwise", depthwise, features, (filters, 1, size, size))
+    _check_filters("pointwise", pointwise, filters // channels)
+    outputs = pointwise.shape[0]
+    _check_like("pointwise", pointwise, features, (outputs, channels, 1, 1))
+    _check_like("depthwise_bias", depthwise_bias, features, (filters,))
+    _check_like("pointwise_bias", pointwise_bias, features, (outputs,))
+    return _empty_channels_last(features, outputs, height, width)
+
+
 def _fake_pointwise_pool(features, weight, bias, stride):
+    check_features(features)
+    check_int("stride", stride, 1)
     batch, channels, height, width = features.shape
-    size = (batch, weight.shape[0], -(-height // stride), -(-width // stride))
-    out = features.new_empty(size).contiguous(memory_format=torch.channels_last)
+    _check_filters("weight", weight, 1)
+    outputs = weight.shape[0]
+    _check_like("weight", weight, features, (outputs, channels, 1, 1))
+    _check_like("bias", bias, features, (outputs,))
+    rows, columns = (height - 1) // stride + 1, (width - 1) // stride + 1
+    out = _empty_channels_last(features, outputs, rows, columns)
     return out, features.new_empty(batch, channels)
 
 

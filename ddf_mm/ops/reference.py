@@ -44,6 +44,8 @@ def ddf_reference(
     dtype = accumulate_dtype(features.dtype)
     # From there on no tap but the centre reaches the features: padding by more has no effect.
     dilation = min(dilation, max(height, width))
+    # No feature has so many rows, but the strides of a view of every stride-th one could overflow.
+    stride = min(stride, 2**40)
 
     # The window of the last output starts at (out - 1) * stride, so the padding that the
     # features lack there may be more or less than dilation * (k // 2).
