@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from ddf_mm.engine.cli import UserError
-from ddf_mm.ops import ddf_reference, ddf_up_reference
+from ddf_mm.ops import library
 
 # Oldest opset that the exporter writes by itself; a newer one is converted from it.
 MIN_OPSET = 18
@@ -316,24 +316,11 @@ def save_program(program: ExportedProgram, path: Path, portable: bool = False) -
     Returns:
         The number of operators in it.
     """
-    if portable and hasattr(torch.ops.ddf_mm, "ddf"):
-        program = program.run_decompositions(
-            {
-                torch.ops.ddf_mm.ddf.default: _formula(ddf_reference),
-                torch.ops.ddf_mm.ddf_up.default: _formula(ddf_up_reference),
-            }
-        )
+    if portable and library.FORMULAS:
+        formulas = {op.default: formula for op, formula in library.FORMULAS.items()}
+        program = program.run_decompositions(formulas)
     torch.export.save(program, path)
     return sum(node.op == "call_function" for node in program.graph.nodes)
-
-
-def _formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A reference that takes the arguments of its compiled op, whose last one is ``mul``."""
-
-    def decomposition(*args):
-        return reference(*args[:-1], "mul" if args[-1] else "add")
-
-    return decomposition
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:

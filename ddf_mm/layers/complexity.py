@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from mmengine.analysis import complexity_analysis
+from mmengine.analysis import complexity_analysis, jit_analysis
 from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 
+from ddf_mm.ops import library
 from ddf_mm.ops.flops import count_taps
 
 _OPS = ("ddf_mm::ddf", "ddf_mm::ddf_up")
@@ -23,6 +24,10 @@ def register() -> None:
 
     mmengine has no public way to extend them for all analyzers to come.
     """
+    # Elsewhere a traced graph holds the formula, and no op to count.
+    jit_analysis._get_scoped_trace_graph = library.traced_ops()(
+        jit_analysis._get_scoped_trace_graph
+    )
     for op in _OPS:
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[op] = _count_flops
         complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[op] = generic_activation_jit("ddf")

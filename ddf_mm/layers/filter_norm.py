@@ -10,8 +10,6 @@ from torch.nn.init import calculate_gain
 from ddf_mm.ops.checks import check_int, check_kernel_size
 from ddf_mm.ops.filter_norm import FILTER_TYPES, filter_norm
 
-torch.fx.wrap("filter_norm")
-
 
 class FilterNorm(_InstanceNorm):
     """Filter normalization with the scale that keeps the variance of the features.

@@ -7,6 +7,7 @@ vectors of C values; the three gradients of the features add up in one tensor.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -203,11 +204,15 @@ class _FusedPack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        composition = partial(_composition, ctx.options)
+        # Batched gradients of torch.autograd.grad are no transform of torch.func.
+        if not library.serves(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+            return None, *library.gradients(composition, saved[:8], needed, grad)
         if torch.is_grad_enabled():
-            return None, *_differentiable_grads(ctx, grad, saved[:8])
+            return None, *_differentiable_grads(composition, saved[:8], needed, grad)
         with torch._C._AutoDispatchBelowAutograd():
-            return None, *_grads(ctx.options, ctx.needs_input_grad[1:], grad, *saved)
+            return None, *_grads(ctx.options, needed, grad, *saved)
 
 
 def _grads(o: PackOptions, needed, grad, x, *saved):
@@ -260,12 +265,9 @@ def _composition(o: PackOptions, x: Tensor, *weights: Tensor) -> Tensor:
     return ddf(x, channel, spatial, k, o.dilation, o.stride, o.kernel_combine)
 
 
-def _differentiable_grads(ctx, grad, arguments):
-    """Gradients that can be differentiated again."""
-    needed = ctx.needs_input_grad[1:]
-    with torch.enable_grad():
-        arguments = [t.view_as(t) for t in arguments]
-        out = _composition(ctx.options, *arguments)
-        wanted = [t for t, need in zip(arguments, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+def _differentiable_grads(function, tensors, needed, grad):
+    """Gradients that can be differentiated again, by the compiled ops as far as these can."""
+    tensors = [t.view_as(t) for t in tensors]
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*tensors), wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needed]

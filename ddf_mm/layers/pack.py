@@ -31,13 +31,9 @@ from ddf_mm.ops.checks import (
     check_kernel_size,
     check_number,
     check_tensor,
+    shape_of,
 )
 from ddf_mm.registry import name_pretrained
-
-# torch.fx records the operations as one call each instead of tracing through its argument checks
-# (mmengine's `efficient_conv_bn_eval` traces models).
-torch.fx.wrap("ddf")
-torch.fx.wrap("ddf_up")
 
 
 def _reset_branches(pack: nn.Module) -> None:
@@ -77,14 +73,13 @@ def _is_unbatched(x: Tensor, in_channels: int) -> bool:
     if isinstance(x, torch.fx.Proxy):  # a graph is traced for batches, its sizes are not known
         return False
     check_tensor("x", x)
-    shape = x.shape
+    shape = shape_of(x)
     if len(shape) not in (3, 4):
         raise ValueError(
             f"x must be a Tensor[B, C, H, W] or Tensor[C, H, W] with C = {in_channels}, got shape "
             f"{list(shape)}"
         )
-    # torch.jit.trace warns where a size is compared.
-    if not torch.jit.is_tracing() and (shape[-3] != in_channels or 0 in (shape[-2], shape[-1])):
+    if shape[-3] != in_channels or 0 in (shape[-2], shape[-1]):
         raise ValueError(
             f"x must have in_channels = {in_channels} channels and at least one row and column, "
             f"got shape {list(shape)}"
@@ -292,7 +287,7 @@ class DDFPack(BaseModule):
         for branch in (self.channel_branch, self.spatial_branch):
             _check_placement("x", x, branch)
         k, *_ = self._filter_arguments
-        channel_filter = self.channel_branch(x).unflatten(1, (self.in_channels, k, k))
+        channel_filter = self.channel_branch(x).reshape(-1, self.in_channels, k, k)
         return channel_filter, self.spatial_branch(x)
 
     def extra_repr(self) -> str:
@@ -388,6 +383,40 @@ def _convolve_together(layers: list[list[nn.Module]], inputs: list[Tensor]) -> T
         torch.cat([conv.bias for conv in pointwise]),
     )
     return torch.ops.ddf_mm.depthwise_pointwise(*tensors)
+
+
+# torch.fx records it as one call: it goes by sizes, which are there only when the graph runs.
+@torch.fx.wrap
+def _guides(
+    x: Tensor, joint_x: Tensor | None, scale_factor: int, joint_channels: int
+) -> list[Tensor]:
+    """What each spatial branch of a DDFUpPack reads, in the order of the branches."""
+    s = scale_factor
+    if joint_x is None:
+        channels = shape_of(x)[1]
+        if joint_channels != channels:
+            raise ValueError(
+                f"joint_x must be given, a guidance of {joint_channels} channels, since "
+                f"joint_channels is {joint_channels} and in_channels {channels}"
+            )
+        joint_x = x
+        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if is_eager and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # oneDNN takes half as long for depthwise convolutions of this layout, and all
+            # branches share the copy.
+            joint_x = x.contiguous(memory_format=torch.channels_last)
+    batch, _, height, width = shape_of(x)
+    given = shape_of(joint_x)
+    own = (batch, joint_channels, height, width)
+    upsampled = (batch, joint_channels, s * height, s * width)
+    if given == own:
+        return [joint_x] * s**2
+    if given == upsampled:
+        return [joint_x[:, :, p::s, q::s] for p in range(s) for q in range(s)]
+    raise ValueError(
+        f"joint_x must be a Tensor[B, joint_channels, H, W] = {list(own)} or, of the "
+        f"upsampled size, {list(upsampled)}, got shape {list(given)}"
+    )
 
 
 @MODELS.register_module("DDFUp")
@@ -526,42 +555,15 @@ class DDFUpPack(BaseModule):
         """
         _check_batch(x, self.in_channels)
         _check_placement("x", x, self.channel_branch[0])
-        k = self.kernel_size
-        guides = self._guides(x, joint_x)
-        channel_filter = _stack_filters(self.channel_branch, [x] * len(self.channel_branch), k)
-        return (
-            channel_filter.unflatten(2, (self.in_channels, k, k)),
-            _stack_filters(self.spatial_branch, guides, k),
-        )
-
-    def _guides(self, x: Tensor, joint_x: Tensor | None) -> list[Tensor]:
-        """What each spatial branch reads, in the order of the branches."""
-        s = self.scale_factor
-        if joint_x is None:
-            if self.joint_channels != self.in_channels:
-                raise ValueError(
-                    f"joint_x must be given, a guidance of {self.joint_channels} channels, since "
-                    f"joint_channels is {self.joint_channels} and in_channels {self.in_channels}"
-                )
-            joint_x = x
-            is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-            if is_eager and x.device.type == "cpu" and not torch.is_grad_enabled():
-                # oneDNN takes half as long for depthwise convolutions of this layout, and all
-                # branches share the copy.
-                joint_x = x.contiguous(memory_format=torch.channels_last)
-        elif not isinstance(joint_x, torch.fx.Proxy):
+        if joint_x is not None and not isinstance(joint_x, torch.fx.Proxy):
             check_tensor("joint_x", joint_x)
             _check_placement("joint_x", joint_x, self.spatial_branch[0])
-        batch, _, height, width = x.shape
-        own = (batch, self.joint_channels, height, width)
-        upsampled = (batch, self.joint_channels, s * height, s * width)
-        if tuple(joint_x.shape) == own:
-            return [joint_x] * s**2
-        if tuple(joint_x.shape) == upsampled:
-            return [joint_x[:, :, p::s, q::s] for p in range(s) for q in range(s)]
-        raise ValueError(
-            f"joint_x must be a Tensor[B, joint_channels, H, W] = {list(own)} or, of the "
-            f"upsampled size, {list(upsampled)}, got shape {list(joint_x.shape)}"
+        k, count = self.kernel_size, len(self.spatial_branch)
+        guides = _guides(x, joint_x, self.scale_factor, self.joint_channels)
+        channel_filter = _stack_filters(self.channel_branch, [x] * count, k)
+        return (
+            channel_filter.reshape(-1, count, self.in_channels, k, k),
+            _stack_filters(self.spatial_branch, [guides[r] for r in range(count)], k),
         )
 
     def extra_repr(self) -> str:

@@ -200,7 +200,7 @@ class DDFBottleneck(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, in_channels, H, W]`` -> ``Tensor[B, out_channels, H/stride, W/stride]``."""
-        if self.with_cp and x.requires_grad:
+        if self.with_cp and x.requires_grad is True:  # it is another object in torch.fx's tracer
             out = cp.checkpoint(self._residual_sum, x, use_reentrant=False)
         else:
             out = self._residual_sum(x)

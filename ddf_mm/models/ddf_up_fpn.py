@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
-from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_sequence
+from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_sequence, shape_of
 from ddf_mm.registry import name_pretrained
 
 EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
@@ -180,15 +180,9 @@ class DDFUpFPN(BaseModule):
         Raises:
             ValueError: another number of inputs, or sizes that ``scale_factor`` does not fit.
         """
-        check_sequence("inputs", inputs, "a tensor for each of in_channels")
-        if len(inputs) != self.num_ins:
-            raise ValueError(
-                f"inputs must hold a tensor for each of in_channels, {self.num_ins}, got "
-                f"{len(inputs)}"
-            )
-        for i in range(self.start_level, self.backbone_end_level):
-            _check_input(f"inputs[{i}]", inputs[i], self.in_channels[i])
-        used = inputs[self.start_level : self.backbone_end_level]
+        levels = range(self.start_level, self.backbone_end_level)
+        inputs = _check_inputs(inputs, self.in_channels, levels)
+        used = [inputs[i] for i in levels]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, used, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
             laterals[i - 1] = laterals[i - 1] + self._upsample(i, laterals[i], laterals[i - 1])
@@ -208,42 +202,82 @@ class DDFUpFPN(BaseModule):
 
     def _upsample(self, i: int, x: Tensor, lateral: Tensor) -> Tensor:
         """Upsamples used level ``i`` to the size of the lateral below it."""
-        upsample = self.upsample_modules[i - 1]
-        s = upsample.scale_factor
-        height, width = lateral.shape[2:]
-        rows, columns = (height - 1) // s + 1, (width - 1) // s + 1
-        missing = (rows - x.shape[2], columns - x.shape[3])
-        # Strided layers round sizes up with padding, down without.
-        if not all(
-            0 <= m <= min(1, size % s) for m, size in zip(missing, (height, width), strict=True)
-        ):
-            level = self.start_level + i
+        upsample, level = self.upsample_modules[i - 1], self.start_level + i
+        x, joint_x = _align(x, lateral, upsample.scale_factor, self.guidance, level)
+        return _crop(upsample(x, joint_x if self.guidance else None), lateral)
+
+
+# torch.fx records these functions as one call each: they go by what is there only when the graph
+# runs.
+@torch.fx.wrap
+def _check_inputs(
+    inputs: Sequence[Tensor], in_channels: Sequence[int], levels: range
+) -> Sequence[Tensor]:
+    """The inputs; raises unless those of ``levels`` are what forward says."""
+    check_sequence("inputs", inputs, "a tensor for each of in_channels")
+    if len(inputs) != len(in_channels):
+        raise ValueError(
+            f"inputs must hold a tensor for each of in_channels, {len(in_channels)}, got "
+            f"{len(inputs)}"
+        )
+    for i in levels:
+        x = inputs[i]
+        if isinstance(x, torch.fx.Proxy):  # of a backbone that is in the same graph
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs[{i}] must be a torch.Tensor, got {type(x).__name__}")
+        shape = shape_of(x)
+        if len(shape) != 4 or shape[1] != in_channels[i]:
             raise ValueError(
-                f"scale_factor {s} does not fit inputs {level - 1} and {level}, of sizes "
-                f"{height} x {width} and {x.shape[2]} x {x.shape[3]}: give scale_factor as a list "
-                "of the ratios of adjacent levels, finest first"
+                f"inputs[{i}] must be a Tensor[B, {in_channels[i]}, H, W], got shape {list(shape)}"
             )
-        if any(missing):
-            x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
-        excess = (rows * s - height, columns * s - width)
-        joint_x = lateral if self.guidance else None
-        # torch.export would tie padding and the strides of a crop to even sizes or to odd ones.
-        exporting = _is_exporting()
-        # The values of the padding make filters of pixels that the crop below drops.
-        if self.guidance and exporting:
-            joint_x = _fit(lateral, rows * s, columns * s)
-        elif self.guidance and any(excess):
-            joint_x = F.pad(lateral, (0, excess[1], 0, excess[0]))
-        out = upsample(x, joint_x)
-        return _fit(out, height, width) if exporting else out[:, :, :height, :width]
+    return inputs
 
 
-def _check_input(name: str, x: Tensor, channels: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    # torch.jit.trace warns where a size is compared.
-    if x.dim() != 4 or (not torch.jit.is_tracing() and x.shape[1] != channels):
-        raise ValueError(f"{name} must be a Tensor[B, {channels}, H, W], got shape {list(x.shape)}")
+@torch.fx.wrap
+def _align(
+    x: Tensor, lateral: Tensor, s: int, guidance: bool, level: int
+) -> tuple[Tensor, Tensor | None]:
+    """The features of a level, grown so that ``s`` times their size covers the lateral below it,
+    and with ``guidance`` that lateral, padded to just this size."""
+    (height, width), given = shape_of(lateral)[2:], shape_of(x)[2:]
+    rows, columns = (height - 1) // s + 1, (width - 1) // s + 1
+    missing = (rows - given[0], columns - given[1])
+    # Strided layers round sizes up with padding, down without.
+    if not all(
+        0 <= m <= min(1, size % s) for m, size in zip(missing, (height, width), strict=True)
+    ):
+        raise ValueError(
+            f"scale_factor {s} does not fit inputs {level - 1} and {level}, of sizes "
+            f"{height} x {width} and {given[0]} x {given[1]}: give scale_factor as a list "
+            "of the ratios of adjacent levels, finest first"
+        )
+    if torch.jit.is_tracing():
+        # How much is missing differs from size to size: the most there can be is added, and what
+        # is too much cut off.
+        rows, columns = ((size - 1) // s + 1 for size in lateral.shape[2:])
+        x = F.pad(x, (0, 1, 0, 1), mode="replicate")[:, :, :rows, :columns]
+        if guidance:
+            padded = F.pad(lateral, (0, s - 1, 0, s - 1))
+            return x, padded[:, :, : rows * s, : columns * s]
+        return x, None
+    if any(missing):
+        x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+    if not guidance:
+        return x, None
+    # The values of the padding make filters of pixels that the crop drops.
+    if _is_exporting():
+        return x, _fit(lateral, rows * s, columns * s)
+    excess = (rows * s - height, columns * s - width)
+    return x, F.pad(lateral, (0, excess[1], 0, excess[0])) if any(excess) else lateral
+
+
+@torch.fx.wrap
+def _crop(x: Tensor, lateral: Tensor) -> Tensor:
+    """Crops upsampled features to the size of the lateral."""
+    height, width = lateral.shape[2:]
+    # torch.export would tie padding and the strides of a crop to even sizes or to odd ones.
+    return _fit(x, height, width) if _is_exporting() else x[:, :, :height, :width]
 
 
 def _fit(x: Tensor, height: int, width: int) -> Tensor:

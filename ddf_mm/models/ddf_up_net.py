@@ -13,7 +13,7 @@ from mmengine.structures import BaseDataElement, PixelData
 from torch import Tensor, nn
 
 from ddf_mm.layers import DDFUpPack
-from ddf_mm.ops.checks import check_dict, check_int, check_number, check_sequence
+from ddf_mm.ops.checks import check_dict, check_int, check_number, check_sequence, untraced
 from ddf_mm.registry import name_pretrained
 
 LOSSES = dict(l1=F.l1_loss, mse=F.mse_loss, smooth_l1=F.smooth_l1_loss)
@@ -158,7 +158,8 @@ class DDFUpNet(BaseModel):
         Raises:
             ValueError: tensors of other shapes, an unknown mode, or no data samples for the loss.
         """
-        self._check_inputs(inputs, guide)
+        channels = self.map_channels, self.guide_channels
+        _check_inputs(inputs, guide, *channels, self.scale_factor)
         std, mean = torch.std_mean(inputs.float(), dim=(1, 2, 3), keepdim=True)
         std = std.clamp(min=_MIN_STD)
         prediction = self._upsample((inputs.float() - mean) / std, guide)
@@ -193,20 +194,25 @@ class DDFUpNet(BaseModel):
         )
         return coarse + self.head(x)
 
-    def _check_inputs(self, inputs: Tensor, guide: Tensor) -> None:
-        for name, tensor in (("inputs", inputs), ("guide", guide)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if inputs.dim() != 4 or inputs.shape[1] != self.map_channels:
-            raise ValueError(
-                f"inputs must be a Tensor[B, M, H, W] with M = {self.map_channels}, got shape "
-                f"{list(inputs.shape)}"
-            )
-        batch, _, height, width = inputs.shape
-        s = self.scale_factor
-        needed = [batch, self.guide_channels, s * height, s * width]
-        if list(guide.shape) != needed:
-            raise ValueError(
-                f"guide must be of shape {needed}, {s} times the size of inputs, got "
-                f"{list(guide.shape)}"
-            )
+
+# torch.fx records it as one call: the sizes are there only when the graph runs.
+@torch.fx.wrap
+@untraced
+def _check_inputs(
+    inputs: Tensor, guide: Tensor, map_channels: int, guide_channels: int, s: int
+) -> None:
+    for name, tensor in (("inputs", inputs), ("guide", guide)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if inputs.dim() != 4 or inputs.shape[1] != map_channels:
+        raise ValueError(
+            f"inputs must be a Tensor[B, M, H, W] with M = {map_channels}, got shape "
+            f"{list(inputs.shape)}"
+        )
+    batch, _, height, width = inputs.shape
+    needed = [batch, guide_channels, s * height, s * width]
+    if list(guide.shape) != needed:
+        raise ValueError(
+            f"guide must be of shape {needed}, {s} times the size of inputs, got "
+            f"{list(guide.shape)}"
+        )

@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral, Real
 from reprlib import repr as shortened
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINES = ("mul", "add")
 AUTOCAST_RULE = "torch.autocast casts the tensors of a call where none of them is float64"
+
+
+class Geometry(NamedTuple):
+    """Sizes of a call that its checks find out.
+
+    Rows and columns of the output, and how the channels C share the spatial filters:
+    C = groups * group_channels.
+    """
+
+    height: int
+    width: int
+    groups: int
+    group_channels: int
+
+
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Keeps torch.jit's tracer out of a function that decides something by sizes.
+
+    For the tracer sizes are tensors: it would record each comparison of them, and warn that the
+    trace may not hold for other sizes.
+    """
+
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        state = torch._C._get_tracing_state()
+        if state is None:
+            return function(*args, **kwargs)
+        torch._C._set_tracing_state(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    return wrapper
+
+
+@untraced
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape in ints, also where torch.jit's tracer would make tensors of them."""
+    return tensor.shape
 
 
 def check_int(name: str, value: int, minimum: int | None = None) -> int:
@@ -123,6 +168,7 @@ def check_groups(spatial_channels: int, kernel_size: int, channels: int, name: s
     return groups
 
 
+@untraced
 def check_ddf_arguments(
     features: Tensor,
     channel_filter: Tensor | None,
@@ -131,11 +177,8 @@ def check_ddf_arguments(
     dilation: int,
     stride: int,
     kernel_combine: str,
-) -> tuple[int, int, int]:
+) -> Geometry:
     """Checks the arguments of :func:`ddf_mm.ops.ddf`.
-
-    Returns:
-        (Ho, Wo, g): rows and columns of the output, and the filter groups.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -146,12 +189,12 @@ def check_ddf_arguments(
     check_int("stride", stride, 1)
     check_combine(kernel_combine)
     check_features(features)
-    height, width = features.shape[2:]
+    _, channels, height, width = features.shape
     # Written as a convolution's output size is, so that symbolic sizes compare without a guard.
     ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
-        return ceil_h, ceil_w, groups
+        return Geometry(ceil_h, ceil_w, groups, channels // groups)
 
     out_h, out_w = spatial_filter.shape[2:]
     # The floor is what the official op takes; it drops the last window of an odd size.
@@ -163,9 +206,10 @@ def check_ddf_arguments(
         )
     if 0 in (out_h, out_w):
         raise ValueError(f"spatial_filter must have at least one pixel, got {out_h}x{out_w}")
-    return out_h, out_w, groups
+    return Geometry(out_h, out_w, groups, channels // groups)
 
 
+@untraced
 def check_ddf_up_arguments(
     features: Tensor,
     channel_filter: Tensor | None,
@@ -174,8 +218,11 @@ def check_ddf_up_arguments(
     scale_factor: int,
     dilation: int,
     kernel_combine: str,
-) -> None:
+) -> Geometry:
     """Checks the arguments of :func:`ddf_mm.ops.ddf_up`.
+
+    Returns:
+        The geometry of one subpixel.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -186,12 +233,14 @@ def check_ddf_up_arguments(
     check_int("dilation", dilation, 1)
     check_combine(kernel_combine)
     check_features(features)
-    _check_filters(features, channel_filter, spatial_filter, kernel_size, scale_factor)
+    groups = _check_filters(features, channel_filter, spatial_filter, kernel_size, scale_factor)
+    _, channels, height, width = features.shape
     if spatial_filter is not None and spatial_filter.shape[3:] != features.shape[2:]:
         raise ValueError(
-            f"spatial_filter must have the {features.shape[2]}x{features.shape[3]} pixels of "
-            f"features, got {spatial_filter.shape[3]}x{spatial_filter.shape[4]}"
+            f"spatial_filter must have the {height}x{width} pixels of features, got "
+            f"{spatial_filter.shape[3]}x{spatial_filter.shape[4]}"
         )
+    return Geometry(height, width, groups, channels // groups)
 
 
 def _check_filters(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ddf_mm.ops import library
 from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
-from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
+from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
 def ddf(
@@ -62,13 +63,17 @@ def ddf(
         >>> ddf(x, per_channel, per_pixel, kernel_size=3, stride=2).shape
         torch.Size([2, 16, 8, 10])
     """
-    tensors = library.autocast_inputs(features, channel_filter, spatial_filter)
-    check_ddf_arguments(*tensors, kernel_size, dilation, stride, kernel_combine)
+    tensors = features, channel_filter, spatial_filter
+    if has_torch_function_variadic(*tensors):  # torch.fx records the call
+        options = kernel_size, dilation, stride, kernel_combine
+        return handle_torch_function(ddf, tensors, *tensors, *options)
+    tensors = library.autocast_inputs(*tensors)
+    geometry = check_ddf_arguments(*tensors, kernel_size, dilation, stride, kernel_combine)
     if library.serves(tensors[0]):
         mul = kernel_combine == "mul"
         return library.run_ddf(*tensors, kernel_size, dilation, stride, mul)
     library.warn_about_reference(tensors[0].device.type)
-    return ddf_reference(*tensors, kernel_size, dilation, stride, kernel_combine)
+    return ddf_formula(*tensors, kernel_size, dilation, stride, kernel_combine, geometry)
 
 
 def ddf_up(
@@ -107,10 +112,14 @@ def ddf_up(
         >>> ddf_up(x, torch.randn(2, 4, 16, 3, 3), torch.randn(2, 4, 9, 7, 5)).shape
         torch.Size([2, 16, 14, 10])
     """
-    tensors = library.autocast_inputs(features, channel_filter, spatial_filter)
-    check_ddf_up_arguments(*tensors, kernel_size, scale_factor, dilation, kernel_combine)
+    tensors = features, channel_filter, spatial_filter
+    if has_torch_function_variadic(*tensors):
+        options = kernel_size, scale_factor, dilation, kernel_combine
+        return handle_torch_function(ddf_up, tensors, *tensors, *options)
+    tensors = library.autocast_inputs(*tensors)
+    geometry = check_ddf_up_arguments(*tensors, kernel_size, scale_factor, dilation, kernel_combine)
     if library.serves(tensors[0]):
         mul = kernel_combine == "mul"
         return library.run_ddf_up(*tensors, kernel_size, scale_factor, dilation, mul)
     library.warn_about_reference(tensors[0].device.type)
-    return ddf_up_reference(*tensors, kernel_size, scale_factor, dilation, kernel_combine)
+    return ddf_up_formula(*tensors, kernel_size, scale_factor, dilation, kernel_combine, geometry)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_int, check_number, check_tensor
+from ddf_mm.ops.checks import check_int, check_number, check_tensor, shape_of, untraced
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
 
 FILTER_TYPES = ("spatial", "channel")
@@ -54,6 +55,23 @@ def filter_norm(
         >>> filter_norm(logits, 1, "spatial").mean(dim=1).abs().max() < 1e-6
         tensor(True)
     """
+    if has_torch_function_variadic(x, std, mean):  # torch.fx records the call
+        options = in_channels, filter_type, std, mean, eps
+        return handle_torch_function(filter_norm, (x, std, mean), x, *options)
+    in_channels = _check(x, in_channels, filter_type, eps)
+    if filter_type == "channel":
+        x = x.flatten(1)
+    std = _as_parameter("std", std, x)
+    mean = None if mean is None else _as_parameter("mean", mean, x)
+    # A compiler fuses the formula with its surroundings, and tracers record it.
+    if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return library.run_filter_norm(x, in_channels, std, mean, eps)
+    return filter_norm_reference(x, in_channels, std, mean, eps)
+
+
+@untraced
+def _check(x: Tensor, in_channels: int, filter_type: str, eps: float) -> int:
+    """``in_channels`` as an int; raises unless the arguments fit."""
     check_tensor("x", x)
     in_channels = check_int("in_channels", in_channels, 1)
     check_number("eps", eps)
@@ -69,21 +87,13 @@ def filter_norm(
             "x must be a Tensor[B, in_channels*k*k], with nothing but dimensions of size 1 "
             f"behind, for filter_type 'channel', got shape {list(x.shape)}"
         )
-    batch, total = x.shape[:2]
+    total = x.shape[1]
     if total % in_channels or total // in_channels < 2:
         raise ValueError(
             "x must have in_channels * kernel_size**2 channels, at least 2 taps for each of the "
             f"{in_channels} filters, got {total}"
         )
-
-    if filter_type == "channel":
-        x = x.reshape(batch, total)
-    std = _as_parameter("std", std, x)
-    mean = None if mean is None else _as_parameter("mean", mean, x)
-    # A compiler fuses the formula with its surroundings.
-    if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return library.run_filter_norm(x, in_channels, std, mean, eps)
-    return filter_norm_reference(x, in_channels, std, mean, eps)
+    return in_channels
 
 
 def _as_parameter(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -92,13 +102,15 @@ def _as_parameter(name: str, value: float | Tensor, x: Tensor) -> float | Tensor
         check_number(name, value)
         return value
     check_tensor(name, value)
-    total = x.shape[1]
-    if value.dim() and tuple(value.shape) != (total,):
+    total = shape_of(x)[1]
+    if value.dim() and shape_of(value) != (total,):
         raise ValueError(
             f"{name} must be a number or a Tensor[{total}], one value a tap of x's channels, "
             f"got shape {list(value.shape)}"
         )
     # A single value may come from the CPU, as everywhere in PyTorch.
-    if value.device != x.device and (value.dim() or value.device.type != "cpu"):
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-    return value.to(x.device, accumulate_dtype(x.dtype)).expand(total)
+    if value.device != x.device:
+        if value.dim() or value.device.type != "cpu":
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+        value = value.to(x.device)
+    return value.to(accumulate_dtype(x.dtype)).expand(total)

@@ -10,6 +10,8 @@ import filecmp
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -27,7 +29,13 @@ from ddf_mm.ops.checks import (
     check_kernel_size,
     check_tensor,
 )
-from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
+from ddf_mm.ops.reference import (
+    accumulate_dtype,
+    ddf_reference,
+    ddf_up_reference,
+    filter_norm_reference,
+    layout_of,
+)
 
 # Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
 MIN_TORCH = (2, 10)
@@ -142,13 +150,26 @@ def serves(features: Tensor) -> bool:
     """Whether the compiled op is to take a call with ``features``.
 
     It is not under torch.func's transforms and forward-mode differentiation: PyTorch refuses ops
-    with a registered backward there, or drops their tangents silently. The formula has both.
+    with a registered backward there, or drops their tangents silently. The formula has both. Nor
+    is it for torch.jit's tracer, whose graphs go where there is no ddf_mm: to ONNX and to C++.
     """
     return (
         features.device.type in COMPILED
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+        and (_traces_ops or not torch.jit.is_tracing())
     )
+
+
+@contextmanager
+def traced_ops() -> Iterator[None]:
+    """Within it torch.jit's tracer records compiled ops in place of the formula, to count them."""
+    global _traces_ops
+    before, _traces_ops = _traces_ops, True
+    try:
+        yield
+    finally:
+        _traces_ops = before
 
 
 def raise_failed_allocation(size: int, device: str, text: str) -> NoReturn:
@@ -216,11 +237,11 @@ def _check_like(name, tensor, like, shape, dtype=None):
 
 
 def _fake_ddf(features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul):
-    out_h, out_w, _ = check_ddf_arguments(
+    geometry = check_ddf_arguments(
         features, channel_filter, spatial_filter, kernel_size, dilation, stride, _combine(mul)
     )
     return torch.empty(
-        (*features.shape[:2], out_h, out_w),
+        (*features.shape[:2], geometry.height, geometry.width),
         dtype=features.dtype,
         device=features.device,
         memory_format=layout_of(features),
@@ -269,6 +290,70 @@ def _fake_backward(fake, grad, features, channel_filter, spatial_filter, *rest):
     )
 
 
+def gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of a formula, for a backward pass under torch.func's transforms (the batched
+    gradients of a vectorized Jacobian are one), in forward-mode differentiation or for more
+    derivatives than the compiled ops have.
+
+    Args:
+        function: of ``tensors``.
+        tensors: what was saved for the pass.
+        needed: of which of them; the others' are ``None``.
+        grad: of what the function returns.
+    """
+    given = [t for t, need in zip(tensors, needed, strict=True) if need]
+
+    def fill(values: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+        left = iter(values)
+        return [next(left) if n else other for n, other in zip(needed, others, strict=True)]
+
+    _, pull_back = torch.func.vjp(lambda *values: function(*fill(values, tensors)), *given)
+    return fill(pull_back(grad), [None] * len(tensors))
+
+
+def _second_gradients(function, ctx, tensors, tangents, need_inputs):
+    """Gradients of those gradients of ``function`` that the first backward pass was asked for.
+
+    Args:
+        function: of all ``tensors`` but the first, which is the gradient of its result.
+        ctx: holds ``asked_for``.
+        tensors: what was saved.
+        tangents: of the first gradients, ``None`` where nothing depends on one.
+        need_inputs: which gradients are needed.
+    """
+    given = [need and t is not None for need, t in zip(need_inputs, tensors, strict=True)]
+    taken = [
+        asked and tangent is not None and tensor is not None
+        for asked, tangent, tensor in zip(ctx.asked_for, tangents, tensors[1:], strict=True)
+    ]
+    if not any(taken) or not any(given):
+        return [None] * len(tensors)
+
+    def first(grad, *inputs):
+        return [g for g in gradients(function, inputs, taken, grad) if g is not None]
+
+    tangents = [t for t, take in zip(tangents, taken, strict=True) if take]
+    return gradients(first, tensors, given, tangents)
+
+
+def _formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reference with the arguments of its compiled op, whose last one is ``mul``."""
+
+    def formula(*args):
+        return reference(*args[:-1], _combine(args[-1]))
+
+    return formula
+
+
+def _bind(op, options):
+    return lambda *tensors: FORMULAS[op](*tensors, *options)
+
+
 def _setup_ddf(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]
@@ -276,7 +361,10 @@ def _setup_ddf(ctx, inputs, output):
 
 def _differentiate_ddf(op, ctx, grad):
     needed = ctx.needs_input_grad[:3]
-    grads = OPS[op](grad, *ctx.saved_tensors, *ctx.options, *needed)
+    if serves(grad):
+        grads = OPS[op](grad, *ctx.saved_tensors, *ctx.options, *needed)
+    else:
+        grads = gradients(_bind(op, ctx.options), ctx.saved_tensors, needed, grad)
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 4
 
 
@@ -285,36 +373,27 @@ class _EagerDDF(torch.autograd.Function):
     50 microseconds of Python more. Only a second derivative goes through that."""
 
     @staticmethod
-    def forward(ctx, features, channel_filter, spatial_filter, op, backward_op, options):
+    def forward(ctx, features, channel_filter, spatial_filter, op, options):
         ctx.save_for_backward(features, channel_filter, spatial_filter)
-        ctx.op, ctx.options = backward_op, options
+        ctx.op, ctx.options = op, options
         with torch._C._AutoDispatchBelowAutograd():
             return op.default(features, channel_filter, spatial_filter, *options)
 
     @staticmethod
     def backward(ctx, grad):
-        op, (x, c, s) = ctx.op.default, ctx.saved_tensors
-        need_x, need_c, need_s = needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            dx, dc, ds = op(grad, x, c, s, *ctx.options, *needed)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                dx, dc, ds = op(grad, x, c, s, *ctx.options, *needed)
-        return (
-            dx if need_x else None,
-            dc if need_c else None,
-            ds if need_s else None,
-            None,
-            None,
-            None,
-        )
+        if torch.is_grad_enabled() or not serves(grad):
+            return *_differentiate_ddf(ctx.op, ctx, grad)[:3], None, None
+        needed = ctx.needs_input_grad[:3]
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = OPS[ctx.op].default(grad, *ctx.saved_tensors, *ctx.options, *needed)
+        return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _run(op, backward_op, features, channel_filter, spatial_filter, *options):
+def _run(op, features, channel_filter, spatial_filter, *options):
     if (
         torch.is_grad_enabled()
         and (
@@ -325,7 +404,7 @@ def _run(op, backward_op, features, channel_filter, spatial_filter, *options):
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     ):
-        return _EagerDDF.apply(features, channel_filter, spatial_filter, op, backward_op, options)
+        return _EagerDDF.apply(features, channel_filter, spatial_filter, op, options)
     return op(features, channel_filter, spatial_filter, *options)
 
 
@@ -336,8 +415,7 @@ def run_ddf(
     *options: int | bool,
 ) -> Tensor:
     """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf``."""
-    ops = torch.ops.ddf_mm
-    return _run(ops.ddf, ops.ddf_backward, features, channel_filter, spatial_filter, *options)
+    return _run(torch.ops.ddf_mm.ddf, features, channel_filter, spatial_filter, *options)
 
 
 def run_ddf_up(
@@ -347,8 +425,7 @@ def run_ddf_up(
     *options: int | bool,
 ) -> Tensor:
     """Calls the compiled op: arguments and result of ``torch.ops.ddf_mm.ddf_up``."""
-    ops = torch.ops.ddf_mm
-    return _run(ops.ddf_up, ops.ddf_up_backward, features, channel_filter, spatial_filter, *options)
+    return _run(torch.ops.ddf_mm.ddf_up, features, channel_filter, spatial_filter, *options)
 
 
 def _check_filter_norm(x, filters, std, mean=None):
@@ -447,12 +524,28 @@ def _setup_filter_norm(ctx, inputs, output):
     ctx.options = filters, scale, eps
 
 
+def _norm_formula(filters: int, scale: float, eps: float) -> Callable[..., Tensor]:
+    def formula(x, std, mean):
+        return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
+
+    return formula
+
+
+def _any_mean(x: Tensor) -> Tensor:
+    """One value a tap; no gradient depends on which."""
+    return x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
+
+
 def _differentiate_filter_norm(ctx, grad):
     x, std = ctx.saved_tensors
     filters, scale, eps = ctx.options
     need_x, _, need_std, need_mean, _, _ = ctx.needs_input_grad
     needed = need_x, need_std, need_mean
-    grads = torch.ops.ddf_mm.filter_norm_backward(grad, x, filters, std, scale, eps, *needed)
+    if serves(grad):
+        grads = torch.ops.ddf_mm.filter_norm_backward(grad, x, filters, std, scale, eps, *needed)
+    else:
+        tensors = x, std, _any_mean(x)
+        grads = gradients(_norm_formula(*ctx.options), tensors, needed, grad)
     grad_x, grad_std, grad_mean = (g if n else None for g, n in zip(grads, needed, strict=True))
     return grad_x, None, grad_std, grad_mean, None, None
 
@@ -462,36 +555,22 @@ def _setup_filter_norm_backward(ctx, inputs, output):
     ctx.save_for_backward(grad, x, std)
     ctx.options = filters, scale, eps
     ctx.asked_for = asked_for
+    # The tangent of a gradient that nothing depends on is then None, and its term is left out.
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_filter_norm_backward(ctx, *tangents):
     """Second and higher derivatives, through the formula."""
-    filters, scale, eps = ctx.options
-    wanted = [i for i, t in enumerate(tangents) if t is not None and ctx.asked_for[i]]
-    if not wanted:
-        return (None,) * 9
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        grad, x, std = (None if t is None else t.view_as(t) for t in ctx.saved_tensors)
-        for tensor in (grad, x, std):
-            if tensor is not None and not tensor.requires_grad:
-                tensor.requires_grad_()
-        factor = scale if std is None else std * scale
-        shift = torch.zeros(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
-        inputs = [x, factor if std is None else std, shift.requires_grad_()]
-        out = filter_norm_reference(x, filters, factor, shift, eps)
-        grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
-        given = [t for t in (grad, x, std) if t is not None]
-        terms = torch.autograd.grad(
-            grads,
-            given,
-            [tangents[i] for i in wanted],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    of_grad, of_x, *of_std = terms
-    return of_grad, of_x, None, of_std[0] if of_std else None, *[None] * 5
+    grad, x, std = ctx.saved_tensors
+    need_grad, need_x, _, need_std = ctx.needs_input_grad[:4]
+    terms = _second_gradients(
+        _norm_formula(*ctx.options),
+        ctx,
+        [grad, x, std, _any_mean(x)],
+        tangents,
+        [need_grad, need_x, need_std, False],
+    )
+    return terms[0], terms[1], None, terms[2], *[None] * 5
 
 
 def run_filter_norm(
@@ -508,7 +587,6 @@ def _setup_ddf_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
     ctx.options = inputs[4:8]
     ctx.asked_for = inputs[8:]
-    # The tangent of a gradient that nothing depends on is then None, and its term is left out.
     ctx.set_materialize_grads(False)
 
 
@@ -523,6 +601,11 @@ def _differentiate_ddf_backward(op, ctx, *tangents):
     grad, *inputs = ctx.saved_tensors
     mul = ctx.options[-1]
     need_grad, *need_inputs = ctx.needs_input_grad[:4]
+    if not all(serves(tangent) for tangent in tangents if tangent is not None):
+        function = _bind(op, ctx.options)
+        needed = need_grad, *need_inputs
+        terms = _second_gradients(function, ctx, ctx.saved_tensors, tangents, needed)
+        return *terms, *[None] * 7
     sums = [None] * 4
 
     def accumulate(index, term):
@@ -626,12 +709,19 @@ def _register() -> None:
 
 
 _warned = False
+_traces_ops = False
 COMPILED, _WHY = _load_all()
 # Each op and its backward.
 OPS = {}
+# Each op and what it computes, of the same arguments.
+FORMULAS = {}
 if COMPILED:
     OPS = {
         torch.ops.ddf_mm.ddf: torch.ops.ddf_mm.ddf_backward,
         torch.ops.ddf_mm.ddf_up: torch.ops.ddf_mm.ddf_up_backward,
+    }
+    FORMULAS = {
+        torch.ops.ddf_mm.ddf: _formula(ddf_reference),
+        torch.ops.ddf_mm.ddf_up: _formula(ddf_up_reference),
     }
     _register()

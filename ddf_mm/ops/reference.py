@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
+from ddf_mm.ops.checks import (
+    Geometry,
+    check_ddf_arguments,
+    check_ddf_up_arguments,
+    shape_of,
+)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,11 +23,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
     """``torch.channels_last`` for a tensor that is stored so and not also contiguous."""
-    if tensor.is_contiguous():
+    # Within torch.vmap a tensor cannot be asked for the other format.
+    if tensor.is_contiguous() or torch._C._are_functorch_transforms_active():
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def split_channels(x: Tensor, *sizes: int) -> Tensor:
+    """``x.unflatten(1, sizes)``, which ONNX lacks before opset 13."""
+    return x.reshape(x.shape[0], *sizes, *x.shape[2:])
 
 
 def ddf_reference(
@@ -37,53 +50,85 @@ def ddf_reference(
     Takes the arguments of :func:`ddf_mm.ops.ddf`, has its semantics and raises its errors; runs
     on every device and supports any order of differentiation. It reads no autocast state.
     """
-    out_h, out_w, groups = check_ddf_arguments(
+    geometry = check_ddf_arguments(
         features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
     )
-    batch, channels, height, width = features.shape
+    return ddf_formula(
+        features,
+        channel_filter,
+        spatial_filter,
+        kernel_size,
+        dilation,
+        stride,
+        kernel_combine,
+        geometry,
+    )
+
+
+def ddf_formula(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+    geometry: Geometry,
+) -> Tensor:
+    """:func:`ddf_reference` of arguments whose check gave ``geometry``.
+
+    A graph of these calls, as tracers record it, holds for other sizes: paddings and slices are
+    constants, and what depends on a size is computed from that tensor's shape. It has calls only
+    that ONNX has, in opset 11 too.
+    """
+    taps = kernel_size**2
+    groups, group_channels = geometry.groups, geometry.group_channels
     dtype = accumulate_dtype(features.dtype)
+    sizes = features.shape[2:]
     # From there on no tap but the centre reaches the features: padding by more has no effect.
-    dilation = min(dilation, max(height, width))
+    # Sizes that may change, those of tracers and exporters, are no ints.
+    if all(isinstance(size, int) for size in sizes):
+        dilation = min(dilation, max(sizes))
     # No feature has so many rows, but the strides of a view of every stride-th one could overflow.
     stride = min(stride, 2**40)
 
-    # The window of the last output starts at (out - 1) * stride, so the padding that the
-    # features lack there may be more or less than dilation * (k // 2).
-    before = dilation * (kernel_size // 2)
-    reach = dilation * (kernel_size - 1) + 1
-    pad_h = max((out_h - 1) * stride + reach - before - height, 0)
-    pad_w = max((out_w - 1) * stride + reach - before - width, 0)
-    padded = F.pad(features.to(dtype), (before, pad_w, before, pad_h))
-    padded = padded.unflatten(1, (groups, channels // groups))
+    reach = dilation * (kernel_size - 1)
+    padded = F.pad(features.to(dtype), (reach // 2,) * 4)
+    # The rows and columns that each tap reads.
+    offsets = range(0, reach + 1, dilation)
+    if spatial_filter is None or stride == 1:
+        windows = [[slice(first, first - reach or None, stride) for first in offsets]] * 2
+    else:  # it says how many windows there are, which may be one less than would fit
+        spans = [(size - 1) * stride + 1 for size in spatial_filter.shape[2:]]
+        windows = [[slice(first, first + span, stride) for first in offsets] for span in spans]
+    if groups > 1:
+        padded = split_channels(padded, groups, group_channels)
 
-    taps = kernel_size * kernel_size
-    # [B, g, C/g, k*k] and [B, g, k*k, Ho, Wo]
-    channel_taps = spatial_taps = None
+    # The weights of each tap: [B, C, 1, 1] and [B, 1, Ho, Wo], or with groups [B, g, C/g, 1, 1]
+    # and [B, g, 1, Ho, Wo].
+    per_channel = per_pixel = [None] * taps
     if channel_filter is not None:
-        channel_taps = channel_filter.to(dtype).reshape(batch, groups, channels // groups, taps)
+        weights = channel_filter.to(dtype).flatten(2)[..., None]
+        if groups > 1:
+            weights = split_channels(weights, groups, group_channels)
+        per_channel = weights.split(1, -2)
     if spatial_filter is not None:
-        spatial_taps = spatial_filter.to(dtype).unflatten(1, (groups, taps))
+        weights = spatial_filter.to(dtype)
+        if groups > 1:
+            weights = split_channels(weights, groups, taps)
+        per_pixel = weights.split(1, -3)
 
     out = None
-    for tap in range(taps):
-        top, left = (tap // kernel_size) * dilation, (tap % kernel_size) * dilation
-        window = padded[
-            ...,
-            top : top + (out_h - 1) * stride + 1 : stride,
-            left : left + (out_w - 1) * stride + 1 : stride,
-        ]
-        if channel_taps is None:
-            weight = spatial_taps[:, :, tap, None]
-        else:
-            weight = channel_taps[..., tap, None, None]
-            if spatial_taps is not None:
-                spatial = spatial_taps[:, :, tap, None]
-                weight = weight * spatial if kernel_combine == "mul" else weight + spatial
-        term = window * weight
+    for window, of_channel, of_pixel in zip(product(*windows), per_channel, per_pixel, strict=True):
+        weight = of_pixel if of_channel is None else of_channel
+        if of_channel is not None and of_pixel is not None:
+            weight = weight * of_pixel if kernel_combine == "mul" else weight + of_pixel
+        term = padded[(..., *window)] * weight
         out = term if out is None else out + term
 
-    out = out.flatten(1, 2).to(features.dtype)
-    return out.contiguous(memory_format=layout_of(features))
+    if groups > 1:
+        out = out.flatten(1, 2)
+    return out.to(features.dtype).contiguous(memory_format=layout_of(features))
 
 
 def filter_norm_reference(
@@ -105,10 +150,10 @@ def filter_norm_reference(
     Returns:
         A tensor of x's shape and dtype.
     """
-    batch, total = x.shape[:2]
+    batch, total = shape_of(x)[:2]
     out = x.to(accumulate_dtype(x.dtype))
     if batch:  # var_mean warns about an empty batch
-        taps = out.unflatten(1, (filters, total // filters))
+        taps = split_channels(out, filters, total // filters)
         variance, average = torch.var_mean(taps, dim=2, keepdim=True)
         # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
         is_constant = variance == 0
@@ -136,7 +181,7 @@ def ddf_up_reference(
     Takes the arguments of :func:`ddf_mm.ops.ddf_up` and is to it what :func:`ddf_reference` is to
     :func:`ddf_mm.ops.ddf`.
     """
-    check_ddf_up_arguments(
+    geometry = check_ddf_up_arguments(
         features,
         channel_filter,
         spatial_filter,
@@ -145,8 +190,31 @@ def ddf_up_reference(
         dilation,
         kernel_combine,
     )
+    return ddf_up_formula(
+        features,
+        channel_filter,
+        spatial_filter,
+        kernel_size,
+        scale_factor,
+        dilation,
+        kernel_combine,
+        geometry,
+    )
+
+
+def ddf_up_formula(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    scale_factor: int,
+    dilation: int,
+    kernel_combine: str,
+    geometry: Geometry,
+) -> Tensor:
+    """:func:`ddf_up_reference` of arguments whose check gave ``geometry``."""
     subpixels = [
-        ddf_reference(
+        ddf_formula(
             features,
             None if channel_filter is None else channel_filter[:, r],
             None if spatial_filter is None else spatial_filter[:, r],
@@ -154,6 +222,7 @@ def ddf_up_reference(
             dilation,
             1,
             kernel_combine,
+            geometry,
         )
         for r in range(scale_factor * scale_factor)
     ]
