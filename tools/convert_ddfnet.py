@@ -7,7 +7,7 @@ init_cfg=dict(type='Pretrained', checkpoint='DST', prefix='backbone.')."""
 import argparse
 from pathlib import Path
 
-from ddf_mm.engine import cli, conversion, launch
+from ddf_mm.engine import checkpoints, cli, conversion, launch
 from ddf_mm.engine.cli import UserError
 
 
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Convert."""
     args = parse_args()
-    launch.require_checkpoint(args.src, "src")
+    checkpoints.require_checkpoint(args.src, "src")
     if not args.dst.parent.is_dir():
         raise UserError(f"dst {str(args.dst)!r} is in a folder that does not exist", exit_code=2)
     if args.dst.exists() and not args.overwrite:

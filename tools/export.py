@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddf_mm import about
-from ddf_mm.engine import cli, evaluation, export, files, launch, models
+from ddf_mm.engine import checkpoints, cli, evaluation, export, files, launch, models
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 from ddf_mm.layers import switch_to_deploy
@@ -156,7 +156,7 @@ def main() -> None:
     if not stem.parent.is_dir():
         raise UserError(f"--out {str(stem)!r} is in a folder that does not exist", exit_code=2)
     if args.checkpoint is not None:
-        launch.require_checkpoint(args.checkpoint, "checkpoint")
+        checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     model, channels = load_model(args)
     size = Size(args.batch, *args.size)
     sizes = export.check_sizes(size, not args.static)

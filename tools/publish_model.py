@@ -5,7 +5,7 @@ inferencers read (config and classes)."""
 import argparse
 from pathlib import Path
 
-from ddf_mm.engine import cli, conversion, launch
+from ddf_mm.engine import checkpoints, cli, conversion, launch
 from ddf_mm.engine.cli import UserError
 
 META = ("cfg", "dataset_meta", "epoch", "iter", "mmengine_version")
@@ -47,12 +47,12 @@ def without_average(checkpoint: dict, src: str) -> dict:
 def main() -> None:
     """Publish."""
     args = parse_args()
-    launch.require_checkpoint(args.src, "src")
+    checkpoints.require_checkpoint(args.src, "src")
     if not args.dst.parent.is_dir():
         raise UserError(f"dst {str(args.dst)!r} is in a folder that does not exist", exit_code=2)
     if args.dst.exists() and not args.overwrite:
         raise UserError(f"dst {str(args.dst)!r} exists; --overwrite replaces it", exit_code=2)
-    checkpoint = launch.load_from_local_file(args.src, map_location="cpu")
+    checkpoint = checkpoints.load_from_local_file(args.src, map_location="cpu")
     if "state_dict" not in checkpoint:
         raise UserError(f"src {args.src!r} has no 'state_dict': it is no checkpoint of a Runner", 2)
     weights = without_average(checkpoint, args.src) if args.no_ema else checkpoint["state_dict"]

@@ -6,7 +6,7 @@ import os
 
 import mmengine
 
-from ddf_mm.engine import cli, evaluation, launch
+from ddf_mm.engine import checkpoints, cli, evaluation, launch
 
 METRIC_SUFFIXES = (".json", ".yaml", ".yml", ".pkl", ".pickle")
 
@@ -65,7 +65,7 @@ def main() -> None:
     """Evaluate."""
     args = parse_args()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    launch.require_checkpoint(args.checkpoint, "checkpoint")
+    checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     cfg = launch.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     launch.require_fields(cfg, ("model", "test_dataloader", "test_cfg", "test_evaluator"), "a test")
     cfg.load_from = args.checkpoint

@@ -4,7 +4,7 @@
 import argparse
 import os
 
-from ddf_mm.engine import cli, launch, resume
+from ddf_mm.engine import checkpoints, cli, launch, resume
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.resume not in (None, "auto"):
-        launch.require_checkpoint(args.resume, "--resume")
+        checkpoints.require_checkpoint(args.resume, "--resume")
     cfg = launch.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     launch.require_fields(
         cfg, ("model", "train_dataloader", "train_cfg", "optim_wrapper"), "training"

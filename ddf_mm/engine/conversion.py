@@ -17,7 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ddf_mm.engine.cli import UserError, summarize
 from ddf_mm.engine.files import whole_file
-from ddf_mm.engine.launch import load_from_local_file
+from ddf_mm.engine.checkpoints import load_from_local_file
 from ddf_mm.models import DDFResNet
 from ddf_mm.models.ddf_resnet import DDFBottleneck
 from ddf_mm.version import __version__

@@ -13,7 +13,8 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from ddf_mm.engine.cli import UserError, summarize
-from ddf_mm.engine.launch import dataset_configs, load_safely, require_weights
+from ddf_mm.engine.checkpoints import load_safely, require_weights
+from ddf_mm.engine.launch import dataset_configs
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
-from ddf_mm.engine import launch
+from ddf_mm.engine import checkpoints, launch
 from ddf_mm.engine.cli import UserError
 
 
@@ -61,13 +61,13 @@ def test_toolbox_that_cannot_be_imported(config_file, tmp_path, monkeypatch):
 
 def test_require_checkpoint(tmp_path):
     for address in ("https://host/a.pth", "torchvision://resnet50", "s3://bucket/a.pth"):
-        launch.require_checkpoint(address, "checkpoint")
+        checkpoints.require_checkpoint(address, "checkpoint")
     checkpoint = tmp_path / "a.pth"
     checkpoint.touch()
-    launch.require_checkpoint(str(checkpoint), "checkpoint")
+    checkpoints.require_checkpoint(str(checkpoint), "checkpoint")
     for path in (tmp_path, tmp_path / "b.pth"):
         with pytest.raises(UserError, match="--resume .* is not a file"):
-            launch.require_checkpoint(str(path), "--resume")
+            checkpoints.require_checkpoint(str(path), "--resume")
 
 
 def test_require_fields():
@@ -238,10 +238,10 @@ def test_checkpoint_without_unpickling_code(tmp_path):
     torch.save(saved, path)
     with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
         torch.load(path, weights_only=True)
-    with torch.serialization.safe_globals(launch._checkpoint_types()):
+    with torch.serialization.safe_globals(checkpoints._checkpoint_types()):
         loaded = torch.load(path, weights_only=True)
     assert loaded["message_hub"]["log_scalars"]["loss"].current() == 3.0
-    assert launch.load_from_local_file(path)["message_hub"]["runtime_info"]["best"] == 4
+    assert checkpoints.load_from_local_file(path)["message_hub"]["runtime_info"]["best"] == 4
 
 
 class _Attack:
@@ -253,7 +253,7 @@ def test_getattr_of_a_checkpoint_reaches_statistics_only(tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save(dict(state_dict=_Attack()), path)
     with (
-        torch.serialization.safe_globals(launch._checkpoint_types()),
+        torch.serialization.safe_globals(checkpoints._checkpoint_types()),
         pytest.raises(pickle.UnpicklingError, match="__init__"),
     ):
         torch.load(path, weights_only=True)
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, save):
     path, made = tmp_path / "a.pth", tmp_path / "made"
     save(dict(state_dict=dict(weight=_Program(str(made)))), path)
     with pytest.raises(UserError, match=r"a.pth' was not loaded: it holds \w+.mkdir, which could"):
-        launch.load_from_local_file(str(path))
+        checkpoints.load_from_local_file(str(path))
     assert not made.exists()
 
 
@@ -287,9 +287,9 @@ def test_unreadable_checkpoint(tmp_path, content):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match="a.pth' is not a checkpoint that torch can read"):
-        launch.load_from_local_file(str(path))
+        checkpoints.load_from_local_file(str(path))
 
 
 def test_missing_checkpoint_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        launch.load_from_local_file(str(tmp_path / "a.pth"))
+        checkpoints.load_from_local_file(str(tmp_path / "a.pth"))

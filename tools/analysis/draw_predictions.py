@@ -11,7 +11,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from ddf_mm.engine import cli, launch
+from ddf_mm.engine import checkpoints, cli, launch
 
 MARGIN = 8
 
@@ -91,7 +91,7 @@ def make_sheet(pictures: list[np.ndarray], columns: int) -> Image.Image:
 def main() -> None:
     """Draw a sheet."""
     args = parse_args()
-    launch.require_checkpoint(args.checkpoint, "checkpoint")
+    checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     cfg = launch.load_config(args.config, args.cfg_options, str(args.out.parent))
     launch.require_fields(cfg, ("model", "test_dataloader", "visualizer"), "drawing")
     cfg.load_from = args.checkpoint

@@ -17,7 +17,7 @@ from mmengine.structures import PixelData
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddf_mm.engine import cli, launch
+from ddf_mm.engine import checkpoints, cli, launch
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
@@ -88,7 +88,7 @@ def draw(functions: dict[str, Callable], samples: list[dict]) -> plt.Figure:
 def main() -> None:
     """Print a table, draw a picture."""
     args = parse_args()
-    launch.require_checkpoint(args.checkpoint, "checkpoint")
+    checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model", "test_dataloader", "test_evaluator"), "an evaluation")
     cfg.load_from = args.checkpoint

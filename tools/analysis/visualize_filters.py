@@ -20,7 +20,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from ddf_mm import visualization
-from ddf_mm.engine import cli, launch
+from ddf_mm.engine import checkpoints, cli, launch
 from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
@@ -92,7 +92,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
     Raises:
         UserError: it cannot be read or is one of another model.
     """
-    CheckpointLoader.register_scheme("", launch.load_from_local_file, force=True)
+    CheckpointLoader.register_scheme("", checkpoints.load_from_local_file, force=True)
     try:
         return load_checkpoint(model, path, map_location="cpu", strict=True, logger="silent")
     except RuntimeError as error:
@@ -173,7 +173,7 @@ def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model", "test_dataloader"), "drawing filters")
-    launch.require_checkpoint(args.checkpoint, "checkpoint")
+    checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     init_default_scope(cfg.get("default_scope", "mmengine"))
 
     if "data_preprocessor" in cfg and isinstance(cfg.data_preprocessor, dict):
