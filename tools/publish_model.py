@@ -5,7 +5,7 @@ inferencers read (config and classes)."""
 import argparse
 from pathlib import Path
 
-from ddf_mm.engine import checkpoints, cli, conversion, launch
+from ddf_mm.engine import checkpoints, cli, conversion
 from ddf_mm.engine.cli import UserError
 
 META = ("cfg", "dataset_meta", "epoch", "iter", "mmengine_version")

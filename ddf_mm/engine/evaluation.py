@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
-from ddf_mm.engine.cli import UserError, summarize
 from ddf_mm.engine.checkpoints import load_safely, require_weights
+from ddf_mm.engine.cli import UserError, summarize
 from ddf_mm.engine.launch import dataset_configs
 
 # The hook to add to `default_hooks.visualization` where a config has none.
