@@ -50,7 +50,7 @@ def start(work: Path, *command: object, **variables: str) -> subprocess.Complete
 
 
 def tool(work: Path, name: str, *arguments: object) -> str:
-    done = start(work, sys.executable, ROOT / "tools" / name, *arguments)
+    done = start(work, sys.executable, ROOT / name, *arguments)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -63,7 +63,7 @@ def train(work: Path, recipe: str, neck: str) -> Path:
     if recipe is DETECTION:
         options.append("default_hooks.checkpoint.interval=1")
     if not out.exists():
-        tool(work, "train.py", config, "--work-dir", out, "--cfg-options", *options)
+        tool(work, "tools/train.py", config, "--work-dir", out, "--cfg-options", *options)
     return out
 
 
@@ -86,7 +86,7 @@ def test_predictions_are_drawn(work, recipe):
     checkpoint = Path((out / "last_checkpoint").read_text().strip())
     sheet = out / "sheet.png"
     options = ["--out", sheet, "--enlarge", "2", "--columns", "2", "--score", "0"]
-    tool(work, "analysis/draw_predictions.py", config, checkpoint, *options)
+    tool(work, "tools/analysis/draw_predictions.py", config, checkpoint, *options)
     with Image.open(sheet) as picture:
         assert picture.size == (2 * 256 + 3 * 8, 256 + 2 * 8)
         # Each scene shines through what is drawn on it, be it the black of the background; a plain
@@ -101,14 +101,14 @@ def test_comparison_is_resumed(work):
     arguments = ["--tasks", "segmentation", "--necks", "fpn", "--seeds", "3", "--work-dir", "runs"]
     arguments += ["--out", "table.json", "--cfg-options", *SHORT[SEGMENTATION]]
     arguments += ["train_dataloader.batch_size=2"]
-    table = tool(work, "analysis/compare_upsamplers.py", *arguments)
+    table = tool(work, "benchmarks/compare_upsamplers.py", *arguments)
     assert "| FPN (nearest) | 1 | " in table
     first = json.loads((work / "table.json").read_text())
     assert list(first["segmentation"]["fpn"]) == ["3"]
     assert (work / "table.md").read_text() in table
     checkpoint = next((work / "runs").glob("*/seed3/iter_2.pth"))
     before = checkpoint.stat().st_mtime_ns
-    tool(work, "analysis/compare_upsamplers.py", *arguments)
+    tool(work, "benchmarks/compare_upsamplers.py", *arguments)
     assert checkpoint.stat().st_mtime_ns == before
     assert json.loads((work / "table.json").read_text()) == first
 

@@ -24,6 +24,8 @@ NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "*.so", "build", "dist", "work_dirs"
 )
 MIM_SUFFIXES = {".py", ".yml", ".json", ".sh", ".md"}
+# Tools that an installed wheel has no use for.
+CHECKOUT_ONLY = {"demo.sh", "demo_scenes.sh", "gpu_check.sh"}
 
 
 def run_hook(project: Path, hook: str, out: Path) -> Path:
@@ -93,7 +95,7 @@ def package_files(project: Path) -> set[str]:
         f"ddf_mm/.mim/{path.relative_to(project)}"
         for folder in ["configs", "tools"]
         for path in (project / folder).rglob("*")
-        if path.suffix in MIM_SUFFIXES
+        if path.suffix in MIM_SUFFIXES and path.name not in CHECKOUT_ONLY
     }
     return modules | linked | {"ddf_mm/.mim/model-index.yml"}
 
@@ -150,7 +152,7 @@ def test_sdist_holds_what_builds_and_tests_the_package(project, sdist, tmp_path)
     (unpacked,) = tmp_path.iterdir()
     expected = {
         str(path.relative_to(project))
-        for folder in ["configs", "csrc", "requirements", "tests", "tools"]
+        for folder in ["benchmarks", "configs", "csrc", "requirements", "tests", "tools"]
         for path in (project / folder).rglob("*")
         if path.is_file()
     }

@@ -115,7 +115,7 @@ bench() {
         done
     done
     [ ${#reports[@]} -eq 0 ] || attempt "table" \
-        "$PYTHON" "$TOOLS/analysis/benchmark_table.py" "${reports[@]}" --out "$OUT/gpu_check.md"
+        "$PYTHON" "$ROOT/benchmarks/benchmark_table.py" "${reports[@]}" --out "$OUT/gpu_check.md"
 }
 
 for stage in "${stages[@]}"; do

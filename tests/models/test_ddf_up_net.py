@@ -209,7 +209,7 @@ def test_datasets_do_without_mmpretrain():
 
 
 def tool(cwd: Path, name: str, *arguments: object) -> str:
-    command = [sys.executable, ROOT / "tools" / name, *map(str, arguments)]
+    command = [sys.executable, ROOT / name, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -224,17 +224,17 @@ def test_recipe_trains_tests_and_is_compared(pairs, tmp_path):
         options += [f"{prefix}.data_root={pairs}", f"{prefix}.img_suffix=.png"]
         options += [f"{prefix}.data_prefix.img_path=images", f"{prefix}.data_prefix.map_path=depth"]
     work = tmp_path / "work"
-    tool(tmp_path, "train.py", config, "--work-dir", work, *options)
+    tool(tmp_path, "tools/train.py", config, "--work-dir", work, *options)
     checkpoint = work / "epoch_1.pth"
     metrics = work / "metrics.json"
     out = ["--out", metrics, "--out-item", "metrics", "--work-dir", work]
-    tool(tmp_path, "test.py", config, checkpoint, *out, *options)
+    tool(tmp_path, "tools/test.py", config, checkpoint, *out, *options)
     measured = json.loads(metrics.read_text())["depth/rmse"]
 
     table, picture = work / "table.json", work / "picture.png"
     printed = tool(
         tmp_path,
-        "analysis/evaluate_upsampling.py",
+        "benchmarks/evaluate_upsampling.py",
         config,
         checkpoint,
         "--json",

@@ -120,7 +120,7 @@ def test_cost_per_pixel_of_reports(tmp_path):
     ]
     reports = [write("a.json", "op", of_op), write("b.json", "model", of_model)]
     picture = tmp_path / "cost.png"
-    script = ROOT / "tools" / "analysis" / "cost_per_pixel.py"
+    script = ROOT / "benchmarks" / "cost_per_pixel.py"
     table = subprocess.run(
         [sys.executable, str(script), *reports, "--plot", str(picture)],
         text=True,
@@ -276,7 +276,7 @@ def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mod
         assert row["images_per_s"] == pytest.approx(2000 / row["milliseconds"]["median"])
         assert Path(config).stem in printed
     table = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "analysis" / "benchmark_table.py"), str(out)],
+        [sys.executable, str(ROOT / "benchmarks" / "benchmark_table.py"), str(out)],
         text=True,
         capture_output=True,
         check=True,

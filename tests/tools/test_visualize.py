@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def load_tool(name: str):
 
 visualize_filters = load_tool("visualize_filters")
 plot_curves = load_tool("plot_curves")
-draw_ddf = load_tool("draw_ddf")
 
 
 @pytest.fixture(scope="module")
@@ -268,32 +266,3 @@ class TestCurves:
         log.write_text('{"accuracy/top1": 3, "step": 1}\n')
         with pytest.raises(UserError, match="holds no record with a loss"):
             run(plot_curves, monkeypatch, log)
-
-
-class TestPictureOfTheOperation:
-    def test_numbers_in_the_picture_fit_together(self):
-        data = draw_ddf.compute()
-        (row, column), c = draw_ddf.PIXEL, draw_ddf.CHANNEL
-        window = data["x"][c, row - 1 : row + 2, column - 1 : column + 2]
-        combined = data["spatial"][:, :, row, column] * data["channel"][c]
-        assert window.std() > 0.1
-        np.testing.assert_allclose(
-            (combined * window).sum(), data["output"][c, row, column], rtol=1e-5
-        )
-
-    def test_is_drawn_alike_every_time(self, monkeypatch, tmp_path):
-        outs = [tmp_path / "first" / "ddf.png", tmp_path / "second.png"]
-        for out in outs:
-            torch.rand(7)  # another state of the random numbers
-            run(draw_ddf, monkeypatch, "--out", out)
-        assert outs[0].read_bytes() == outs[1].read_bytes()
-        assert pixels(outs[0]).std() > 30
-
-    def test_committed_picture_is_the_drawn_one(self, monkeypatch, tmp_path):
-        committed, drawn = ROOT / "docs" / "ddf.png", tmp_path / "ddf.png"
-        run(draw_ddf, monkeypatch, "--out", drawn)
-        assert os.path.getsize(committed) < 300_000
-        a, b = pixels(committed), pixels(drawn)
-        assert a.shape == b.shape
-        # Another matplotlib may smooth an edge or place a letter otherwise.
-        assert (np.abs(a - b).max(axis=2) > 32).mean() < 0.02

@@ -1,20 +1,17 @@
-"""`tools/analysis/soak.py`, and that it would notice."""
+"""`benchmarks/soak.py`, and that it would notice."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+import soak
 import torch
 from fork_server import ROOT, tool_environment
 
 from ddf_mm.engine.cli import UserError
 
-SCRIPT = ROOT / "tools" / "analysis" / "soak.py"
-spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-soak = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(soak)
+SCRIPT = ROOT / "benchmarks" / "soak.py"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 

@@ -34,7 +34,7 @@ FILTER_CMAP, FEATURE_CMAP = "RdBu_r", "magma"
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).resolve().parents[2] / "docs" / "ddf.png"
+    default = Path(__file__).resolve().parents[1] / "docs" / "ddf.png"
     parser.add_argument(
         "--out", type=Path, default=default, help="PNG to write; default: docs/ddf.png"
     )

@@ -1,6 +1,6 @@
 """Compile the CUDA kernels for every architecture; print registers and spills as a table.
 
-    python tools/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots]
+    python benchmarks/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots]
 
 Needs nvcc and torch's headers, no GPU. --slots also counts, by cuobjdump, the instructions of each
 kernel's loop for one of its outputs: all that stand there, also those of branches for borders. The

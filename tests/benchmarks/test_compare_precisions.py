@@ -1,4 +1,4 @@
-"""`tools/analysis/compare_precisions.py` on a few small digits."""
+"""`benchmarks/compare_precisions.py` on a few small digits."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from fork_server import ROOT, tool_environment
 pytest.importorskip("mmpretrain")
 pytest.importorskip("sklearn")
 
-SCRIPT = ROOT / "tools" / "analysis" / "compare_precisions.py"
+SCRIPT = ROOT / "benchmarks" / "compare_precisions.py"
 CONFIG = ROOT / "configs" / "classification" / "ddf-mul-resnet26_digits.py"
 
 

@@ -1,28 +1,18 @@
 """Stock configs of mmdet and mmseg build, learn and predict with DDF in their ResNet-50.
 
 The complete table, with the `add` combination and `dcn` for every config, is written by
-tools/analysis/check_backbone_swap.py into docs/backbone_swap.md.
+benchmarks/check_backbone_swap.py into docs/backbone_swap.md.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-spec = importlib.util.spec_from_file_location(
-    "check_backbone_swap", ROOT / "tools" / "analysis" / "check_backbone_swap.py"
-)
-tool = importlib.util.module_from_spec(spec)
-sys.modules["check_backbone_swap"] = tool  # where dataclasses look up the module of a class
-spec.loader.exec_module(tool)
+import check_backbone_swap as tool
 
 # What cannot run here whatever the backbone; docs/backbone_swap.md tells more.
 IMPOSSIBLE = {

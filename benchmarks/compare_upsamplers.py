@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddf_mm.engine import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # What the neck is called in the names of the configs, and in the table.
 NECKS = {"fpn": "FPN (nearest)", "fpn-carafe": "FPN_CARAFE", "ddfup-fpn": "DDFUpFPN"}
 CONFIGS = {

@@ -30,7 +30,7 @@ import ddf_mm.layers
 from ddf_mm.engine import cli
 from ddf_mm.engine.models import dicts_with, example_batch, fit_to, without_weights
 
-FRAGMENTS = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "backbones"
+FRAGMENTS = Path(__file__).resolve().parents[1] / "configs" / "_base_" / "backbones"
 # Enough for every level of a pyramid to hold a few pixels; odd, so that each level rounds.
 IMAGE_SIZE = (97, 129)
 # What the swaps write after `backbone=`.
@@ -50,7 +50,7 @@ PREFERRED = {
 
 HEADER = """# Configs that run with DDF
 
-Written by `tools/analysis/check_backbone_swap.py`: one ResNet-50 config of each family of configs
+Written by `benchmarks/check_backbone_swap.py`: one ResNet-50 config of each family of configs
 that is installed, swapped as [backbones.md](backbones.md) says and run with random weights on two
 images of {size} pixels (three times that where a model needs it), on a CPU: loss, backward pass,
 prediction. `mul` and `add`: the backbone is DDFResNet-50. `dcn`: DDF by `dcn` in the last three
