@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddf_mm import about
-from ddf_mm.engine import checkpoints, cli, evaluation, export, files, launch, models
+from ddf_mm.engine import checkpoints, cli, export, files, launch, models
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 from ddf_mm.layers import switch_to_deploy
@@ -108,7 +108,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
     launch.require_fields(cfg, ("model",), "an export")
     model = models.build_model(cfg)
     if args.checkpoint is not None:
-        evaluation.load_checkpoint(model, args.checkpoint, args.allow_partial)
+        checkpoints.load_checkpoint(model, args.checkpoint, args.allow_partial)
     if not hasattr(model, "backbone"):
         raise UserError(f"{args.config} has a {type(model).__name__}, which has no backbone")
     is_classifier = cfg.get("default_scope") == "mmpretrain" and getattr(model, "with_head", False)

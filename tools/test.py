@@ -85,7 +85,7 @@ def main() -> None:
 
     runner = launch.build_runner(cfg)
     if not args.allow_partial:
-        evaluation.require_matching_checkpoint(runner)
+        checkpoints.require_matching_checkpoint(runner)
     if out_predictions and evaluation.is_pickle(args.out):
         evaluation.dump_predictions(runner, args.out)
     metrics = runner.test()

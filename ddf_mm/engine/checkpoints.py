@@ -1,29 +1,26 @@
 """Checkpoints: local ones are read without running code that they hold."""
 
+import contextlib
+import copy
 import errno
 import itertools
 import os
 import os.path as osp
 import pickle
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from ddf_mm.engine.cli import UserError
+from ddf_mm.contrib import safe_load
+from ddf_mm.engine.cli import UserError, summarize
 
-# How torch names what it refuses to unpickle.
-_REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", re.IGNORECASE)
-_WEIGHTS_ONLY_PREAMBLE = re.compile(
-    r"Weights only load failed\..*?WeightsUnpickler error: ", re.DOTALL
-)
+_SHOWN_NAMES = 3
 
 
 def require_checkpoint(path: str, option: str) -> None:
@@ -45,13 +42,13 @@ def require_checkpoint(path: str, option: str) -> None:
 def load_from_local_file(filename: str, map_location=None, more_types: Sequence[type] = ()) -> dict:
     """Load a local checkpoint without running code that it holds.
 
-    Tensors and the few harmless types that checkpoints of mmengine hold are read. mmengine's own
-    loader falls back on unpickling anything.
+    Tensors and what mmengine saves beside them are read: numpy's values, whatever its version,
+    the log's history, plain Python values. mmengine's own loader falls back on unpickling anything.
 
     Args:
         filename (str): Path of the checkpoint.
         map_location: As :func:`torch.load` takes it.
-        more_types (Sequence[type]): Harmless types to allow besides those of mmengine.
+        more_types (Sequence[type]): Harmless types to allow besides.
 
     Returns:
         dict: The checkpoint.
@@ -63,27 +60,15 @@ def load_from_local_file(filename: str, map_location=None, more_types: Sequence[
     path = osp.expanduser(filename)
     if not osp.isfile(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
-    allowed = torch.serialization.safe_globals([*_checkpoint_types(), *more_types])
     try:
-        with allowed:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
-    except Exception as error:
-        refused = _REFUSED_GLOBAL.search(str(error))
-        if refused:
-            raise UserError(
-                f"{filename!r} was not loaded: it holds {refused[1]}, which could run code; "
-                "checkpoints may hold tensors, numbers and text only"
-            ) from error
-        message = _WEIGHTS_ONLY_PREAMBLE.sub("", str(error)).strip()
-        reason = message.splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{filename!r} is not a checkpoint that torch can read: {reason[0]}"
-        ) from error
-    if not isinstance(checkpoint, dict):
+        checkpoint = safe_load.load(path, map_location, more_types)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{filename!r} {error}") from error
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(
             f"{filename!r} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of "
-            "weights, or one with a 'state_dict'"
+            "weights by name, or one with such a 'state_dict'"
         )
     return checkpoint
 
@@ -107,7 +92,8 @@ def require_weights(model: nn.Module, checkpoint: dict) -> None:
             integers in place of floating-point numbers or the reverse.
     """
     weights = checkpoint.get("state_dict", checkpoint)
-    model = model.module if is_model_wrapper(model) else model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
     for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = weights.get(name, weights.get(f"module.{name}"))
         if value is None:
@@ -123,24 +109,98 @@ def require_weights(model: nn.Module, checkpoint: dict) -> None:
 
 
 class WeightsCheck(Hook):
-    """Applies :func:`require_weights` to every checkpoint that a runner loads."""
+    """Gives every checkpoint that a runner loads one form, and checks it by
+    :func:`require_weights`.
+
+    mmengine's EMAHook and FlexibleRunner read ``state_dict`` only, where its Runner takes weights
+    by themselves, too; and EMAHook does not strip the prefix of DistributedDataParallel.
+    """
+
+    priority = "VERY_HIGH"  # before EMAHook
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check what is about to be copied into the model."""
+        if "state_dict" not in checkpoint:
+            weights = copy.copy(checkpoint)  # with the versions of modules, an attribute
+            checkpoint.clear()
+            checkpoint["state_dict"] = weights
+        consume_prefix_in_state_dict_if_present(checkpoint["state_dict"], "module.")
         require_weights(runner.model, checkpoint)
+        for hook in runner.hooks:
+            # FlexibleRunner loads before it calls `before_run`, where EMAHook copies the model.
+            if isinstance(hook, EMAHook) and not hasattr(hook, "ema_model"):
+                hook.before_run(runner)
+                hook.before_run = lambda runner: None
 
 
-def _history_statistic(owner: type, name: str):
-    """The ``getattr`` of checkpoints, which finds the statistics of the log's history only."""
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
-        raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) in a checkpoint")
-    return getattr(owner, name)
+def require_matching_checkpoint(runner: Runner) -> None:
+    """Let the runner refuse a checkpoint that does not fit its model; by itself it only warns.
+
+    Args:
+        runner (Runner): The runner that will test, a ``Runner`` or ``FlexibleRunner``.
+
+    Raises:
+        UserError: While the checkpoint is loaded, on rank 0, with what was missing, unexpected or
+            of another size.
+    """
+    load = runner.load_checkpoint
+
+    def load_checkpoint(filename: str, **kwargs):
+        with _refusing_mismatch(filename):
+            return load(filename, **{**kwargs, "strict": True})
+
+    runner.load_checkpoint = load_checkpoint
 
 
-def _checkpoint_types() -> list:
-    """What a checkpoint of mmengine holds besides tensors: the history of the log, in numpy."""
-    reconstruct = np.empty(0).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.int64, np.uint32)]
-    methods = (_history_statistic, "builtins.getattr")
-    return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes, methods]
+def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None = None) -> dict:
+    """Load a checkpoint into a model without a runner, without running code that it holds.
+
+    Args:
+        model (nn.Module): The model.
+        filename (str): Path of the checkpoint, or an address that mmengine resolves.
+        allow_partial (bool | None): Warn of names that do not fit instead of refusing the
+            checkpoint; None where the tool has no such option.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        UserError: If it cannot be read, or with what was missing, unexpected or of another size.
+    """
+    load_safely()
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu", logger="silent")
+    weights = checkpoint.get("state_dict", checkpoint)
+    consume_prefix_in_state_dict_if_present(weights, "module.")
+    require_weights(model, checkpoint)
+    with _refusing_mismatch(filename, has_option=allow_partial is not None):
+        load_state_dict(model, weights, not allow_partial)
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _refusing_mismatch(filename: str, has_option: bool = True) -> Iterator[None]:
+    """Say shortly what did not fit, where mmengine or torch list every name."""
+    try:
+        yield
+    except RuntimeError as error:
+        hint = "; --allow-partial goes on with what did match" if has_option else ""
+        raise UserError(
+            f"checkpoint {filename!r} does not match the model: {_summarize(str(error))}{hint}"
+        ) from error
+
+
+def _summarize(mismatch: str) -> str:
+    """mmengine's list of mismatches, each kind cut to its first few names."""
+    labels = {
+        "missing keys in source state_dict: ": "missing",
+        "unexpected key in source state_dict: ": "unexpected",
+        "size mismatch for ": "of another size",
+    }
+    found: dict[str, list[str]] = {kind: [] for kind in labels.values()}
+    for line in map(str.strip, mismatch.splitlines()):
+        for start, kind in labels.items():
+            if line.startswith(start):
+                names = line.removeprefix(start)
+                sizes = kind == "of another size"
+                found[kind] += [names.split(":")[0]] if sizes else names.split(", ")
+    return summarize(found, _SHOWN_NAMES) or mismatch

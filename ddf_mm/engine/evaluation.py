@@ -3,17 +3,13 @@
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import NoReturn
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
-from torch import nn
 
-from ddf_mm.engine.checkpoints import load_safely, require_weights
-from ddf_mm.engine.cli import UserError, summarize
+from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.launch import dataset_configs
 
 # The hook to add to `default_hooks.visualization` where a config has none.
@@ -31,9 +27,6 @@ _TTA_MODELS = dict(
         tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
     ),
 )
-
-_MISMATCH = "The model and loaded state dict do not match exactly"
-_SHOWN_KEYS = 3
 
 
 def _parameters(cfg: Config, registry: Registry, component: dict) -> dict[str, inspect.Parameter]:
@@ -210,75 +203,3 @@ def dump_predictions(runner: Runner, out_file: str) -> None:
     kind = "DumpDetResults" if runner.cfg.get("default_scope") == "mmdet" else "DumpResults"
     metric = METRICS.build(dict(type=kind, out_file_path=out_file))
     runner.test_evaluator.metrics.append(metric)
-
-
-def require_matching_checkpoint(runner: Runner) -> None:
-    """Let the runner refuse a checkpoint that does not fit its model; by itself it only warns.
-
-    Args:
-        runner (Runner): The runner that will test. A runner of another kind than mmengine's
-            ``Runner`` is left as it is.
-
-    Raises:
-        UserError: While the checkpoint is loaded, on rank 0, with what was missing, unexpected or
-            of another size.
-    """
-    if not isinstance(runner, Runner):
-        return
-    load = runner.load_checkpoint
-
-    def load_checkpoint(filename, map_location="cpu", strict=True, **kwargs):
-        try:
-            return load(filename, map_location=map_location, strict=strict, **kwargs)
-        except RuntimeError as error:
-            _reject(error, filename)
-
-    runner.load_checkpoint = load_checkpoint
-
-
-def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool = False) -> None:
-    """Load a checkpoint into a model without a runner, without running code that it holds.
-
-    Args:
-        model (nn.Module): The model.
-        filename (str): Path of the checkpoint, or an address that mmengine resolves.
-        allow_partial (bool): Warn of names that do not fit instead of refusing the checkpoint.
-
-    Raises:
-        UserError: If it cannot be read, or with what was missing, unexpected or of another size.
-    """
-    load_safely()
-    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu")
-    require_weights(model, checkpoint)
-    try:
-        load_state_dict(model, checkpoint.get("state_dict", checkpoint), not allow_partial)
-    except RuntimeError as error:
-        _reject(error, filename)
-
-
-def _reject(error: RuntimeError, filename: str) -> NoReturn:
-    """Raise what a failed load of a checkpoint was about; the error itself if that is unknown."""
-    if not str(error).startswith(_MISMATCH):
-        raise error
-    raise UserError(
-        f"checkpoint {filename!r} does not match the model: {_summarize(str(error))}; "
-        "--allow-partial goes on with what did match"
-    ) from error
-
-
-def _summarize(mismatch: str) -> str:
-    """mmengine's list of mismatches, each kind cut to its first few names."""
-    labels = {
-        "unexpected key in source state_dict: ": "unexpected",
-        "missing keys in source state_dict: ": "missing",
-    }
-    found: dict[str, list[str]] = dict(missing=[], unexpected=[])
-    sizes = []
-    for line in mismatch.splitlines()[1:]:
-        for start, label in labels.items():
-            if line.startswith(start):
-                found[label] = line.removeprefix(start).split(", ")
-        if line.startswith("size mismatch for "):
-            sizes.append(line.removeprefix("size mismatch for ").split(":")[0])
-    found["of another size"] = sizes
-    return summarize(found, _SHOWN_KEYS)

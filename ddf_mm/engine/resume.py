@@ -6,6 +6,7 @@ next is whole, the latest whole one is found, and the random numbers go on where
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import zipfile
@@ -29,8 +30,8 @@ _POINTER = "last_checkpoint"
 def latest_checkpoint(work_dir: str) -> str | None:
     """The checkpoint that a training in a work folder goes on from.
 
-    It is the one that mmengine's ``last_checkpoint`` names or, where that one is not whole, the
-    newest whole one in the folder.
+    It is the one that mmengine's ``last_checkpoint`` names, by preference in the folder itself, or,
+    where that one is not whole, the newest whole one in the folder.
 
     Args:
         work_dir: The work folder.
@@ -39,7 +40,7 @@ def latest_checkpoint(work_dir: str) -> str | None:
         Its path; None if the folder has none, and the training starts from the beginning.
 
     Raises:
-        UserError: There are checkpoints, but none is whole.
+        UserError: There are checkpoints, or one is named, but none is whole.
     """
     folder = Path(work_dir)
     pointer = folder / _POINTER
@@ -47,18 +48,33 @@ def latest_checkpoint(work_dir: str) -> str | None:
     if "://" in named:
         return named
     found = [path for path in folder.glob("*.pth") if _CHECKPOINT.fullmatch(path.name)]
-    candidates = [Path(named)] if named else []
-    candidates += sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    candidates = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    problem = f"{named} is not whole"
+    if named:
+        candidates.insert(0, Path(named))
+        if Path(named).parent.resolve() != folder.resolve():
+            # A folder that was moved or copied keeps the old name; its own file is the right one.
+            problem = f"{_POINTER} names a file in another folder, {named}"
+            candidates.insert(0, folder / Path(named).name)
+        elif not Path(named).exists():
+            problem = f"{named} does not exist"
     for path in candidates:
         # The directory of the zip archive that torch writes is at its end.
         if path.is_file() and zipfile.is_zipfile(path):
-            if named and path != candidates[0]:
-                print_log(f"{named} is not whole; resuming from {path}", logger="current")
+            if named and path != Path(named):
+                print_log(
+                    f"{problem}; resuming from {path}", logger="current", level=logging.WARNING
+                )
             return str(path)
-    if candidates:
+    if found:
         raise UserError(
             f"--resume found no whole checkpoint in {work_dir!r}, only what is left of "
-            f"{', '.join(sorted({path.name for path in candidates}))}; remove it to start anew"
+            f"{', '.join(sorted(path.name for path in found))}; remove it to start anew"
+        )
+    if named:
+        raise UserError(
+            f"--resume found no checkpoint in {work_dir!r}, and {problem}; remove {_POINTER} to "
+            "start anew"
         )
     return None
 

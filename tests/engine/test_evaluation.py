@@ -172,16 +172,3 @@ def test_metrics_that_write_no_folder():
     cfg = Config(dict(test_evaluator=[dict(type="DumpResults", out_file_path="a.pkl")]))
     with pytest.raises(UserError, match="--out 'out': a folder needs a metric"):
         evaluation.write_predictions_to_folder(cfg, "out")
-
-
-def test_summary_of_a_mismatch():
-    text = (
-        f"{evaluation._MISMATCH}\n\n"
-        "size mismatch for head.weight: copying a param with shape …\n"
-        "unexpected key in source state_dict: a\n\n"
-        "missing keys in source state_dict: b, c, d, e, f\n"
-    )
-    assert (
-        evaluation._summarize(text)
-        == "missing: b, c, d and 2 more; unexpected: a; of another size: head.weight"
-    )

@@ -1,13 +1,8 @@
-import os
-import pickle
-
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
 
-from ddf_mm.engine import checkpoints, launch
+from ddf_mm.engine import launch
 from ddf_mm.engine.cli import UserError
 
 
@@ -57,17 +52,6 @@ def test_toolbox_that_cannot_be_imported(config_file, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=match):
             launch.load_config(config_file(f"default_scope = '{scope}'"))
-
-
-def test_require_checkpoint(tmp_path):
-    for address in ("https://host/a.pth", "torchvision://resnet50", "s3://bucket/a.pth"):
-        checkpoints.require_checkpoint(address, "checkpoint")
-    checkpoint = tmp_path / "a.pth"
-    checkpoint.touch()
-    checkpoints.require_checkpoint(str(checkpoint), "checkpoint")
-    for path in (tmp_path, tmp_path / "b.pth"):
-        with pytest.raises(UserError, match="--resume .* is not a file"):
-            checkpoints.require_checkpoint(str(path), "--resume")
 
 
 def test_require_fields():
@@ -223,73 +207,3 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="a process for GPU 2, but this machine has 2"):
         launch.init_distributed(Config(dict(launcher="pytorch")))
-
-
-def test_checkpoint_without_unpickling_code(tmp_path):
-    """What mmengine saves loads with torch's restricted unpickler; the log's history names its
-    methods by `getattr`, which must not reach anything else."""
-    path = str(tmp_path / "a.pth")
-    history = HistoryBuffer([1.0, 2.0], [1, 1])
-    history.update(np.float64(3.0), 2)
-    saved = dict(
-        state_dict=dict(weight=torch.ones(2)),
-        message_hub=dict(log_scalars=dict(loss=history), runtime_info=dict(best=np.int64(4))),
-    )
-    torch.save(saved, path)
-    with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
-        torch.load(path, weights_only=True)
-    with torch.serialization.safe_globals(checkpoints._checkpoint_types()):
-        loaded = torch.load(path, weights_only=True)
-    assert loaded["message_hub"]["log_scalars"]["loss"].current() == 3.0
-    assert checkpoints.load_from_local_file(path)["message_hub"]["runtime_info"]["best"] == 4
-
-
-class _Attack:
-    def __reduce__(self):
-        return getattr, (HistoryBuffer, "__init__")
-
-
-def test_getattr_of_a_checkpoint_reaches_statistics_only(tmp_path):
-    path = str(tmp_path / "a.pth")
-    torch.save(dict(state_dict=_Attack()), path)
-    with (
-        torch.serialization.safe_globals(checkpoints._checkpoint_types()),
-        pytest.raises(pickle.UnpicklingError, match="__init__"),
-    ):
-        torch.load(path, weights_only=True)
-
-
-class _Program:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))]
-)
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, save):
-    path, made = tmp_path / "a.pth", tmp_path / "made"
-    save(dict(state_dict=dict(weight=_Program(str(made)))), path)
-    with pytest.raises(UserError, match=r"a.pth' was not loaded: it holds \w+.mkdir, which could"):
-        checkpoints.load_from_local_file(str(path))
-    assert not made.exists()
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"garbage" * 100, b"root:x:0:0\n", b"PK\x03\x04" + bytes(100)]
-)
-def test_unreadable_checkpoint(tmp_path, content):
-    path = tmp_path / "a.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="a.pth' is not a checkpoint that torch can read"):
-        checkpoints.load_from_local_file(str(path))
-
-
-def test_missing_checkpoint_stays_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        checkpoints.load_from_local_file(str(tmp_path / "a.pth"))

@@ -42,6 +42,31 @@ def test_latest_checkpoint_is_otherwise_the_newest_whole_one(tmp_path, pointer):
     assert resume.latest_checkpoint(str(tmp_path)) == str(newest)
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["moved", "copied"])
+@pytest.mark.parametrize("own", ["epoch_2.pth", "epoch_1.pth", None])
+def test_a_pointer_to_another_folder(tmp_path, monkeypatch, there, own):
+    """The file of that name in the folder itself, or else the one that is named, or the newest."""
+    lines = []
+    monkeypatch.setattr(resume, "print_log", lambda line, **kwargs: lines.append(line))
+    other, folder = tmp_path / "other", tmp_path / "work"
+    for path in (other, folder):
+        path.mkdir()
+    (folder / "last_checkpoint").write_text(str(other / "epoch_2.pth"))
+    if there:
+        save(other, "epoch_2.pth", 0)
+    if own:
+        save(folder, own, 5)
+    expected = other / "epoch_2.pth" if there else folder / "epoch_1.pth"
+    expected = folder / own if own == "epoch_2.pth" else expected
+    told = f"last_checkpoint names a file in another folder, {other / 'epoch_2.pth'}"
+    if not there and not own:
+        with pytest.raises(UserError, match=f"no checkpoint in .*, and {told}; remove"):
+            resume.latest_checkpoint(str(folder))
+        return
+    assert resume.latest_checkpoint(str(folder)) == str(expected)
+    assert lines == ([f"{told}; resuming from {expected}"] if expected.parent == folder else [])
+
+
 def test_no_checkpoint_or_none_that_is_whole(tmp_path):
     assert resume.latest_checkpoint(str(tmp_path)) is None
     assert resume.latest_checkpoint(str(tmp_path / "nowhere")) is None

@@ -138,7 +138,7 @@ class TestFilters:
             (["dataset:0", "--points", "48,0"], "points 48,0 is outside .* 48 x 48 pixels"),
             (
                 ["dataset:0", "--cfg-options", "model.backbone.base_channels=8"],
-                "is not one of the model: .* size mismatch",
+                "does not match the model: of another size: backbone.* more$",
             ),
             (
                 [

@@ -7,7 +7,6 @@ a few points) and FILE.html, one page with both on which a click shows the filte
 
 import argparse
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
-from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader
-from torch import nn
 
 from ddf_mm import visualization
 from ddf_mm.engine import checkpoints, cli, launch
@@ -77,27 +73,6 @@ def parse_args() -> argparse.Namespace:
         help="override settings of the config",
     )
     return parser.parse_args()
-
-
-def load_weights(model: nn.Module, path: str) -> dict:
-    """Load a checkpoint, all of whose weights and no others the model must have.
-
-    Args:
-        model: the model.
-        path: path or address of the checkpoint.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        UserError: it cannot be read or is one of another model.
-    """
-    CheckpointLoader.register_scheme("", checkpoints.load_from_local_file, force=True)
-    try:
-        return load_checkpoint(model, path, map_location="cpu", strict=True, logger="silent")
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" …")
-        raise cli.UserError(f"checkpoint {path!r} is not one of the model: {reason}") from error
 
 
 def load_image(cfg: Config, image: str) -> dict:
@@ -180,7 +155,7 @@ def main() -> None:
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     layers = told(visualization.find_layers, model, args.stages, args.layers)
-    checkpoint = load_weights(model, args.checkpoint)
+    checkpoint = checkpoints.load_checkpoint(model, args.checkpoint)
     data = load_image(cfg, args.image)
     image = told(visualization.network_image, model, data)
     size = image.shape[:2]

@@ -1,0 +1,183 @@
+"""Checkpoints of mmengine, read without running code that they hold.
+
+``mmengine.runner.checkpoint._safe_torch_load`` allows ``builtins.getattr``, which defeats torch's
+restricted unpickler, knows three of numpy's dtypes, and unpickles anything once that fails. This
+module is superfluous when it reads :func:`load`'s list of types and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.optim import OneCycleParamScheduler
+
+# How torch names what it refuses to unpickle.
+_REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", re.IGNORECASE)
+_PREAMBLE = re.compile(r"Weights only load failed\..*?WeightsUnpickler error: ", re.DOTALL)
+
+
+def load(filename: str, map_location=None, more_types: Sequence[type] = ()) -> object:
+    """What :func:`torch.save` wrote into a file.
+
+    Read are tensors and what mmengine saves beside them: numpy's values, whatever numpy's version,
+    the log's history, the states of schedulers, plain Python values, configs.
+
+    Args:
+        filename: Path of the file.
+        map_location: As :func:`torch.load` takes it.
+        more_types: Harmless types to allow besides.
+
+    Raises:
+        pickle.UnpicklingError: The file holds something else, or is none of torch's. The text goes
+            on where "the file" begins.
+    """
+    try:
+        with torch.serialization.safe_globals([*_safe_globals(), *more_types]):
+            return _finished(torch.load(filename, map_location=map_location, weights_only=True))
+    # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
+    except Exception as error:
+        refused = _REFUSED_GLOBAL.search(str(error))
+        reason = _PREAMBLE.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+        raise pickle.UnpicklingError(
+            f"was not loaded: it holds {refused[1]}, which could run code; checkpoints may hold "
+            "tensors, numbers and text only"
+            if refused
+            else f"is not a checkpoint that torch can read: {reason[0]}"
+        ) from error
+
+
+class _StandIn:
+    """What a pickle names, not to be called or built; :func:`_finished` puts ``value`` in place."""
+
+    def __init__(self, value: object = None) -> None:
+        self.value = value
+
+
+class _DType(_StandIn):
+    """A numpy dtype, made anew from its pickled state.
+
+    numpy's own ``__setstate__`` takes flags, sizes and offsets on trust, and with them which bytes
+    of an array are pointers.
+    """
+
+    def __init__(self, kind: str, align: bool = False, copy: bool = True) -> None:
+        super().__init__(np.dtype(str(kind), align=align))
+
+    def __setstate__(self, state: tuple) -> None:
+        _, byte_order, subarray, names, fields, size, *_ = state
+        if subarray is not None:
+            self.value = np.dtype((subarray[0].value, subarray[1]))
+        elif names is not None:
+            formats, offsets = zip(*(fields[name][:2] for name in names), strict=True)
+            formats = [part.value for part in formats]
+            parts = dict(names=names, formats=formats, offsets=offsets, itemsize=size)
+            self.value = np.dtype(parts)
+        elif self.value.kind in "mM":
+            unit, number = state[8][1][:2]
+            if unit != b"generic":
+                self.value = np.dtype(f"{self.value.kind}8[{number}{unit.decode()}]")
+        if byte_order in "<>":
+            self.value = self.value.newbyteorder(byte_order)
+
+
+def _read(shape: tuple, dtype: np.dtype, content: bytes, order: str = "C") -> np.ndarray:
+    """An array out of bytes."""
+    if dtype.hasobject:
+        raise pickle.UnpicklingError(f"bytes for an array of {dtype}, which holds pointers")
+    return np.ndarray(shape, dtype, content, order=order).copy(order)
+
+
+class _Array(_StandIn):
+    """A numpy array."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        order = "F" if is_fortran else "C"
+        if isinstance(content, list):
+            self.value = np.empty(len(content), dtype.value)
+            for i, item in enumerate(content):
+                self.value[i] = _finished(item)
+            self.value = self.value.reshape(shape, order=order)
+        else:
+            self.value = _read(shape, dtype.value, content, order)
+
+
+class _History(HistoryBuffer):
+    """The log's history. Its own ``__setstate__`` lets a file replace the statistics of all."""
+
+    value = HistoryBuffer
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({k: v for k, v in state.items() if k != "statistics_methods"})
+        self.__class__ = HistoryBuffer
+
+
+# The methods that pickles of mmengine name, by `getattr`.
+_METHODS = {
+    HistoryBuffer: ("min", "max", "current", "mean"),
+    OneCycleParamScheduler: ("_annealing_cos", "_annealing_linear"),
+}
+
+
+def _method(owner: object, name: str) -> object:
+    if name not in _METHODS.get(getattr(owner, "value", None), ()):
+        raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) in a checkpoint")
+    return getattr(owner.value, name)
+
+
+def _scalar(dtype: _DType, content: object = b"") -> object:
+    return _read((), dtype.value, content)[()]
+
+
+def _path(value: object) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _safe_globals() -> list[tuple[object, str]]:
+    """What torch's unpickler may find under which name, besides tensors: what mmengine saves."""
+    found = {
+        _path(HistoryBuffer): _History,
+        _path(OneCycleParamScheduler): _StandIn(OneCycleParamScheduler),
+        "builtins.getattr": _method,
+        "numpy.dtype": _DType,
+        "numpy.ndarray": _Array,
+    }
+    for core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
+        found[f"{core}.multiarray._reconstruct"] = lambda *_: _Array()
+        found[f"{core}.multiarray.scalar"] = _scalar
+    plain = (bytes, frozenset, range, slice, datetime, timedelta, Path)
+    harmless = {ConfigDict, MessageHub, *plain}
+    for kind in harmless:
+        found[_path(kind)] = kind
+    found["pathlib.PosixPath"] = found["pathlib.WindowsPath"] = Path
+    for kind in {np.bool_, *np.sctypeDict.values(), *map(type, map(np.dtype, np.typecodes["All"]))}:
+        found[_path(kind)] = _StandIn(kind)
+    found["numpy.bool"] = found["numpy.bool_"] = _StandIn(np.bool_)
+    # Statistics that this process has registered itself.
+    for method in HistoryBuffer._statistics_methods.values():
+        found.setdefault(_path(method), _StandIn(method))
+    return [(value, name) for name, value in found.items()]
+
+
+def _finished(value: object, seen: set[int] | None = None) -> object:
+    """A value, all stand-ins in it replaced."""
+    seen = set() if seen is None else seen
+    if isinstance(value, _StandIn):
+        return value.value
+    if type(value) is tuple:
+        return tuple(_finished(item, seen) for item in value)
+    if isinstance(value, (HistoryBuffer, MessageHub)):
+        _finished(vars(value), seen)
+    if isinstance(value, (dict, list)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            value[key] = _finished(item, seen)
+    return value
