@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ddf_mm import about
-from ddf_mm.engine import checkpoints, cli, export, files, launch, models
+from ddf_mm.contrib.whole_files import whole_file
+from ddf_mm.engine import checkpoints, cli, export, launch, models
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 from ddf_mm.layers import switch_to_deploy
@@ -173,7 +174,7 @@ def main() -> None:
         path = stem.with_name(stem.name + suffix)
         is_onnx = kind == "onnx"
         program = export.export_program(exported, size, channels, not args.static, guarded=is_onnx)
-        with files.whole_file(path) as part:
+        with whole_file(path) as part:
             if is_onnx:
                 operators = export.save_onnx(program, part, args.opset)
                 run = export.load_onnx(part, torch.get_num_threads())

@@ -4,6 +4,7 @@
 import argparse
 import os
 
+from ddf_mm.contrib import exact_resume
 from ddf_mm.engine import checkpoints, cli, launch, resume
 
 
@@ -73,8 +74,8 @@ def main() -> None:
     runner = launch.build_runner(cfg)
     if cfg.get("resume"):
         runner.register_hook(resume.TrainingStateCheck())
-    runner.register_hook(resume.RandomState(resume=cfg.get("resume", False)))
-    runner.register_hook(resume.KeepUntilSaved())
+    runner.register_hook(exact_resume.RandomState(resume=cfg.get("resume", False)))
+    runner.register_hook(exact_resume.KeepUntilSaved())
     runner.train()
 
 

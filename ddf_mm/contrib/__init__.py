@@ -1,2 +1,12 @@
-"""What belongs into OpenMMLab's packages: each module is a patch that stands by itself, for as long
-as the upstream call that it names does not do the same."""
+"""What mmengine and PyTorch lack, as patches that could become part of them.
+
+Each is one module that needs nothing else of this package, says in its first lines which upstream
+call makes it superfluous, and has its tests in ``tests/contrib``:
+
+- ``cpu_amp``: mixed precision on a CPU.
+- ``exact_resume``: random numbers that go on, checkpoints that stay until the next one is whole.
+- ``gloo``: process groups on a CPU, and their end.
+- ``pooling``: max poolings in programs of ``torch.export`` that take images of every size.
+- ``safe_load``: checkpoints that are read without running code.
+- ``whole_files``: files that are whole or not there.
+"""

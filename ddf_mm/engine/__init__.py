@@ -5,8 +5,8 @@ Importing this package registers :class:`CPUAmpOptimWrapper`, :class:`RMSE` and
 ``ddf_mm.engine.cli``, ``ddf_mm.engine.launch`` and ``ddf_mm.engine.evaluation``.
 """
 
+from ddf_mm.contrib.cpu_amp import CPUAmpOptimWrapper
 from ddf_mm.engine.metrics import RMSE
-from ddf_mm.engine.optim_wrapper import CPUAmpOptimWrapper
 from ddf_mm.engine.visualization_hook import DDFFilterVisualizationHook
 
 __all__ = ["RMSE", "CPUAmpOptimWrapper", "DDFFilterVisualizationHook"]

@@ -1,34 +1,30 @@
 """Command line conventions of ``tools/``: options of mmengine, and errors that fit in one line."""
 
 import argparse
+import contextlib
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mmengine.config import DictAction
-from torch import distributed as dist
+
+from ddf_mm.contrib.gloo import destroy_process_group
 
 TRACEBACK_VARIABLE = "DDF_MM_TRACEBACK"
 
 EPILOG = (
-    "A wrong path, option, package or type name ends in one line on stderr and exit status 2 "
-    f"(command line) or 1 (anything else); {TRACEBACK_VARIABLE}=1 in the environment shows the "
-    "full traceback instead."
+    "An error ends in one line on stderr, which says what was being done, and exit status 2 "
+    "(command line) or 1 (anything else); the traceback of one during training steps precedes it. "
+    f"{TRACEBACK_VARIABLE}=1 in the environment shows that of every error."
 )
 
 # A rank other than 0 that fails leaves this many seconds to rank 0 to report the same failure;
 # the launcher ends the waiting rank as soon as rank 0 exits.
 RANK_ZERO_SECONDS = 10.0
-
-_UNKNOWN_TYPE = re.compile(r"^(?P<type>\S+) is not in the (?P<registry>.+?) registry")
-_UNKNOWN_PATH = re.compile(r"^Failed to get (?P<type>[\w.]+)$")
-_UNREADABLE_IMAGE = re.compile(r"AssertionError: failed to load image: (?P<path>.+)$", re.MULTILINE)
-_EMPTY_IMAGE = "!buf.empty()"
-# What the datasets of mmseg and mmpretrain raise for data that is not there.
-_MISSING_DATA = re.compile(r"^(Failed to load `ann_file`|Found 0 files in subfolders of)")
+# Of an error's own text; some list every weight of a model.
+_MOST_CHARACTERS = 1000
 
 
 class UserError(Exception):
@@ -42,6 +38,26 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
+    """Name what is being done, for the line that an error within ends a tool with.
+
+    The innermost phase of an error is the one that is named.
+
+    Args:
+        doing (str): As in ``"building the model"``.
+        about (str): What else a user has to know to mend it, such as the files that are read.
+        steps (bool): Whether this runs the steps of a training, where any error may be a fault of
+            the code: its traceback is shown.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "phase"):
+            error.phase = (doing, about, steps)
+        raise
 
 
 class ConfigOptions(DictAction):
@@ -71,11 +87,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``train.py`` and ``test.py`` share.
-
-    Args:
-        parser (argparse.ArgumentParser): The parser to add them to.
-    """
+    """Add the options that ``train.py`` and ``test.py`` share."""
     parser.add_argument(
         "--work-dir", help="folder of logs and checkpoints; default: work_dirs/<name of the config>"
     )
@@ -115,10 +127,8 @@ def wants_traceback() -> bool:
 def rank() -> int:
     """The rank that the launcher gave to this process (0 without a launcher), which is known
     before a process group exists."""
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def _leave_it_to_rank_zero() -> None:
@@ -127,7 +137,8 @@ def _leave_it_to_rank_zero() -> None:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    line = " ".join(str(text).split())
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
 
 
 def summarize(problems: dict[str, list[str]], most: int) -> str:
@@ -148,87 +159,36 @@ def summarize(problems: dict[str, list[str]], most: int) -> str:
     return "; ".join(parts)
 
 
-def _first_import_error(error: ImportError) -> ImportError:
-    # mmengine turns the failed import of a `custom_imports` module into ImportErrors that no
-    # longer say what was missing.
-    first, cause = error, error
-    while (cause := cause.__cause__ or cause.__context__) is not None:
-        if isinstance(cause, ImportError):
-            first = cause
-    return first
+def _text(error: BaseException) -> str:
+    return ": ".join(filter(None, [type(error).__name__, _one_line(error)]))
 
 
-def describe(error: BaseException) -> str | None:
-    """Say in one line what a user has to change, if that is what an exception is about.
+def describe(error: Exception) -> str:
+    """Say in one line what an error was about: what was being done, what went wrong, and what that
+    came from if the error does not say it itself.
 
     Args:
-        error (BaseException): Whatever a run ended with.
-
-    Returns:
-        str | None: The line; None for anything that may be a fault of the code, whose traceback
-        is worth seeing.
+        error (Exception): Whatever a run ended with.
     """
     if isinstance(error, UserError):
-        return _one_line(error)
-    if isinstance(error, ImportError):
-        first = _first_import_error(error)
-        if not isinstance(first, ModuleNotFoundError):
-            return None
-        return f"{_one_line(first)}: install it, or put its folder on PYTHONPATH"
-    if isinstance(error, OSError) and error.filename is not None:
-        line = f"{error.strerror or type(error).__name__}: {str(error.filename)!r}"
-        if not os.path.isabs(str(error.filename)):
-            line += f" (a relative path starts at the current folder, {os.getcwd()!r})"
-        return line
-    if isinstance(error, FileNotFoundError):
-        # One raised in a worker of a data loader carries the worker's traceback as its message.
-        lines = [line for line in str(error).splitlines() if line.strip()] or ["file not found"]
-        return _one_line(lines[-1].removeprefix("FileNotFoundError: "))
-    message = str(error.args[0]) if error.args else ""
-    if isinstance(error, KeyError) and (match := _UNKNOWN_TYPE.match(message)):
-        return (
-            f"type {match['type']!r} in the config is not in the {match['registry']} registry: "
-            "check its spelling, or name the module that registers it in custom_imports"
-        )
-    if isinstance(error, RuntimeError) and (match := _UNKNOWN_PATH.match(message)):
-        return (
-            f"type {match['type']!r} in the config does not exist: check its spelling and that "
-            "the package which registers it is installed"
-        )
-    if isinstance(error, (AssertionError, RuntimeError)) and _MISSING_DATA.match(message):
-        return _one_line(message)
-    return _unreadable_data(error)
-
-
-def _unreadable_data(error: BaseException) -> str | None:
-    """The file that a dataset or a loading transform failed on, if that is where an error is from.
-
-    The libraries that read files name the file at best in passing: a JSON parser does not know it.
-    """
-    message = str(error)
-    # What a worker of a data loader raises has its traceback in the text alone.
-    if found := _UNREADABLE_IMAGE.search(message):
-        return f"image {found['path']!r} cannot be read: it is damaged, or no image"
-    if _EMPTY_IMAGE in message and "DataLoader worker" in message:
-        return "an image of the data is an empty file; with num_workers=0 the message says which"
-    reason = _one_line(f"{type(error).__name__}: {(message.splitlines() or [''])[0]}")
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner, results = frame.f_locals.get("self"), frame.f_locals.get("results")
-        kind = type(owner).__name__
-        ann_file = getattr(owner, "ann_file", None)
-        if frame.f_code.co_name == "load_data_list" and isinstance(ann_file, str) and ann_file:
-            return f"annotation file {ann_file!r} is not what {kind} reads ({reason})"
-        if kind.startswith("Load") and isinstance(results, dict) and "img_path" in results:
-            what = "annotations of image" if "Annotation" in kind else "image"
-            return f"{what} {results['img_path']!r} cannot be read ({reason})"
-    return None
+        # One that a worker of a data loader raised carries its traceback before the message.
+        return _one_line(str(error).rpartition("UserError: ")[2])
+    first: BaseException = error
+    while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
+        first = cause
+    doing, about, _ = getattr(error, "phase", ("", "", True))
+    parts = [f"while {doing}: " if doing else "", _text(error)]
+    if _one_line(first) not in _one_line(error):
+        parts.append(f", from {_text(first)}")
+    return "".join([*parts, f" ({about})" if about else ""])
 
 
 def run(main: Callable[[], None], prog: str) -> None:
-    """Run a tool; end it with one line on stderr where :func:`describe` has one.
+    """Run a tool; end it with one line on stderr if it fails.
 
-    In a distributed job rank 0 speaks for all: another rank only reports a failure that rank 0
-    did not have within ``RANK_ZERO_SECONDS``.
+    The traceback comes before that line if it was asked for, and if the error is of no phase or of
+    the steps of a training. In a distributed job rank 0 speaks for all: another rank only reports a
+    failure that rank 0 did not have within ``RANK_ZERO_SECONDS``.
 
     Args:
         main (Callable): The tool.
@@ -237,12 +197,15 @@ def run(main: Callable[[], None], prog: str) -> None:
     try:
         main()
     except Exception as error:
-        message = None if wants_traceback() else describe(error)
         _leave_it_to_rank_zero()
-        if message is None:
-            raise
+        *_, steps = getattr(error, "phase", (True,))
+        steps = steps and not isinstance(error, UserError)
+        if steps or wants_traceback():
+            traceback.print_exc()
+        hint = isinstance(error, UserError) or steps or wants_traceback()
         where = f" (rank {rank()})" if rank() != 0 else ""
-        print(f"{prog}: error{where}: {message}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        line = f"{prog}: error{where}: {describe(error)}"
+        print(line + ("" if hint else f" ({TRACEBACK_VARIABLE}=1 shows where)"), file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(getattr(error, "exit_code", 1) if isinstance(error, UserError) else 1)
+    destroy_process_group()

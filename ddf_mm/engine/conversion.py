@@ -15,9 +15,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ddf_mm.contrib.whole_files import whole_file
 from ddf_mm.engine.checkpoints import load_from_local_file
 from ddf_mm.engine.cli import UserError, summarize
-from ddf_mm.engine.files import whole_file
 from ddf_mm.models import DDFResNet
 from ddf_mm.models.ddf_resnet import DDFBottleneck
 from ddf_mm.version import __version__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,30 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.overrides import TorchFunctionMode
 
+from ddf_mm.contrib.pooling import MaximaOfSlices
 from ddf_mm.engine.cli import UserError
-from ddf_mm.ops import library
+from ddf_mm.ops import ddf_reference, ddf_up_reference
+from ddf_mm.ops.onnx import onnx_translations
 
 # Oldest opset that the exporter writes by itself; a newer one is converted from it.
 MIN_OPSET = 18
-_TO_THE_END = torch.iinfo(torch.int64).max
 
 
 class ImageScores(nn.Module):
-    """A classifier of mmpretrain, less its data preprocessor: images -> scores before softmax."""
+    """A classifier of mmpretrain, less its data preprocessor: images ``Tensor[B, C, H, W]`` ->
+    scores before softmax, ``Tensor[B, classes]``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """``Tensor[B, C, H, W]`` -> ``Tensor[B, classes]``."""
         return self.model(images, mode="tensor")
 
 
 class ImageFeatures(nn.Module):
-    """Backbone and neck of a model of any toolbox: images -> feature maps, finest first."""
+    """Backbone and neck of a model of any toolbox: images ``Tensor[B, C, H, W]`` -> feature maps,
+    finest first, a ``Tensor[B, C_i, H_i, W_i]`` a level."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,132 +43,8 @@ class ImageFeatures(nn.Module):
         self.neck = model.neck if getattr(model, "with_neck", False) else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """``Tensor[B, C, H, W]`` -> a ``Tensor[B, C_i, H_i, W_i]`` a level."""
         features = self.neck(self.backbone(images))
         return features if isinstance(features, tuple) else (features,)
-
-
-def onnx_translations() -> dict[Any, Callable]:
-    """How ``torch.onnx.export(custom_translation_table=…)`` writes the compiled ops in ONNX.
-
-    One tap after the other, as :func:`ddf_mm.ops.ddf_reference` computes: four standard operators a
-    tap, whatever the size of the image. ONNX Runtime takes as long for a stack of all windows that
-    is multiplied and summed at once, which needs k*k times the memory.
-
-    Returns:
-        The table; empty where there are no compiled ops, whose place the formula then takes.
-
-    Raises:
-        ModuleNotFoundError: onnxscript is not installed.
-    """
-    if not hasattr(torch.ops.ddf_mm, "ddf"):
-        return {}
-    return {
-        torch.ops.ddf_mm.ddf.default: _onnx_ddf,
-        torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
-    }
-
-
-def _onnx_ddf(
-    features,
-    channel_filter,
-    spatial_filter,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    stride: int = 1,
-    mul: bool = True,
-):
-    groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
-    filters = (channel_filter, spatial_filter)
-    return _onnx_taps(features, *filters, kernel_size, dilation, stride, mul, groups)
-
-
-def _onnx_taps(
-    features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, groups
-):
-    from onnxscript import opset18 as op
-
-    channels = features.shape[1]
-    taps = kernel_size**2
-    before = dilation * (kernel_size // 2)
-
-    def constant(*values: int):
-        return op.Constant(value_ints=values)
-
-    def reshape(value, *shape: int):
-        return op.Reshape(value, constant(*shape))
-
-    def split(value, axis: int):
-        return op.Split(value, axis=axis, num_outputs=taps)
-
-    # Groups join the batch, so that everything has four dimensions; a 0 keeps a dimension.
-    dtype = features.dtype
-    wide = dtype is not None and dtype.itemsize < 4
-    tensors = [
-        value if value is None or not wide else op.Cast(value, to=1)
-        for value in (features, channel_filter, spatial_filter)
-    ]
-    x, per_channel, per_pixel = tensors
-    if groups > 1:
-        x = reshape(x, -1, channels // groups, 0, 0)
-    padded = op.Pad(x, constant(0, 0, before, before, 0, 0, before, before))
-    if per_channel is not None:
-        per_channel = split(reshape(per_channel, -1, channels // groups, taps, 1), 2)
-    if per_pixel is not None:
-        size = op.Shape(per_pixel, start=2) if stride > 1 else None
-        per_pixel = split(reshape(per_pixel, -1, taps, 0, 0) if groups > 1 else per_pixel, 1)
-
-    out = None
-    for tap in range(taps):
-        first = [tap // kernel_size * dilation, tap % kernel_size * dilation]
-        if per_pixel is not None and stride > 1:
-            # A spatial filter may have one row or column less than the strided windows.
-            last = op.Add(op.Mul(op.Sub(size, constant(1)), constant(stride)), constant(1))
-            last = op.Add(last, constant(*first))
-        else:
-            last = constant(*(n - 2 * before or _TO_THE_END for n in first))
-        term = op.Slice(padded, constant(*first), last, constant(2, 3), constant(stride, stride))
-        given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
-        if mul or len(given) == 1:
-            for weight in given:
-                term = op.Mul(term, weight)
-        else:
-            term = op.Mul(term, op.Add(*given))
-        out = term if out is None else op.Add(out, term)
-    if groups > 1:
-        out = reshape(out, -1, channels, 0, 0)
-    return op.CastLike(out, features) if wide else out
-
-
-def _onnx_ddf_up(
-    features,
-    channel_filter,
-    spatial_filter,
-    kernel_size: int = 3,
-    scale_factor: int = 2,
-    dilation: int = 1,
-    mul: bool = True,
-):
-    from onnxscript import opset18 as op
-
-    def of_subpixel(filters, r: int):
-        return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
-
-    groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2
-    subpixels = [
-        _onnx_taps(
-            features,
-            of_subpixel(channel_filter, r),
-            of_subpixel(spatial_filter, r),
-            kernel_size,
-            dilation,
-            1,
-            mul,
-            groups,
-        )
-        for r in range(scale_factor**2)
-    ]
-    return op.DepthToSpace(op.Concat(*subpixels, axis=1), blocksize=scale_factor, mode="DCR")
 
 
 @dataclass(frozen=True)
@@ -189,49 +65,9 @@ class Size:
 
 def check_sizes(example: Size, dynamic: bool) -> list[Size]:
     """Sizes to check a file of ``example`` with: others too if it has dynamic ones."""
-    if not dynamic:
-        return [example]
-    return [
-        example,
-        Size(1, example.width, example.height),
-        Size(3, example.height // 2 + 17, example.width + 33),
-    ]
-
-
-class _MaximaOfSlices(TorchFunctionMode):
-    """Max poolings as maxima of slices, first of the rows, then of the columns.
-
-    PyTorch's rule of the size of a strided pooling ties a program to odd or to even sizes. The
-    values are the same, and on a CPU they come sooner.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.max_pool2d or kwargs.get("return_indices"):
-            return func(*args, **kwargs)
-        return _max_pool2d(*args, **kwargs)
-
-
-def _max_pool2d(
-    x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **_
-) -> Tensor:
-    if ceil_mode:
-        return nn.functional.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    sides = [
-        value if isinstance(value, Sequence) else (value, value)
-        for value in (kernel_size, stride or kernel_size, padding, dilation)
-    ]
-    for dim, (k, s, p, d) in zip((-2, -1), zip(*sides, strict=True), strict=True):
-        last = (x.shape[dim] + 2 * p - d * (k - 1) - 1) // s * s
-        if p:
-            margins = (p, p) if dim == -1 else (0, 0, p, p)
-            x = nn.functional.pad(x, margins, value=float("-inf"))
-        after = (slice(None),) * (-1 - dim)
-        windows = (x[(..., slice(i * d, i * d + last + 1, s), *after)] for i in range(k))
-        x = functools.reduce(torch.maximum, windows)
-    return x
+    turned = Size(1, example.width, example.height)
+    odd = Size(3, example.height // 2 + 17, example.width + 33)
+    return [example, turned, odd] if dynamic else [example]
 
 
 def export_program(
@@ -260,7 +96,7 @@ def export_program(
         width = size.width + 32 * (size.width == size.height)
         size = Size(max(size.batch, 2), size.height, width)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    pools = _MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
+    pools = MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:
             return torch.export.export(
@@ -316,23 +152,24 @@ def save_program(program: ExportedProgram, path: Path, portable: bool = False) -
     Returns:
         The number of operators in it.
     """
-    if portable and library.FORMULAS:
-        formulas = {op.default: formula for op, formula in library.FORMULAS.items()}
-        program = program.run_decompositions(formulas)
+    if portable and hasattr(torch.ops.ddf_mm, "ddf"):
+        program = program.run_decompositions(
+            {
+                torch.ops.ddf_mm.ddf.default: _formula(ddf_reference),
+                torch.ops.ddf_mm.ddf_up.default: _formula(ddf_up_reference),
+            }
+        )
     torch.export.save(program, path)
     return sum(node.op == "call_function" for node in program.graph.nodes)
 
 
+def _formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A compiled op's last argument is `mul`.
+    return lambda *args: reference(*args[:-1], "mul" if args[-1] else "add")
+
+
 def onnx_session(path: Path, threads: int = 0) -> Any:
-    """A session of ONNX Runtime on the CPU.
-
-    Args:
-        path: The ONNX file.
-        threads: Threads of an operator; 0 leaves it to ONNX Runtime.
-
-    Raises:
-        ModuleNotFoundError: onnxruntime is not installed.
-    """
+    """A session of ONNX Runtime on the CPU; with ``threads=0`` it chooses their number."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -344,28 +181,22 @@ def load_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Sequence[Tenso
     """A function that runs a file of :func:`save_onnx`; arguments of :func:`onnx_session`."""
     session = onnx_session(path, threads)
     (given,) = session.get_inputs()
-
-    def run(images: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(out) for out in session.run(None, {given.name: images.numpy()})]
-
-    return run
+    return lambda images: [
+        torch.from_numpy(out) for out in session.run(None, {given.name: images.numpy()})
+    ]
 
 
 def load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A function that runs a file of torch.export."""
-    module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad():
-            out = module(images)
-        return (out,) if isinstance(out, Tensor) else out
-
-    return run
+    """A function that runs a file of :func:`save_program`."""
+    program = torch.export.load(path).module()
+    return torch.no_grad()(lambda images: program(images))
 
 
-def largest_error(
-    run: Callable[[Tensor], Sequence[Tensor]], model: nn.Module, images: Tensor
-) -> float:
+def _outputs(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (given,) if isinstance(given, Tensor) else given
+
+
+def largest_error(run: Callable, model: nn.Module, images: Tensor) -> float:
     """The largest difference between what a file and the model compute.
 
     Returns:
@@ -373,9 +204,8 @@ def largest_error(
         an output has another shape, or is not finite.
     """
     with torch.no_grad():
-        wanted = model(images)
-    wanted = (wanted,) if isinstance(wanted, Tensor) else wanted
-    got = run(images)
+        wanted = _outputs(model(images))
+    got = _outputs(run(images))
     if [out.shape for out in got] != [out.shape for out in wanted]:
         return float("inf")
     errors = [

@@ -4,28 +4,27 @@ The functions change the config in place, so that the config which the runner du
 folder is the one that ran.
 """
 
-import datetime
 import os
 import os.path as osp
-import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import cuda
 from torch import distributed as dist
 
+from ddf_mm.contrib.gloo import init_gloo
+from ddf_mm.contrib.whole_files import write_whole_files
 from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
-from ddf_mm.engine.cli import UserError
-from ddf_mm.engine.files import write_whole_files
+from ddf_mm.engine.cli import UserError, phase
+from ddf_mm.engine.phases import name_files, with_phases
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
-# What each launcher must have put into the environment, and what starts a job with it.
+# What mmengine reads from the environment, and what starts a job with it.
 _LAUNCHERS = {
     "pytorch": (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
@@ -77,7 +76,8 @@ def load_config(
         raise UserError(
             f"config {filename!r} must be a .py, .json, .yaml or .yml file", exit_code=2
         )
-    cfg = Config.fromfile(filename)
+    with phase(f"reading the config {filename!r}"):
+        cfg = Config.fromfile(filename)
     if cfg_options:
         try:
             cfg.merge_from_dict(cfg_options)
@@ -92,29 +92,11 @@ def load_config(
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(filename))[0])
-    _import_toolbox(cfg)
+    # mmengine would only log that it is missing, and then not find the types that it registers.
+    if (scope := cfg.get("default_scope")) is not None:
+        with phase(f"importing {scope!r}, the config's default_scope, which must be installed"):
+            import_module(scope)
     return cfg
-
-
-def _import_toolbox(cfg: Config) -> None:
-    """Import the package that the config's default_scope names. mmengine would only log that it
-    is missing, and then not find the types that it registers."""
-    scope = cfg.get("default_scope")
-    if scope in (None, "mmengine"):
-        return
-    try:
-        import_module(scope)
-    except ModuleNotFoundError as error:
-        if error.name != scope:
-            raise UserError(f"default_scope {scope!r} cannot be imported: {error}") from error
-        package = MODULE2PACKAGE.get(scope, scope)
-        raise UserError(
-            f"the config's default_scope is {scope!r}, which is not installed: install the "
-            f"package {package} or its OneDL build"
-        ) from error
-    # The toolboxes assert that the version of mmcv suits them when they are imported.
-    except (AssertionError, ImportError) as error:
-        raise UserError(f"default_scope {scope!r} cannot be imported: {error}") from error
 
 
 def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
@@ -280,9 +262,6 @@ def _replace_type(node: object, old: str, new: str) -> int:
 def init_distributed(cfg: Config) -> None:
     """Check what the launcher set up and, on a CPU, start the process group.
 
-    mmengine starts it itself, but asks for a CUDA device even with the gloo backend; it leaves a
-    group that exists alone.
-
     Args:
         cfg (Config): The config, with ``launcher``.
 
@@ -301,45 +280,16 @@ def init_distributed(cfg: Config) -> None:
             f"with {starters}",
             exit_code=2,
         )
-    if get_device() == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if launcher == "pytorch" and local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--launcher pytorch started a process for GPU {local_rank}, but this machine "
-                f"has {torch.cuda.device_count()}",
-                exit_code=2,
-            )
-    if get_device() != "cpu" or dist.is_initialized():
-        return
-    _set_rendezvous_variables(launcher)
-    timeout = cfg.get("env_cfg", {}).get("dist_cfg", {}).get("timeout")
-    kwargs = {} if timeout is None else dict(timeout=datetime.timedelta(seconds=timeout))
-    dist.init_process_group("gloo", **kwargs)
-
-
-def _set_rendezvous_variables(launcher: str) -> None:
-    """Name rank, world size and master as torch does, from what Slurm or Open MPI call them."""
-    if launcher == "slurm":
-        ours = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID")
-        if "MASTER_ADDR" not in os.environ:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.split()
-            os.environ["MASTER_ADDR"] = hosts[0]
-    elif launcher == "mpi":
-        ours = dict(
-            RANK="OMPI_COMM_WORLD_RANK",
-            WORLD_SIZE="OMPI_COMM_WORLD_SIZE",
-            LOCAL_RANK="OMPI_COMM_WORLD_LOCAL_RANK",
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if get_device() == "cuda" and launcher == "pytorch" and local_rank >= cuda.device_count():
+        raise UserError(
+            f"--launcher pytorch started a process for GPU {local_rank}, but this machine has "
+            f"{cuda.device_count()}",
+            exit_code=2,
         )
-    else:
-        return
-    for name, theirs in ours.items():
-        os.environ[name] = os.environ.get(theirs, "0")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if get_device() == "cpu" and not dist.is_initialized():
+        with phase("starting the process group"):
+            init_gloo(launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -353,9 +303,15 @@ def build_runner(cfg: Config) -> Runner:
     """
     load_safely()
     write_whole_files()
+    name_files()
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    kind = cfg.get("runner_type", "Runner")
+    with phase("building the runner"):
+        runner_class = RUNNERS.get(kind) if isinstance(kind, str) else kind
+        if runner_class is None:
+            raise UserError(f"runner_type {kind!r} is not in the runner registry")
+        runner = with_phases(runner_class).from_cfg(cfg)
     runner.register_hook(WeightsCheck())
     for note in notes:
         runner.logger.info(note)

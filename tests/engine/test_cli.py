@@ -43,67 +43,98 @@ def test_both_spellings_of_local_rank(parser, option):
     assert parser.parse_args([f"{option}=3"]).local_rank == 3
 
 
-def _raised(function) -> BaseException:
-    try:
-        function()
-    except Exception as error:
-        return error
-    raise AssertionError("nothing was raised")
-
-
 def _raise(error: BaseException, cause: BaseException | None = None):
     raise error from cause
 
 
-def test_describe_a_wrapped_missing_module():
-    def load():
-        try:
-            import no_such_module  # noqa: F401
-        except ImportError:
-            raise ImportError("Failed to import my_plugin\n  sys.path is …") from None
+def _last_line(function, capsys) -> str:
+    """What a tool that is ``function`` ends with; it has to end with status 1."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(function, "tool.py")
+    assert exit_info.value.code == 1
+    return capsys.readouterr().err.splitlines()[-1]
 
-    line = cli.describe(_raised(load))
-    assert line.startswith("No module named 'no_such_module'")
+
+HINT = "(DDF_MM_TRACEBACK=1 shows where)"
 
 
 @pytest.mark.parametrize(
-    ("error", "mention"),
+    ("error", "line"),
     [
-        (cli.UserError("two\n  lines"), "two lines"),
-        (FileNotFoundError(2, "No such file or directory", "data/x"), "'data/x' (a relative path"),
-        (FileNotFoundError(2, "No such file or directory", "/data/x"), "'/data/x'"),
-        (PermissionError(13, "Permission denied", "/data/x"), "Permission denied: '/data/x'"),
-        (FileNotFoundError("x.pth can not be found."), "x.pth can not be found."),
+        (ValueError("two\n  lines"), "ValueError: two lines"),
+        (KeyError("masks"), "KeyError: 'masks'"),
+        (AssertionError(), "AssertionError"),
+        (OSError(122, "Disk quota exceeded"), "OSError: [Errno 122] Disk quota exceeded"),
         (
-            FileNotFoundError("Caught it.\nTraceback:\n  …\nFileNotFoundError: no cat.png\n"),
-            "no cat.png",
+            FileNotFoundError(2, "No such file", "data/x"),
+            "FileNotFoundError: [Errno 2] No such file: 'data/x'",
         ),
-        (KeyError("Net is not in the mmseg::model registry. Please …"), "mmseg::model registry"),
-        (RuntimeError("Failed to get mmdet.Net"), "'mmdet.Net'"),
-        (AssertionError("Failed to load `ann_file` a.txt"), "a.txt"),
     ],
 )
-def test_describe_what_a_user_can_mend(error, mention):
-    line = cli.describe(error)
-    assert mention in line
-    assert "\n" not in line
+def test_an_error_within_a_phase_is_one_line(capsys, error, line):
+    def main():
+        with cli.phase("drawing"), cli.phase("building the model", "a.py"):
+            raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(main, "tool.py")
+    assert exit_info.value.code == 1
+    expected = f"tool.py: error: while building the model: {line} (a.py) {HINT}\n"
+    assert capsys.readouterr().err == expected
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        KeyError("weight"),
-        KeyError(),
-        KeyError(3),
-        ValueError("x is not in the model registry"),
-        RuntimeError("Failed to get a lock on it"),
-        AssertionError(),
-        ImportError("cannot import name 'f' from 'torch'"),
-        OSError(28, "No space left on device"),
-    ],
-)
-def test_describe_leaves_faults_of_the_code_alone(error):
-    assert cli.describe(error) is None
+def test_phases_leave_what_goes_well_and_what_users_are_told_alone(capsys):
+    def main():
+        with cli.phase("building the model"):
+            pass
+        with cli.phase("drawing"):
+            raise cli.UserError("it is so")
+
+    assert _last_line(main, capsys) == "tool.py: error: it is so"
+
+
+def test_what_an_error_came_from_is_told_unless_it_says_so_itself(capsys):
+    def load():
+        with cli.phase("reading the config"):
+            try:
+                import no_such_module  # noqa: F401
+            except ImportError:
+                raise ImportError("Failed to import my_plugin")  # noqa: B904
+
+    line = _last_line(load, capsys)
+    assert "ImportError: Failed to import my_plugin, from ModuleNotFoundError: No module" in line
+
+    def repeat():
+        with cli.phase("reading the config"):
+            _raise(RuntimeError("cannot: no file"), ValueError("no file"))
+
+    assert _last_line(repeat, capsys).endswith(f"RuntimeError: cannot: no file {HINT}")
+
+
+def test_a_long_message_is_cut(capsys):
+    def main():
+        with cli.phase("loading"):
+            raise RuntimeError("size mismatch " * 1000)
+
+    line = _last_line(main, capsys)
+    assert len(line) < 1200 and line.endswith(f"… {HINT}")
+
+
+@pytest.mark.parametrize("steps", [True, None])
+def test_errors_of_training_steps_and_of_no_phase_keep_their_traceback(capsys, steps):
+    def main():
+        if steps is None:
+            return 1 / 0
+        with cli.phase("training", steps=steps):
+            return 1 / 0
+
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(main, "tool.py")
+    assert exit_info.value.code == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback")
+    doing = "while training: " if steps else ""
+    assert last == f"tool.py: error: {doing}ZeroDivisionError: division by zero"
 
 
 def test_run_exits_with_the_code_of_the_error(capsys):
@@ -114,19 +145,18 @@ def test_run_exits_with_the_code_of_the_error(capsys):
         assert capsys.readouterr().err == "tool.py: error: it is so\n"
 
 
-def test_run_lets_other_errors_pass(capsys):
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 / 0, "tool.py")
-    assert capsys.readouterr().err == ""
+def test_run_shows_the_traceback_on_request(monkeypatch, capsys):
+    def main():
+        with cli.phase("drawing"):
+            raise cli.UserError("it is so")
 
-
-def test_run_shows_the_traceback_on_request(monkeypatch):
     monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
-    with pytest.raises(cli.UserError):
-        cli.run(lambda: _raise(cli.UserError("it is so")), "tool.py")
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "0")
     with pytest.raises(SystemExit):
-        cli.run(lambda: _raise(cli.UserError("it is so")), "tool.py")
+        cli.run(main, "tool.py")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == "tool.py: error: it is so"
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "0")
+    assert _last_line(main, capsys) == "tool.py: error: it is so"
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])

@@ -2,15 +2,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.fileio import get_file_backend
-from mmengine.fileio.backends.registry_utils import backends, prefix_to_backends
-from mmengine.hooks import CheckpointHook
 
-from ddf_mm.engine import files, resume
+from ddf_mm.engine import resume
 from ddf_mm.engine.cli import UserError
 
 
@@ -73,67 +69,6 @@ def test_no_checkpoint_or_none_that_is_whole(tmp_path):
     save(tmp_path, "epoch_1.pth", 0).write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint in .*only what is left of epoch_1"):
         resume.latest_checkpoint(str(tmp_path))
-
-
-@pytest.fixture
-def whole_files():
-    registered = dict(backends), dict(prefix_to_backends)
-    files.write_whole_files()
-    yield
-    backends.update(registered[0])
-    prefix_to_backends.update(registered[1])
-
-
-def test_mmengine_writes_whole_files(tmp_path, whole_files, monkeypatch):
-    path = tmp_path / "new folder" / "file.txt"
-    backend = get_file_backend(str(path), backend_args=None)
-    backend.put_text("old ü", path)
-    assert path.read_text("utf-8") == "old ü"
-    assert path.stat().st_mode & 0o777 == 0o644
-
-    def fail(*args):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        backend.put(b"new", path)
-    assert path.read_text("utf-8") == "old ü"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_old_checkpoints_stay_until_the_hooks_after_saving(tmp_path):
-    old = tmp_path / "epoch_1.pth"
-    old.touch()
-    checkpoints, keep = CheckpointHook(), resume.KeepUntilSaved()
-    checkpoints.file_backend = get_file_backend(str(old))
-    keep.before_train(SimpleNamespace(hooks=[checkpoints, keep]))
-    assert checkpoints.file_backend.isfile(str(old))
-    for after in (keep.after_train_iter, keep.after_train_epoch, keep.after_val_epoch):
-        old.touch()
-        checkpoints.file_backend.remove(str(old))
-        assert old.exists()
-        after(None, *([0] if after == keep.after_train_iter else []))
-        assert not old.exists()
-
-
-def test_random_state_of_another_number_of_processes():
-    hook = resume.RandomState(resume=True)
-    hook.after_load_checkpoint(None, dict(random_state=[resume._random_state()] * 2))
-    warnings = []
-    logger = SimpleNamespace(warning=warnings.append)
-    before = torch.get_rng_state()
-    torch.rand(1)
-    hook.before_train_epoch(SimpleNamespace(world_size=3, rank=0, logger=logger))
-    assert len(warnings) == 1 and "of 2 processes, not of 3" in warnings[0]
-    assert not torch.equal(torch.get_rng_state(), before)
-    hook.before_train_epoch(SimpleNamespace(world_size=2, rank=1, logger=logger))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_weights_of_another_run_bring_no_random_state():
-    hook = resume.RandomState()
-    hook.after_load_checkpoint(None, dict(random_state=[resume._random_state()]))
-    assert hook.states is None
 
 
 def test_training_state_check():

@@ -60,6 +60,7 @@ custom_hooks = [dict(type="Recorder")]
 RECORDER = '''
 """Writes down what happened in a run, and a hook with a fault."""
 import json
+import resource
 from pathlib import Path
 
 from mmengine.hooks import Hook
@@ -91,6 +92,12 @@ class Recorder(Hook):
         self.record["deterministic"] = runner.deterministic
         self.record["seed"] = runner.seed
         Path(runner.work_dir, "record.json").write_text(json.dumps(self.record))
+
+
+@HOOKS.register_module()
+class Quota(Hook):
+    def before_save_checkpoint(self, runner, checkpoint):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
 
 
 @HOOKS.register_module()
@@ -269,14 +276,76 @@ TRAIN_ERRORS = {
     "toolbox": ([CFG, "--cfg-options", "default_scope=mmocr"], 1, ["'mmocr'", "install"]),
     "base of a toolbox": (["../configs/base.py"], 1, ["mmocr"]),
     "missing base": (["../configs/missing_base.py"], 1, ["no_such_base.py"]),
-    "custom import": (["../configs/import.py"], 1, ["no_such_module"]),
-    "unknown type": ([CFG, "--cfg-options", "model.backbone.type=NoNet"], 1, ["'NoNet'"]),
+    "custom import": (["../configs/import.py"], 1, ["reading the config", "no_such_module"]),
+    "config that does not parse": (
+        ["../configs/syntax.py"],
+        1,
+        ["while reading the config '../configs/syntax.py': SyntaxError"],
+    ),
+    "suffix that matches nothing": (
+        [CFG, "--cfg-options", f"{DATASET}.extensions=('.tif',)"],
+        1,
+        ["while building the training data", "CustomDataset"],
+    ),
+    "prefix": (
+        [CFG, "--cfg-options", "model.backbone.init_cfg.type=Pretrained",
+         "model.backbone.init_cfg.checkpoint=../weights.pth",
+         "model.backbone.init_cfg.prefix=encoder."],
+        1,
+        ["initializing ResNet_CIFAR from the checkpoint '../weights.pth' with the prefix 'encoder"],
+    ),
+    "no network": (
+        [CFG, "--cfg-options", "load_from=https://localhost:9/a.pth"],
+        1,
+        ["while loading the checkpoint 'https://localhost:9/a.pth': URLError"],
+    ),
+    "no network, for a backbone": (
+        [CFG, "--cfg-options", "model.backbone.init_cfg.type=Pretrained",
+         "model.backbone.init_cfg.checkpoint=http://localhost:9/a.pth"],
+        1,
+        ["while initializing ResNet_CIFAR from the checkpoint 'http://localhost:9/a.pth'"],
+    ),
+    "hook": (
+        [CFG, "--cfg-options", "custom_hooks.0.type=NoHook"],
+        1,
+        ["while building the hooks", "NoHook"],
+    ),
+    "validation data": (
+        [CFG, "--cfg-options", "val_dataloader.dataset.data_root=no_data"],
+        1,
+        ["while building the validation data", "no_data"],
+    ),
+    "metric": (
+        [CFG, "--cfg-options", "val_evaluator.type=NoMetric"],
+        1,
+        ["while building the evaluator", "NoMetric"],
+    ),
+    "optimizer": (
+        [CFG, "--cfg-options", "optim_wrapper.optimizer.rate=1"],
+        1,
+        ["while building the optimizer", "rate"],
+    ),
+    "evaluation": (
+        [CFG, "--cfg-options", "val_evaluator.topk=(1,9)"],
+        1,
+        ["while evaluating: "],
+    ),
+    "runner": ([CFG, "--cfg-options", "runner_type=NoRunner"], 1, ["runner_type 'NoRunner'"]),
+    "unknown type": (
+        [CFG, "--cfg-options", "model.backbone.type=NoNet"],
+        1,
+        ["while building the model", "NoNet is not in the mmpretrain::model registry"],
+    ),
     "unknown scoped type": (
         [CFG, "--cfg-options", "model.backbone.type=mmpretrain.NoNet"],
         1,
-        ["'mmpretrain.NoNet'"],
+        ["building the model", "mmpretrain.NoNet is"],
     ),
-    "data folder": ([CFG, "--cfg-options", f"{DATASET}.data_root=no_data"], 1, ["no_data"]),
+    "data folder": (
+        [CFG, "--cfg-options", f"{DATASET}.data_root=no_data"],
+        1,
+        ["while building the training data: FileNotFoundError", "no_data"],
+    ),
     "annotation file": ([CFG, "--cfg-options", f"{DATASET}.ann_file=no.txt"], 1, ["no.txt"]),
     "empty data folder": ([CFG, "--cfg-options", f"{DATASET}.data_root=../empty"], 1, ["empty"]),
     "image, in a worker": (
@@ -288,29 +357,29 @@ TRAIN_ERRORS = {
     "annotation file without labels": (
         [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_labels.txt"],
         1,
-        ["annotation file", "no_labels.txt", "CustomDataset", "ValueError"],
+        ["while building the training data: ValueError", "CustomDataset", "no_labels.txt"],
     ),
     "damaged image": (
         [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt"],
         1,
-        ["image", "damaged.png", "cannot be read"],
+        ["while reading the image", "damaged.png", "failed to load image"],
     ),
     "damaged image, in a worker": (
         [CFG, "--cfg-options", f"{DATASET}.ann_file=../damaged.txt",
          "train_dataloader.num_workers=1"],
         1,
-        ["image", "damaged.png", "cannot be read"],
+        ["while reading the image", "damaged.png", "failed to load image"],
     ),
     "image without content": (
         [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt"],
         1,
-        ["image", "no_content.png", "cannot be read"],
+        ["while reading the image", "no_content.png", "OpenCV"],
     ),
     "image without content, in a worker": (
         [CFG, "--cfg-options", f"{DATASET}.ann_file=../no_content.txt",
          "train_dataloader.num_workers=1"],
         1,
-        ["an image of the data is an empty file"],
+        ["while reading the image", "no_content.png", "OpenCV"],
     ),
     "weights of another type": (
         [CFG, "--cfg-options", "load_from=../integers.pth"],
@@ -375,6 +444,7 @@ def broken_files(folder, trained):
     (folder / "notes.txt").write_text("not a config")
     (folder / "configs" / "base.py").write_text("_base_ = 'mmocr::textdet/model.py'\n")
     (folder / "configs" / "missing_base.py").write_text("_base_ = 'no_such_base.py'\n")
+    (folder / "configs" / "syntax.py").write_text("model = dict(type='A'\n")
     (folder / "configs" / "import.py").write_text(
         "custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)\n"
     )
@@ -434,6 +504,31 @@ def test_partial_checkpoint_on_request(run, broken_files):
     assert "accuracy/top1" in result.stdout
 
 
+def test_disk_that_is_full(run, folder):
+    """A quota answers as the limit on a file's size does."""
+    result = run(TRAIN, CFG, "--work-dir", "../full", "--cfg-options", "custom_hooks.0.type=Quota")
+    _check_one_line(
+        result,
+        "train.py",
+        1,
+        [f"while writing '{folder / 'full' / 'epoch_1.pth'}': OSError: [Errno 27] File too large"],
+    )
+    assert not list((folder / "full").glob("*.pth"))
+
+
+def test_labels_beyond_the_classes(run, folder):
+    """The first step fails, where an error may be anybody's fault."""
+    (folder / "classes.txt").write_text("cat/0.png 7\n" * 4)
+    result = run(
+        TRAIN, CFG, "--work-dir", "../labels", "--cfg-options",
+        f"{DATASET}.ann_file=../classes.txt",
+    )  # fmt: skip
+    assert result.code == 1
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("Traceback")
+    assert last.startswith("train.py: error: while training: IndexError: Target 7 is out of bounds")
+
+
 def test_fault_of_the_code_keeps_its_traceback(run, broken_files):
     result = run(
         TRAIN, CFG, "--work-dir", "../error", "--cfg-options", "custom_hooks.0.type=FaultyHook"
@@ -441,6 +536,8 @@ def test_fault_of_the_code_keeps_its_traceback(run, broken_files):
     assert result.code == 1
     assert "Traceback" in result.stderr
     assert "in before_train_iter" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == "train.py: error: while training: KeyError: 'no such key'"
 
 
 def test_traceback_on_request(run, broken_files):

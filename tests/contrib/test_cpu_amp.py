@@ -4,7 +4,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-from ddf_mm.engine import CPUAmpOptimWrapper
+from ddf_mm.contrib.cpu_amp import CPUAmpOptimWrapper
 
 
 def _build(model: nn.Module, **kwargs) -> OptimWrapper:

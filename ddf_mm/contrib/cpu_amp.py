@@ -1,4 +1,8 @@
-"""Automatic mixed precision training on a CPU."""
+"""Automatic mixed precision training on a CPU.
+
+For mmengine: superfluous once ``mmengine.optim.AmpOptimWrapper(dtype="bfloat16")`` can be built on
+a machine without an accelerator and enters ``autocast(device_type="cpu")`` there.
+"""
 
 import logging
 from contextlib import contextmanager
@@ -10,25 +14,17 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import nn
 
-_DTYPES = {
-    None: torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    torch.bfloat16: torch.bfloat16,
-    torch.float16: torch.float16,
-}
+_DTYPES = (None, "bfloat16", "float16", torch.bfloat16, torch.float16)
 
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
     """bfloat16 autocast on a CPU, as a stand-in for mmengine's ``AmpOptimWrapper``.
 
-    ``AmpOptimWrapper`` refuses to be built on a machine without an accelerator. This class takes
-    the same arguments, so that replacing the type in a config is enough.
-
-    Gradients are not scaled: bfloat16 has the exponent range of float32, so small gradients do
-    not underflow as they do in float16. ``loss_scale`` and ``use_fsdp`` (which picks a sharded
-    gradient scaler) are therefore checked and otherwise without effect.
+    It takes the same arguments, so that replacing the type in a config is enough. Gradients are not
+    scaled: bfloat16 has the exponent range of float32, so small gradients do not underflow as they
+    do in float16. ``loss_scale`` and ``use_fsdp`` (which picks a sharded gradient scaler) are
+    therefore checked and otherwise without effect.
 
     Args:
         loss_scale (str | float | dict): ``"dynamic"``, an initial scale or the arguments of a
@@ -51,27 +47,22 @@ class CPUAmpOptimWrapper(OptimWrapper):
         use_fsdp: bool = False,
         **kwargs,
     ):
-        if not isinstance(loss_scale, (str, float, dict)):
-            raise TypeError(
+        if loss_scale != "dynamic" and not isinstance(loss_scale, (float, dict)):
+            kind = ValueError if isinstance(loss_scale, str) else TypeError
+            raise kind(
                 f"loss_scale must be 'dynamic', a float or a dict, got {loss_scale!r} of type "
                 f"{type(loss_scale).__name__}"
             )
-        if isinstance(loss_scale, str) and loss_scale != "dynamic":
-            raise ValueError(f"loss_scale must be 'dynamic', a float or a dict, got {loss_scale!r}")
         if not isinstance(use_fsdp, bool):
             raise TypeError(f"use_fsdp must be True or False, got {use_fsdp!r}")
-        if dtype is not None and not isinstance(dtype, (str, torch.dtype)):
-            raise TypeError(
-                f"dtype must be None, a str or a torch.dtype, got {dtype!r} of type "
-                f"{type(dtype).__name__}"
-            )
         if dtype not in _DTYPES:
-            raise ValueError(
+            kind = ValueError if isinstance(dtype, (str, torch.dtype)) else TypeError
+            raise kind(
                 "dtype must be None, 'bfloat16' or 'float16' (computed in bfloat16) for mixed "
-                f"precision on a CPU, got {dtype!r}"
+                f"precision on a CPU, got {dtype!r} of type {type(dtype).__name__}"
             )
         super().__init__(**kwargs)
-        if _DTYPES[dtype] is torch.float16:
+        if dtype in ("float16", torch.float16):
             print_log(
                 "CPUAmpOptimWrapper computes in bfloat16 where the config asks for float16",
                 logger="current",
@@ -81,20 +72,12 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the state of the optimizer; the gradient scaler's, which a checkpoint written with
-        ``AmpOptimWrapper`` holds too, is left out.
-
-        Args:
-            state_dict (dict): What :meth:`state_dict` of this class, of ``OptimWrapper`` or of
-                ``AmpOptimWrapper`` returned.
-        """
+        ``AmpOptimWrapper`` holds too, is left out."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "loss_scaler"})
 
     @contextmanager
     def optim_context(self, model: nn.Module):
         """Autocast to bfloat16 and, while gradients accumulate, no gradient synchronization.
-
-        Args:
-            model (nn.Module): The model that is trained.
 
         Raises:
             RuntimeError: If the model's parameters are not on a CPU, where this autocast would

@@ -1,4 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there.
+
+For mmengine: superfluous once ``mmengine.fileio.LocalBackend.put`` and ``put_text`` write beside
+their place and rename. Today they write in place, and a process that is killed leaves a part of a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class WholeFileBackend(LocalBackend):
-    """mmengine's storage of local files, which writes each of them in one step.
-
-    mmengine's own writes in place, and leaves a part of a checkpoint if the process is killed.
-    """
+    """mmengine's storage of local files, which writes each of them in one step."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes to a file and make its folder if need be."""

@@ -1,0 +1,133 @@
+"""The compiled ops in ONNX's standard operators, for ``torch.onnx.export``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_TO_THE_END = torch.iinfo(torch.int64).max
+
+
+def onnx_translations() -> dict[Any, Callable]:
+    """How ``torch.onnx.export(custom_translation_table=…)`` writes the compiled ops in ONNX.
+
+    One tap after the other, as :func:`ddf_mm.ops.ddf_reference` computes: four standard operators a
+    tap, whatever the size of the image. ONNX Runtime takes as long for a stack of all windows that
+    is multiplied and summed at once, which needs k*k times the memory.
+
+    Returns:
+        The table; empty where there are no compiled ops, whose place the formula then takes.
+
+    Raises:
+        ModuleNotFoundError: onnxscript is not installed.
+    """
+    if not hasattr(torch.ops.ddf_mm, "ddf"):
+        return {}
+    return {
+        torch.ops.ddf_mm.ddf.default: _onnx_ddf,
+        torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+    }
+
+
+def _onnx_ddf(
+    features,
+    channel_filter,
+    spatial_filter,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    stride: int = 1,
+    mul: bool = True,
+):
+    groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
+    filters = (channel_filter, spatial_filter)
+    return _onnx_taps(features, *filters, kernel_size, dilation, stride, mul, groups)
+
+
+def _onnx_taps(
+    features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, groups
+):
+    from onnxscript import opset18 as op
+
+    channels = features.shape[1]
+    taps = kernel_size**2
+    before = dilation * (kernel_size // 2)
+
+    def constant(*values: int):
+        return op.Constant(value_ints=values)
+
+    def reshape(value, *shape: int):
+        return op.Reshape(value, constant(*shape))
+
+    def split(value, axis: int):
+        return op.Split(value, axis=axis, num_outputs=taps)
+
+    # Groups join the batch, so that everything has four dimensions; a 0 keeps a dimension.
+    dtype = features.dtype
+    wide = dtype is not None and dtype.itemsize < 4
+    tensors = [
+        value if value is None or not wide else op.Cast(value, to=1)
+        for value in (features, channel_filter, spatial_filter)
+    ]
+    x, per_channel, per_pixel = tensors
+    if groups > 1:
+        x = reshape(x, -1, channels // groups, 0, 0)
+    padded = op.Pad(x, constant(0, 0, before, before, 0, 0, before, before))
+    if per_channel is not None:
+        per_channel = split(reshape(per_channel, -1, channels // groups, taps, 1), 2)
+    if per_pixel is not None:
+        size = op.Shape(per_pixel, start=2) if stride > 1 else None
+        per_pixel = split(reshape(per_pixel, -1, taps, 0, 0) if groups > 1 else per_pixel, 1)
+
+    out = None
+    for tap in range(taps):
+        first = [tap // kernel_size * dilation, tap % kernel_size * dilation]
+        if per_pixel is not None and stride > 1:
+            # A spatial filter may have one row or column less than the strided windows.
+            last = op.Add(op.Mul(op.Sub(size, constant(1)), constant(stride)), constant(1))
+            last = op.Add(last, constant(*first))
+        else:
+            last = constant(*(n - 2 * before or _TO_THE_END for n in first))
+        term = op.Slice(padded, constant(*first), last, constant(2, 3), constant(stride, stride))
+        given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
+        if mul or len(given) == 1:
+            for weight in given:
+                term = op.Mul(term, weight)
+        else:
+            term = op.Mul(term, op.Add(*given))
+        out = term if out is None else op.Add(out, term)
+    if groups > 1:
+        out = reshape(out, -1, channels, 0, 0)
+    return op.CastLike(out, features) if wide else out
+
+
+def _onnx_ddf_up(
+    features,
+    channel_filter,
+    spatial_filter,
+    kernel_size: int = 3,
+    scale_factor: int = 2,
+    dilation: int = 1,
+    mul: bool = True,
+):
+    from onnxscript import opset18 as op
+
+    def of_subpixel(filters, r: int):
+        return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
+
+    groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2
+    subpixels = [
+        _onnx_taps(
+            features,
+            of_subpixel(channel_filter, r),
+            of_subpixel(spatial_filter, r),
+            kernel_size,
+            dilation,
+            1,
+            mul,
+            groups,
+        )
+        for r in range(scale_factor**2)
+    ]
+    return op.DepthToSpace(op.Concat(*subpixels, axis=1), blocksize=scale_factor, mode="DCR")
