@@ -19,8 +19,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--kernel-combine",
         choices=conversion.COMBINES,
-        help="how the network combines its filters; by default what the checkpoint, its file's "
-        "name or, failing these, the statistics of its batch norms say",
+        help="how the network combines its filters; needed where neither the checkpoint nor its "
+        "file's name says so",
     )
     parser.add_argument(
         "--weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import io
 import re
 from collections.abc import Mapping
@@ -17,9 +18,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ddf_mm.contrib.whole_files import whole_file
 from ddf_mm.engine.checkpoints import load_from_local_file
-from ddf_mm.engine.cli import UserError, summarize
+from ddf_mm.engine.cli import UserError, phase
 from ddf_mm.models import DDFResNet
-from ddf_mm.models.ddf_resnet import DDFBottleneck
 from ddf_mm.version import __version__
 
 COMBINES = ("mul", "add")
@@ -27,8 +27,6 @@ COMBINES = ("mul", "add")
 _WEIGHTS = {"model": ("state_dict", "model"), "ema": ("state_dict_ema", "model_ema")}
 _OFFICIAL_NAME = re.compile(r"ddf_(?P<combine>mul|add)_resnet\d+")
 _SHOWN_NAMES = 10
-# How much better the statistics of one combination must fit than the other's, as a ratio.
-_CLEAR = 1.5
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class OfficialNetwork:
     """An official checkpoint's weights, and the network that they belong to.
 
     Args:
-        weights: Names of the official network to tensors, on the CPU.
+        weights: Names of the official network to tensors, on the CPU; a head's start with ``fc.``.
         averaged: Whether they are the exponential moving average of the training.
         arguments: The :class:`~ddf_mm.models.DDFResNet` that takes them, but ``kernel_combine``.
         architecture: What the checkpoint says of its network, as ``'ddf_mul_resnet50'``.
@@ -46,23 +44,6 @@ class OfficialNetwork:
     averaged: bool
     arguments: dict[str, int | float]
     architecture: str | None = None
-
-    @property
-    def head(self) -> dict[str, Tensor]:
-        """The classifier's weights; empty if there is none."""
-        return {name: value for name, value in self.weights.items() if name.startswith("fc.")}
-
-    @property
-    def backbone(self) -> dict[str, Tensor]:
-        """All weights but the head's."""
-        return {name: value for name, value in self.weights.items() if not name.startswith("fc.")}
-
-    def build(self, kernel_combine: str) -> DDFResNet:
-        """The backbone with these weights, in evaluation mode."""
-        with torch.device("meta"):
-            model = DDFResNet(**self.arguments, kernel_combine=kernel_combine)
-        model.load_state_dict(self.backbone, assign=True)
-        return model.eval()
 
 
 def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
@@ -153,28 +134,18 @@ def _require_equal_names(
 ) -> None:
     try:
         with torch.device("meta"):
-            expected = DDFResNet(**arguments).state_dict()
+            model = DDFResNet(**arguments)
+            # A head, if there is one, has as many classes as it likes.
+            if head := [value for name, value in state_dict.items() if name.startswith("fc.")]:
+                model.fc = nn.Linear(model.layer4[0].conv3.out_channels, len(head[0]))
     except ValueError as error:
         raise UserError(f"{path!r} holds no DDF-ResNet: {error}") from error
-    outputs = expected["layer4.0.conv3.weight"].shape[0]
-    sizes = {name: value.shape for name, value in expected.items()}
-    # A head, if there is one, has as many classes as it likes.
-    head = [name for name in state_dict if name.startswith("fc.")]
-    if head:
-        classes = state_dict[head[0]].shape[0]
-        sizes |= {"fc.weight": (classes, outputs), "fc.bias": (classes,)}
-    problems = {
-        "missing": [name for name in sizes if name not in state_dict],
-        "unexpected": [name for name in state_dict if name not in sizes],
-        "of another size": [
-            f"{name} {tuple(value.shape)} instead of {tuple(sizes[name])}"
-            for name, value in state_dict.items()
-            if name in sizes and tuple(value.shape) != tuple(sizes[name])
-        ],
-    }
-    if told := summarize(problems, _SHOWN_NAMES):
-        depth = arguments["depth"]
-        raise UserError(f"{path!r} does not fit the official DDF-ResNet{depth}: {told}")
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path!r} does not fit the official DDF-ResNet{arguments['depth']}: {error}"
+        ) from error
 
 
 def combine_of_name(name: str | None) -> str | None:
@@ -183,66 +154,17 @@ def combine_of_name(name: str | None) -> str | None:
     return match["combine"] if match else None
 
 
-def _natural_images(batch: int, channels: int, size: int) -> Tensor:
-    """Noise with the spectrum of natural images, whose amplitude falls with the frequency;
-    mean 0 and variance 1. The same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    frequency = torch.fft.fftfreq(size)
-    radius = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt()
-    radius[0, 0] = torch.inf
-    # The channels of a photograph are mostly the same.
-    shared = torch.randn(batch, 1, size, size, generator=generator)
-    own = torch.randn(batch, channels, size, size, generator=generator)
-    spectrum = torch.fft.fft2(shared + 0.3 * own) / radius
-    images = torch.fft.ifft2(spectrum).real
-    return (images - images.mean()) / images.std()
-
-
-def misfit_of_statistics(network: OfficialNetwork, size: int = 160) -> dict[str, float]:
-    """How badly each combination explains the batch statistics that the weights come with.
-
-    The checkpoints of ``mul`` and ``add`` networks have the same names and shapes. But the norm
-    after each dynamic filter has recorded the variances of its input in training; here noise with
-    the spectrum of photographs goes through the network with either combination.
-
-    Args:
-        network: The weights.
-        size: Height and width of the noise images, in pixels.
-
-    Returns:
-        For ``'mul'`` and ``'add'`` the mean absolute logarithm of the variance over the recorded
-        one, over all channels of the norms after dynamic filters in the first two stages.
-    """
-    images = _natural_images(4, int(network.arguments["in_channels"]), size)
-    misfits = {}
-    for combine in COMBINES:
-        model = network.build(combine)
-        found: list[Tensor] = []
-
-        def record(norm: nn.Module, inputs: tuple[Tensor], found: list[Tensor] = found) -> None:
-            variance = inputs[0].var((0, 2, 3))
-            small = 1e-6 * norm.running_var.mean() + 1e-12
-            found.append(((variance + small) / (norm.running_var + small)).log().abs())
-
-        for stage in (model.layer1, model.layer2):
-            for block in stage:
-                if isinstance(block, DDFBottleneck):
-                    block.norm2.register_forward_pre_hook(record)
-        with torch.inference_mode():
-            model(images)
-        misfits[combine] = torch.cat(found).nan_to_num(torch.inf).mean().item()
-    return misfits
-
-
 def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
     """Which combination an official checkpoint was trained with, and what says so.
+
+    The checkpoints of ``mul`` and ``add`` networks have the same names and sizes.
 
     Args:
         network: The weights.
         name: The file's name.
 
     Raises:
-        UserError: If nothing says so clearly, or if the checkpoint and the file's name disagree.
+        UserError: If neither the checkpoint nor the file's name says so, or if they disagree.
     """
     told = {
         f"the checkpoint, {network.architecture!r}": combine_of_name(network.architecture),
@@ -250,21 +172,14 @@ def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
     }
     told = {source: combine for source, combine in told.items() if combine}
     if len(set(told.values())) > 1:
-        raise UserError(f"--kernel-combine is needed: {' and '.join(told)}, disagree")
-    if told:
-        source, combine = next(iter(told.items()))
+        raise UserError(f"--kernel-combine is needed: {' and '.join(told)}, disagree", exit_code=2)
+    for source, combine in told.items():
         return combine, source
-    unknown = (
-        "--kernel-combine is needed: neither the checkpoint nor the file's name tells mul from add"
+    raise UserError(
+        "--kernel-combine mul|add is needed: neither the checkpoint nor the file's name tells "
+        "which it is, and the weights of both have the same names and sizes",
+        exit_code=2,
     )
-    if not network.weights["layer1.0.bn2.num_batches_tracked"] > 0:
-        raise UserError(f"{unknown}, and its batch norms have seen no batch")
-    misfits = misfit_of_statistics(network)
-    best, other = sorted(COMBINES, key=misfits.__getitem__)
-    values = ", ".join(f"{combine} {misfits[combine]:.2f}" for combine in COMBINES)
-    if not misfits[other] > _CLEAR * misfits[best]:
-        raise UserError(f"{unknown}, and the batch statistics fit both alike (misfit {values})")
-    return best, f"the batch statistics of the norms (misfit {values})"
 
 
 def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> None:
@@ -277,12 +192,11 @@ def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> 
     kind = str(backbone.get("type")).rpartition(".")[2].strip("'<>")
     if kind != "DDFResNet":
         raise UserError(f"{cfg.filename} has the backbone {kind}, not DDFResNet", exit_code=2)
-    defaults = dict(in_channels=3, base_channels=64, kernel_size=3, head=1, se_ratio=0.2)
-    defaults |= dict(kernel_combine="mul", stem_channels=backbone.get("base_channels", 64))
-    wanted = {**network.arguments, "kernel_combine": combine}
-    wanted.setdefault("se_ratio", 0.2)
+    defaults = {k: v.default for k, v in inspect.signature(DDFResNet).parameters.items()}
+    defaults["stem_channels"] = backbone.get("base_channels", defaults["base_channels"])
+    wanted = {"se_ratio": defaults["se_ratio"], **network.arguments, "kernel_combine": combine}
     for name, value in wanted.items():
-        given = backbone.get(name, defaults.get(name))
+        given = backbone.get(name, defaults[name])
         if given != value:
             raise UserError(
                 f"{cfg.filename} has a backbone with {name}={given!r}, the checkpoint one with "
@@ -303,10 +217,12 @@ def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False)
         ``dict(state_dict=…, meta=…)``: the names of mmpretrain's ImageClassifier (``backbone.*``,
         ``head.fc.*``), or of DDFResNet alone.
     """
-    prefix = "" if backbone_only else "backbone."
-    state_dict = {prefix + name: value for name, value in network.backbone.items()}
-    if not backbone_only:
-        state_dict |= {f"head.{name}": value for name, value in network.head.items()}
+    state_dict = {}
+    for name, value in network.weights.items():
+        is_head = name.startswith("fc.")
+        if not (backbone_only and is_head):
+            prefix = "head." if is_head else "" if backbone_only else "backbone."
+            state_dict[prefix + name] = value
     backbone = dict(type="DDFResNet", **network.arguments, kernel_combine=combine)
     meta = dict(ddf_mm_version=__version__, backbone=backbone, averaged=network.averaged)
     return dict(meta=meta, state_dict=state_dict)
@@ -330,6 +246,6 @@ def save(checkpoint: dict, path: Path, hash_in_name: bool = False) -> tuple[Path
     digest = hashlib.sha256(content.getbuffer()).hexdigest()
     if hash_in_name:
         path = path.with_name(f"{path.stem}-{digest[:8]}{path.suffix}")
-    with whole_file(path) as part:
+    with phase(f"writing {str(path)!r}"), whole_file(path) as part:
         part.write_bytes(content.getbuffer())
     return path, digest

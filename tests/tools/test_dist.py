@@ -172,7 +172,7 @@ def test_two_processes_evaluate(trained, launch, folder):
 def test_an_error_is_one_line_of_one_rank(launch):
     result = launch("dist_train.sh", "my config.py", "2", "--cfg-options", "model.type=Giant")
     assert result.returncode == 1
-    assert result.stderr.startswith("train.py: error: type 'Giant' in the config")
+    assert result.stderr.startswith("train.py: error: while building the model: KeyError: 'Giant")
     assert result.stderr.count("\n") == 1
 
 
