@@ -272,7 +272,7 @@ def convert_again(weights):
     [
         (drop, r"DDF-ResNet50: .*Missing key.*: \"layer3.2.bn2.weight\""),
         (add, r"Unexpected key.*: \"layer1.0.se.conv.weight\""),
-        (resize, r"layer2.0.conv1.weight: .*\[3, 3\] from .* \[128, 256, 1, 1\]"),
+        (resize, r"layer2.0.conv1.weight: .*\[3, 3\].*\[128, 256, 1, 1\]"),
         (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet knows 26: \(2, 2, 2, 2\)"),
         (plain, r"holds no DDF-ResNet: it lacks 'layer1.0.conv2.spatial_branch.0.weight'"),
         (convert_again, r"is no official checkpoint: its names start with 'backbone.'"),
