@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import time
 
 import mmengine
 
@@ -87,10 +88,14 @@ def main() -> None:
     if not args.allow_partial:
         checkpoints.require_matching_checkpoint(runner)
     if out_predictions and evaluation.is_pickle(args.out):
-        evaluation.dump_predictions(runner, args.out)
+        runner.register_hook(evaluation.DumpPredictions(cfg, args.out))
+    start = time.time()
     metrics = runner.test()
     if args.out_item == "metrics" and cli.rank() == 0:
         mmengine.dump(metrics, args.out)
+    for option, path in (("--out", args.out), ("--show-dir", args.show_dir)):
+        if path is not None:
+            evaluation.require_written(runner, option, path, start)
 
 
 if __name__ == "__main__":

@@ -2,45 +2,43 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+import os.path as osp
+from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 
-from ddf_mm.engine.cli import UserError
-from ddf_mm.engine.launch import dataset_configs
+from ddf_mm.engine.cli import UserError, rank
+from ddf_mm.engine.launch import find_class, leaf_datasets, toolbox, type_name
+from ddf_mm.engine.models import dicts_with
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(
-    mmpretrain="VisualizationHook", mmdet="DetVisualizationHook", mmseg="SegVisualizationHook"
+    mmpretrain="mmpretrain.VisualizationHook",
+    mmdet="mmdet.DetVisualizationHook",
+    mmseg="mmseg.SegVisualizationHook",
 )
-
-_FLIP_OR_NOT = [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)]
 
 # The models that the toolboxes' own tools fall back on; mmseg's falls back on none.
 _TTA_MODELS = dict(
-    mmpretrain=dict(type="AverageClsScoreTTA"),
+    mmpretrain=dict(type="mmpretrain.AverageClsScoreTTA"),
     mmdet=dict(
-        type="DetTTAModel",
+        type="mmdet.DetTTAModel",
         tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
     ),
 )
+# Heads of mmdet's that predict masks.
+_MASK_HEADS = ("mask_head", "semantic_head", "panoptic_head", "segm_head")
 
 
 def _parameters(cfg: Config, registry: Registry, component: dict) -> dict[str, inspect.Parameter]:
     """The constructor's parameters of the class that a component's config names."""
-    kind = component["type"]
-    if isinstance(kind, str):
-        with registry.switch_scope_and_registry(cfg.get("default_scope")) as scoped:
-            name, kind = kind, scoped.get(kind)
-        if kind is None:
-            raise UserError(
-                f"type {name!r} in the config is not in the {registry.name} registry: check its "
-                "spelling, or name the module that registers it in custom_imports"
-            )
-    return dict(inspect.signature(kind).parameters)
+    return dict(inspect.signature(find_class(cfg, registry, component["type"])).parameters)
 
 
 def enable_visualization(
@@ -60,13 +58,13 @@ def enable_visualization(
         interval (int): Draw every so many samples, where the hook can.
 
     Raises:
-        UserError: If the config has no visualization hook and its scope no usual one, or if the
+        UserError: If the config has no visualization hook and its toolbox no usual one, or if the
             hook cannot write to a folder.
     """
     if cfg.get("default_hooks") is None:
         cfg.default_hooks = dict()
     if cfg.default_hooks.get("visualization") is None:
-        kind = _VISUALIZATION_HOOKS.get(cfg.get("default_scope"))
+        kind = _VISUALIZATION_HOOKS.get(toolbox(cfg))
         if kind is None:
             raise UserError(
                 f"--show and --show-dir need default_hooks.visualization, which {cfg.filename} "
@@ -89,7 +87,7 @@ def enable_visualization(
             return
     if cfg.get("visualizer") is None:
         raise UserError(
-            f"--show-dir needs a visualizer in {cfg.filename}, since its {hook.type} writes "
+            f"--show-dir needs a visualizer in {cfg.filename}, since its {type_name(hook)} writes "
             "through it",
             exit_code=2,
         )
@@ -107,7 +105,7 @@ def enable_amp(cfg: Config) -> None:
     Raises:
         UserError: For mmdet on a CPU, where mmcv's nms takes float32 only.
     """
-    if cfg.get("default_scope") == "mmdet" and get_device() == "cpu":
+    if toolbox(cfg) == "mmdet" and get_device() == "cpu":
         raise UserError(
             "--amp cannot test mmdet models on a CPU, where mmcv's nms takes float32 only; leave "
             "--amp out",
@@ -120,45 +118,56 @@ def enable_tta(cfg: Config) -> None:
     """Test with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``.
 
     Where the config lacks them, mmpretrain and mmdet configs get what the tools of those toolboxes
-    take: the average, or the merged boxes, of the image and its mirror image.
+    take: the average, or the merged boxes, of the image and its mirror image. The pipeline is that
+    of each dataset within those that join or repeat others.
 
     Args:
         cfg (Config): The config.
 
     Raises:
-        UserError: If the config lacks one of the two and its scope has no default.
+        UserError: If the config lacks one of the two and its toolbox has no default, if a dataset
+            has no pipeline to put it into, or if the model predicts masks, which mmdet's does not
+            merge.
     """
-    scope = cfg.get("default_scope")
+    scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
     if missing and scope not in _TTA_MODELS:
         raise UserError(f"--tta needs {' and '.join(missing)} in {cfg.filename}", exit_code=2)
-    dataset = list(dataset_configs(cfg.test_dataloader))[-1]
     if "tta_model" in missing:
         cfg.tta_model = copy.deepcopy(_TTA_MODELS[scope])
-    if "tta_pipeline" in missing:
-        *transforms, pack = copy.deepcopy(dataset.pipeline)
-        if scope == "mmdet":
-            # Boxes of a mirrored image can be turned back only if the sample says it was mirrored.
-            pack.meta_keys = (
-                "img_id",
-                "img_path",
-                "ori_shape",
-                "img_shape",
-                "scale_factor",
-                "flip",
-                "flip_direction",
+    if type_name(cfg.tta_model) == "DetTTAModel":
+        masks = [name for name in _MASK_HEADS for _ in dicts_with(cfg.model, name)]
+        if masks:
+            raise UserError(
+                f"--tta: mmdet's DetTTAModel merges boxes, no masks, which the {masks[0]} of "
+                f"{cfg.filename} predicts",
+                exit_code=2,
             )
-        flip = dict(type="TestTimeAug", transforms=[copy.deepcopy(_FLIP_OR_NOT), [pack]])
-        cfg.tta_pipeline = [*transforms, flip]
-    dataset.pipeline = cfg.tta_pipeline
+    dataset = cfg.test_dataloader.dataset
+    leaves = list(leaf_datasets(dataset))
+    # One that mixes images has a pipeline of its own after that of the images.
+    others = [part for part in dicts_with(dataset, "pipeline") if part not in leaves]
+    others += [leaf for leaf in leaves if not leaf.get("pipeline")]
+    if others or not leaves:
+        raise UserError(
+            f"--tta replaces the pipelines of datasets that read images, but test_dataloader of "
+            f"{cfg.filename} has a {type_name(*others[:1]) if others else type(dataset).__name__}",
+            exit_code=2,
+        )
+    for leaf in leaves:
+        leaf.pipeline = cfg.get("tta_pipeline") or _flipping(leaf.pipeline, scope)
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def _metrics(cfg: Config) -> Iterator[ConfigDict]:
-    evaluator = cfg.test_evaluator
-    if isinstance(evaluator, dict):
-        evaluator = evaluator.get("metrics", [evaluator])
-    yield from [evaluator] if isinstance(evaluator, dict) else evaluator
+def _flipping(pipeline: Sequence[dict], scope: str) -> list[dict]:
+    """A pipeline that ends with the image and its mirror image."""
+    *transforms, pack = copy.deepcopy(list(pipeline))
+    if scope == "mmdet":
+        # Boxes of a mirrored image can be turned back only if the sample says it was mirrored.
+        keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+        pack.meta_keys = (*keys, "flip", "flip_direction")
+    flips = [dict(type=f"{scope}.RandomFlip", prob=prob) for prob in (1.0, 0.0)]
+    return [*transforms, dict(type="TestTimeAug", transforms=[flips, [pack]])]
 
 
 def is_pickle(path: str) -> bool:
@@ -176,8 +185,11 @@ def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
     Raises:
         UserError: If none of the config's metrics can.
     """
+    metrics = cfg.test_evaluator
+    while isinstance(metrics, dict) and "metrics" in metrics:
+        metrics = metrics.metrics
     written = False
-    for metric in _metrics(cfg):
+    for metric in [metrics] if isinstance(metrics, dict) else metrics:
         parameters = _parameters(cfg, METRICS, metric)
         if "output_dir" in parameters:
             metric.output_dir = out_dir
@@ -192,14 +204,47 @@ def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
         )
 
 
-def dump_predictions(runner: Runner, out_file: str) -> None:
-    """Add the metric that dumps all predictions into one pickle file.
+class DumpPredictions(Hook):
+    """Dumps all predictions into one pickle file.
+
+    It is no metric of the evaluator, of which mmdet's MultiDatasetsEvaluator takes one a dataset.
 
     Args:
-        runner (Runner): The runner that will test.
+        cfg (Config): The config.
         out_file (str): Path of the file; ends with ``.pkl`` or ``.pickle``.
     """
-    # Of mmdet's metric: it compresses masks.
-    kind = "DumpDetResults" if runner.cfg.get("default_scope") == "mmdet" else "DumpResults"
-    metric = METRICS.build(dict(type=kind, out_file_path=out_file))
-    runner.test_evaluator.metrics.append(metric)
+
+    def __init__(self, cfg: Config, out_file: str) -> None:
+        # Of mmdet's metric: it compresses masks.
+        kind = "mmdet.DumpDetResults" if toolbox(cfg) == "mmdet" else "DumpResults"
+        self.metric = METRICS.build(dict(type=kind, out_file_path=out_file))
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: Sequence = ()
+    ) -> None:
+        """Keep the predictions of a batch."""
+        samples = [s.to_dict() if isinstance(s, BaseDataElement) else s for s in outputs]
+        self.metric.process(data_batch, samples)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Write those of all processes."""
+        self.metric.evaluate(len(runner.test_dataloader.dataset))
+
+
+def require_written(runner: Runner, option: str, path: str, since: float) -> None:
+    """Check that a test has written what it was asked to.
+
+    Args:
+        runner (Runner): The runner that has tested.
+        option (str): How the command line calls the path.
+        path (str): The file or folder. mmdet puts a relative one below the run's own folder.
+        since (float): When the test began, of :func:`time.time`.
+
+    Raises:
+        UserError: If there is nothing of that age.
+    """
+    places = [Path(path), Path(osp.join(runner.work_dir, runner.timestamp, path))]
+    files = (file for place in places for file in (place, *place.rglob("*")) if file.is_file())
+    # File systems keep time in steps.
+    if rank() == 0 and not any(file.stat().st_mtime > since - 2 for file in files):
+        raise UserError(f"{option} {path!r}: the test ended without writing anything there")

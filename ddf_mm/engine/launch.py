@@ -8,10 +8,12 @@ import os
 import os.path as osp
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.hub import get_config
+from mmengine.registry import RUNNERS, Registry
 from mmengine.runner import Runner
 from torch import cuda
 from torch import distributed as dist
@@ -22,6 +24,7 @@ from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
 from ddf_mm.engine.cli import UserError, phase
 from ddf_mm.engine.phases import name_files, with_phases
 
+TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 # What mmengine reads from the environment, and what starts a job with it.
@@ -52,10 +55,11 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = "none",
 ) -> Config:
-    """Read a config file and merge what every tool lets the command line override.
+    """Read a config and merge what every tool lets the command line override.
 
     Args:
-        filename (str): Path of the config, relative to the current folder.
+        filename (str): Path of the config, relative to the current folder, or ``toolbox::path`` as
+            in ``mmpretrain::resnet/resnet50_8xb32_in1k.py`` for one that a package ships.
         cfg_options (dict | None): Settings that override the config's, by dotted key.
         work_dir (str | None): Overrides the config's; ``work_dirs/<name of the config>`` if
             neither names one.
@@ -68,16 +72,21 @@ def load_config(
         UserError: If the file is missing or no config, if an option does not fit the config, or
             if the toolbox that its ``default_scope`` names cannot be imported.
     """
-    if not osp.isfile(filename):
+    package, shipped, _ = filename.partition("::")
+    if shipped:
+        # mmengine would install what is not there.
+        if not package.isidentifier() or find_spec(package) is None:
+            raise UserError(f"config {filename!r}: {package!r} is not installed", exit_code=2)
+    elif not osp.isfile(filename):
         raise UserError(
             f"config {filename!r} is not a file (current folder: {os.getcwd()!r})", exit_code=2
         )
-    if not filename.endswith((".py", ".json", ".yaml", ".yml")):
+    elif not filename.endswith((".py", ".json", ".yaml", ".yml")):
         raise UserError(
             f"config {filename!r} must be a .py, .json, .yaml or .yml file", exit_code=2
         )
     with phase(f"reading the config {filename!r}"):
-        cfg = Config.fromfile(filename)
+        cfg = get_config(filename) if shipped else Config.fromfile(filename)
     if cfg_options:
         try:
             cfg.merge_from_dict(cfg_options)
@@ -91,7 +100,7 @@ def load_config(
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
-        cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(filename))[0])
+        cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(cfg.filename))[0])
     # mmengine would only log that it is missing, and then not find the types that it registers.
     if (scope := cfg.get("default_scope")) is not None:
         with phase(f"importing {scope!r}, the config's default_scope, which must be installed"):
@@ -115,12 +124,48 @@ def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
         raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
 
 
-def dataset_configs(dataloader: ConfigDict) -> Iterator[ConfigDict]:
-    """The dataset of a data loader's config and, one after another, those that it wraps."""
-    dataset = dataloader.get("dataset")
-    while isinstance(dataset, dict):
-        yield dataset
-        dataset = dataset.get("dataset")
+def toolbox(cfg: Config) -> str | None:
+    """The toolbox that a config is for: its default_scope, or else where its model's class is
+    from, which a config in pure Python names itself."""
+    scope = cfg.get("default_scope")
+    kind = (cfg.get("model") or {}).get("type", "")
+    package = (kind if isinstance(kind, str) else kind.__module__).partition(".")[0]
+    return package if scope not in TOOLBOXES and package in TOOLBOXES else scope
+
+
+def type_name(cfg: dict, default: str = "") -> str:
+    """The class name that a config's ``type`` stands for, without scope or module."""
+    kind = cfg.get("type", default)
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
+    """The class of a ``type`` in a config, which may be the class itself, its name, one with a
+    scope or one with its module.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(cfg.get("default_scope")) as scoped:
+        found = scoped.get(kind)
+    if found is None:
+        raise UserError(
+            f"type {kind!r} in the config is not in the {registry.name} registry: check its "
+            "spelling, or name the module that registers it in custom_imports"
+        )
+    return found
+
+
+def leaf_datasets(dataset: object) -> Iterator[ConfigDict]:
+    """The configs of the datasets that read samples, within those that wrap or join others."""
+    if isinstance(dataset, (list, tuple)):
+        for part in dataset:
+            yield from leaf_datasets(part)
+    elif isinstance(dataset, dict):
+        inner = dataset.get("dataset") or dataset.get("datasets")
+        yield from leaf_datasets(inner) if inner else [dataset]
 
 
 def set_dataloader_defaults(
@@ -141,7 +186,7 @@ def set_dataloader_defaults(
         dataloader = cfg.get(name)
         if not isinstance(dataloader, dict):
             continue
-        if cfg.get("default_scope") == "mmpretrain":
+        if toolbox(cfg) == "mmpretrain":
             dataloader.setdefault("pin_memory", True)
             dataloader.setdefault("persistent_workers", True)
             dataloader.setdefault("collate_fn", dict(type="default_collate"))
@@ -152,12 +197,6 @@ def set_dataloader_defaults(
             dataloader.persistent_workers = False
         if not has_workers:
             dataloader.pop("prefetch_factor", None)
-
-
-def _type_name(cfg: dict, default: str = "") -> str:
-    """The class name that a config's ``type`` stands for, without scope or module."""
-    kind = cfg.get("type", default)
-    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
 def _optim_wrappers(cfg: Config) -> Iterator[ConfigDict]:
@@ -180,7 +219,7 @@ def enable_amp(cfg: Config) -> None:
         UserError: If the config has another kind of optimizer wrapper.
     """
     for optim_wrapper in _optim_wrappers(cfg):
-        name = _type_name(optim_wrapper, "OptimWrapper")
+        name = type_name(optim_wrapper, "OptimWrapper")
         if name not in ("OptimWrapper", "AmpOptimWrapper", "CPUAmpOptimWrapper"):
             raise UserError(
                 f"--amp needs optim_wrapper.type 'OptimWrapper' or 'AmpOptimWrapper', but "
@@ -227,7 +266,7 @@ def adapt_to_device(cfg: Config) -> list[str]:
     if not on_cpu:
         old, new = new, old
     for optim_wrapper in _optim_wrappers(cfg):
-        if _type_name(optim_wrapper) == old:
+        if type_name(optim_wrapper) == old:
             optim_wrapper.type = new
             notes.append(f"optim_wrapper: {new} instead of {old}, to suit a {get_device()} device")
     if not on_cpu or cfg.get("launcher", "none") == "none":
@@ -241,22 +280,20 @@ def adapt_to_device(cfg: Config) -> list[str]:
             dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False),
             **wrapper,
         )
-    replaced = sum(_replace_type(cfg.get(part), "SyncBN", "BN") for part in ("model", "norm_cfg"))
+    replaced = sum(map(_replace_sync_bn, (cfg.get("model"), cfg.get("norm_cfg"))))
     if cfg.pop("sync_bn", None) is not None or replaced:
         notes.append("model: BN instead of SyncBN, which needs an accelerator")
     return notes
 
 
-def _replace_type(node: object, old: str, new: str) -> int:
-    """Replace ``type=old`` everywhere below a config node; return how often."""
+def _replace_sync_bn(node: object) -> int:
+    """Replace synchronized batch norm everywhere below a config node; return how often."""
     if isinstance(node, dict):
-        found = isinstance(node.get("type"), str) and _type_name(node) == old
+        found = node.get("type") is not None and type_name(node) in ("SyncBN", "SyncBatchNorm")
         if found:
-            node["type"] = new
-        return int(found) + sum(_replace_type(child, old, new) for child in node.values())
-    if isinstance(node, (list, tuple)):
-        return sum(_replace_type(child, old, new) for child in node)
-    return 0
+            node["type"] = "BN"
+        return int(found) + sum(map(_replace_sync_bn, node.values()))
+    return sum(map(_replace_sync_bn, node)) if isinstance(node, (list, tuple)) else 0
 
 
 def init_distributed(cfg: Config) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os.path as osp
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from mmengine.config import Config
-from mmengine.hub import get_config
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
@@ -41,38 +39,25 @@ def read_config(name: str, cfg_options: dict | None = None) -> Config:
     """The config of a file, or one that a toolbox ships, for the functions below.
 
     Args:
-        name: a path, or ``toolbox::path`` as in ``mmpretrain::resnet/resnet50_8xb32_in1k.py``.
-        cfg_options: settings that override the config's, by dotted key.
+        name, cfg_options: as :func:`ddf_mm.engine.launch.load_config` takes them.
 
     Raises:
         UserError: there is no such config, it has no model, its toolbox cannot be imported or is
             none of mmpretrain, mmdet and mmseg.
     """
-    if "::" in name:
-        toolbox = name.partition("::")[0]
-        # mmengine would install what is not there.
-        if find_spec(toolbox) is None:
-            raise UserError(f"config {name!r}: {toolbox} is not installed", exit_code=2)
-        try:
-            cfg = get_config(name)
-        except (AssertionError, FileNotFoundError, ImportError, ValueError) as error:
-            raise UserError(f"config {name!r} is not to be found: {error}", exit_code=2) from error
-        cfg.merge_from_dict(cfg_options or {})
-    else:
-        cfg = launch.load_config(name, cfg_options)
+    cfg = launch.load_config(name, cfg_options)
     launch.require_fields(cfg, ("model",), "building a model")
-    scope = cfg.get("default_scope")
-    if scope not in SHAPES:
+    if launch.toolbox(cfg) not in SHAPES:
         raise UserError(
             f"default_scope of {name} must be one of {', '.join(SHAPES)}, to make inputs for its "
-            f"model; got {scope!r}"
+            f"model; got {launch.toolbox(cfg)!r}"
         )
     return cfg
 
 
 def image_shape(cfg: Config, given: tuple[int, ...] | list[int] | None = None) -> tuple[int, int]:
     """Height and width, of one or two given numbers or else what suits the config's toolbox."""
-    height, *width = given or SHAPES.get(cfg.get("default_scope"), (224, 224))
+    height, *width = given or SHAPES.get(launch.toolbox(cfg), (224, 224))
     return height, *(width or [height])
 
 
@@ -92,15 +77,31 @@ def without_weights(node: object) -> None:
     for part in dicts_with(node, "pretrained"):
         part["pretrained"] = None
     for part in dicts_with(node, "init_cfg"):
-        if isinstance(part["init_cfg"], dict) and part["init_cfg"].get("type") == "Pretrained":
-            part["init_cfg"] = None
+        several = isinstance(part["init_cfg"], (list, tuple))
+        steps = part["init_cfg"] if several else [part["init_cfg"]]
+        loads = ("Pretrained", "PretrainedInit")
+        steps = [step for step in steps if step and launch.type_name(step) not in loads]
+        part["init_cfg"] = steps if several else next(iter(steps), None)
+
+
+def data_preprocessor(cfg: Config) -> dict:
+    """The config's data preprocessor, which is the model's or, in mmpretrain, stands by itself."""
+    return cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
+
+
+def image_channels(cfg: Config) -> int:
+    """How many channels the config's model reads: of its backbone, or those that are normalized."""
+    given = cfg.model.get("backbone", {}).get("in_channels")
+    mean = data_preprocessor(cfg).get("mean") or ()
+    # One number may stand for all channels.
+    return given or (len(mean) if len(mean) > 1 else 3)
 
 
 def build_model(cfg: Config) -> nn.Module:
     """The config's model, with random weights, in evaluation mode."""
     without_weights(cfg.model)
-    if cfg.get("data_preprocessor") is not None:
-        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    if data_preprocessor(cfg):
+        cfg.model.data_preprocessor = data_preprocessor(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
@@ -109,18 +110,20 @@ def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[
     """Noise with labels that a config's model can learn from, before its data preprocessor.
 
     Args:
-        cfg: a config of mmpretrain, mmdet or mmseg, which its ``default_scope`` names.
+        cfg: a config of mmpretrain, mmdet or mmseg.
         batch_size: number of images.
         shape: their height and width.
 
     Returns:
         ``inputs`` and ``data_samples``, a list each.
     """
-    if cfg.default_scope == "mmdet":
+    toolbox = launch.toolbox(cfg)
+    if toolbox == "mmdet":
         return _detection_batch(cfg, batch_size, shape)
     classes = min((part["num_classes"] for part in dicts_with(cfg.model, "num_classes")), default=2)
-    images = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for _ in range(batch_size)]
-    if cfg.default_scope == "mmpretrain":
+    size = (image_channels(cfg), *shape)
+    images = [torch.randint(0, 256, size, dtype=torch.uint8) for _ in range(batch_size)]
+    if toolbox == "mmpretrain":
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(i % classes) for i in range(batch_size)]
@@ -146,7 +149,7 @@ def _detection_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> di
     num_classes = min([n for n in classes if n] or [1])
     data = demo_mm_inputs(
         batch_size,
-        image_shapes=(3, *shape),
+        image_shapes=(image_channels(cfg), *shape),
         num_items=[3 - i % 2 for i in range(batch_size)],
         num_classes=min(max(num_classes, 2), 80),
         with_mask=True,
@@ -166,7 +169,7 @@ def preprocessed(model: BaseModel, batch: dict[str, list]) -> tuple[torch.Tensor
 
 def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
     """Make a segmentor's preprocessor pad to the images that come, and not to those of the data."""
-    if cfg.get("default_scope") == "mmseg":
+    if launch.toolbox(cfg) == "mmseg":
         for part in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
             if part and "size" in part:
                 part.size = shape

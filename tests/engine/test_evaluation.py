@@ -128,7 +128,7 @@ def test_tta_of_the_config():
 
 
 @pytest.mark.parametrize(
-    ("scope", "model"), [("mmpretrain", "AverageClsScoreTTA"), ("mmdet", "DetTTAModel")]
+    ("scope", "model"), [("mmpretrain", "mmpretrain.AverageClsScoreTTA"), ("mmdet", "mmdet.DetTTAModel")]
 )
 def test_tta_by_default_flips(scope, model):
     cfg = _tta_config(default_scope=scope)
