@@ -14,14 +14,15 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 
-from ddf_mm.engine import cli, launch
+from ddf_mm.engine import cli, launch, models
 from ddf_mm.engine.cli import UserError
+from ddf_mm.visualization import picture
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="browse_dataset.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument(
         "--phase",
@@ -39,15 +40,42 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def original(dataset: object, index: int) -> tuple[BaseDataset, int]:
+    """The dataset that reads an image, within those that join, repeat or split others, and the
+    image's index in it."""
+    while hasattr(dataset, "_get_ori_dataset_idx"):
+        # A fold has a subset of its dataset, where the index is the fold's own.
+        is_fold = type(dataset).__name__ == "KFoldDataset"
+        found = index if is_fold else dataset._get_ori_dataset_idx(index)
+        if isinstance(found, tuple):
+            dataset, index = dataset.datasets[found[0]], found[1]
+        else:
+            dataset, index = dataset.dataset, found
+    if not isinstance(dataset, BaseDataset):
+        raise UserError(
+            f"pictures need a dataset with a pipeline, or one that joins, repeats or splits such, "
+            f"got a {type(dataset).__name__}"
+        )
+    return dataset, index
+
+
 def pictures_of(dataset: BaseDataset, index: int) -> list[tuple[str, np.ndarray]]:
     """The image ``index`` of a dataset as read and after each step of its pipeline."""
     data = dataset.get_data_info(index)
     pictures = [("original", data["img"])] if "img" in data else []
     for transform in dataset.pipeline.transforms:
         data = transform(data)
-        if "img" in data:
+        if isinstance(data, dict) and "img" in data:
             pictures.append((type(transform).__name__, np.array(data["img"])))
     return pictures
+
+
+def label_of(dataset: BaseDataset, index: int) -> str:
+    """The index and, as far as there are, the names of the classes."""
+    classes = dataset.metainfo.get("classes")
+    labels = dataset.get_data_info(index).get("gt_label", ())
+    labels = np.atleast_1d(np.asarray(labels, int))
+    return ", ".join(str(classes[i]) if classes else str(i) for i in labels)
 
 
 def main() -> None:
@@ -56,7 +84,7 @@ def main() -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
     loader = f"{args.phase}_dataloader"
     launch.require_fields(cfg, (loader,), "browsing")
-    scope = cfg.get("default_scope")
+    scope = launch.toolbox(cfg)
     if scope != "mmpretrain":
         raise UserError(
             f"{args.config!r} must have the default_scope 'mmpretrain', got {scope!r}; mmdet and "
@@ -65,26 +93,24 @@ def main() -> None:
         )
     init_default_scope(scope)
     dataset = DATASETS.build(cfg[loader].dataset)
-    if not isinstance(dataset, BaseDataset):
-        raise UserError(
-            f"{loader}.dataset must be a dataset with a pipeline, got a {type(dataset).__name__}"
-        )
     indices = range(args.first, min(args.first + args.num, len(dataset)))
     if not indices:
         raise UserError(f"--first {args.first} is beyond the {len(dataset)} images", exit_code=2)
 
-    rows = [pictures_of(dataset, index) for index in indices]
+    samples = [original(dataset, index) for index in indices]
+    rows = [pictures_of(*sample) for sample in samples]
+    if not any(rows):
+        raise UserError(f"no step of the pipeline of {loader}.dataset leaves an image, 'img'")
     # What to_rgb turns into RGB is BGR.
-    channels = slice(None, None, -1 if cfg.data_preprocessor.get("to_rgb") else None)
+    is_bgr = bool(models.data_preprocessor(cfg).get("to_rgb"))
     size = (len(rows), max(map(len, rows)))
     figure, axes = plt.subplots(*size, figsize=(2 * size[1], 2.2 * size[0]), squeeze=False)
-    for index, row, line in zip(indices, rows, axes, strict=True):
-        for axis, (name, picture) in zip(line, row, strict=False):
-            height, width = picture.shape[:2]
-            axis.imshow(picture[:, :, channels].astype(np.uint8))
+    for index, sample, row, line in zip(indices, samples, rows, axes, strict=True):
+        for axis, (name, pixels) in zip(line, row, strict=False):
+            height, width = pixels.shape[:2]
+            axis.imshow(picture(pixels, is_bgr))
             axis.set_title(f"{name}\n{height} x {width}", fontsize=8)
-        label = dataset.get_data_info(index)["gt_label"]
-        line[0].set_ylabel(f"{index}: {dataset.metainfo['classes'][label]}", fontsize=8)
+        line[0].set_ylabel(f"{index}: {label_of(*sample)}", fontsize=8)
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)

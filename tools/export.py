@@ -31,7 +31,7 @@ SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2"}
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="export.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument("checkpoint", nargs="?", help="without one, the weights are random")
     parser.add_argument(
         "--format", choices=[*SUFFIXES, "both"], default="onnx", help="default: onnx"
@@ -112,9 +112,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
         checkpoints.load_checkpoint(model, args.checkpoint, args.allow_partial)
     if not hasattr(model, "backbone"):
         raise UserError(f"{args.config} has a {type(model).__name__}, which has no backbone")
-    is_classifier = cfg.get("default_scope") == "mmpretrain" and getattr(model, "with_head", False)
+    is_classifier = launch.toolbox(cfg) == "mmpretrain" and getattr(model, "with_head", False)
     part = (export.ImageScores if is_classifier else export.ImageFeatures)(model)
-    return part.eval(), cfg.model.backbone.get("in_channels", 3)
+    return part.eval(), models.image_channels(cfg)
 
 
 def folded(model: nn.Module) -> nn.Module:

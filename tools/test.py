@@ -15,7 +15,7 @@ METRIC_SUFFIXES = (".json", ".yaml", ".yml", ".pkl", ".pickle")
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="test.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument("checkpoint", help="path or address of the checkpoint")
     parser.add_argument(
         "--out",

@@ -11,7 +11,7 @@ from ddf_mm.engine import checkpoints, cli, launch, resume
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="train.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument(
         "--resume",
         nargs="?",

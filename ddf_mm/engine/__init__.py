@@ -7,6 +7,6 @@ Importing this package registers :class:`CPUAmpOptimWrapper`, :class:`RMSE` and
 
 from ddf_mm.contrib.cpu_amp import CPUAmpOptimWrapper
 from ddf_mm.engine.metrics import RMSE
-from ddf_mm.engine.visualization_hook import DDFFilterVisualizationHook
+from ddf_mm.visualization.hook import DDFFilterVisualizationHook
 
 __all__ = ["RMSE", "CPUAmpOptimWrapper", "DDFFilterVisualizationHook"]

@@ -13,6 +13,7 @@ from ddf_mm.visualization.filters import (
     choose_points,
     find_layers,
     network_image,
+    picture,
 )
 from ddf_mm.visualization.page import write_page
 
@@ -25,5 +26,6 @@ __all__ = [
     "figure_to_image",
     "find_layers",
     "network_image",
+    "picture",
     "write_page",
 ]

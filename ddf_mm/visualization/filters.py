@@ -167,6 +167,23 @@ def capture_filters(
     return {label: filters[label] for label in layers}, prediction
 
 
+def picture(pixels: np.ndarray, is_bgr: bool = True) -> np.ndarray:
+    """An image of any number of channels, to look at.
+
+    Args:
+        pixels: ``[H, W]`` or ``[H, W, C]``, 0 to 255.
+        is_bgr: whether the first three channels are blue, green and red, as mmcv's loaders give
+            them, and not red, green and blue.
+
+    Returns:
+        ``uint8[H, W, 3]``, RGB: of the first three channels, or gray of the first one where there
+        are fewer.
+    """
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    channels = [0, 0, 0] if pixels.shape[2] < 3 else [2, 1, 0] if is_bgr else [0, 1, 2]
+    return np.clip(pixels[:, :, channels], 0, 255).astype(np.uint8)
+
+
 def network_image(model: nn.Module, data: dict) -> np.ndarray:
     """The image of a sample as the network reads it, padded but not normalized.
 
@@ -175,20 +192,18 @@ def network_image(model: nn.Module, data: dict) -> np.ndarray:
         data: one sample of its dataset.
 
     Returns:
-        ``uint8[H, W, 3]``, RGB.
+        ``uint8[H, W, 3]``, RGB, of :func:`picture`.
 
     Raises:
-        ValueError: the sample has no ``inputs`` of three channels, as mmcv's loaders make them.
+        ValueError: the sample has no ``inputs``, an image.
     """
     inputs = data.get("inputs")
-    if not isinstance(inputs, Tensor) or inputs.ndim != 3 or len(inputs) != 3:
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3:
         got = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs of the sample must be a Tensor[3, H, W], an image, got {got}")
+        raise ValueError(f"inputs of the sample must be a Tensor[C, H, W], an image, got {got}")
     height, width = model.data_preprocessor(pseudo_collate([data]), False)["inputs"].shape[-2:]
     image = np.zeros((height, width, 3), np.uint8)
-    # mmcv's loaders give BGR.
-    pixels = inputs.flip(0).permute(1, 2, 0).clamp(0, 255).to(torch.uint8).cpu().numpy()
-    pixels = pixels[:height, :width]
+    pixels = picture(inputs.permute(1, 2, 0).cpu().numpy())[:height, :width]
     image[: pixels.shape[0], : pixels.shape[1]] = pixels
     return image
 

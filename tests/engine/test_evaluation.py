@@ -128,12 +128,13 @@ def test_tta_of_the_config():
 
 
 @pytest.mark.parametrize(
-    ("scope", "model"), [("mmpretrain", "mmpretrain.AverageClsScoreTTA"), ("mmdet", "mmdet.DetTTAModel")]
+    ("scope", "model"),
+    [("mmpretrain", "mmpretrain.AverageClsScoreTTA"), ("mmdet", "mmdet.DetTTAModel")],
 )
 def test_tta_by_default_flips(scope, model):
     cfg = _tta_config(default_scope=scope)
     evaluation.enable_tta(cfg)
-    assert cfg.model.type == model
+    assert cfg.model.type == f"{scope}.{model}"
     load, tta = cfg.test_dataloader.dataset.dataset.pipeline
     assert load == PIPELINE[0]
     flips, (pack,) = tta.transforms

@@ -113,9 +113,22 @@ def test_image_is_padded_as_the_network_pads_it(sample):
     bgr = sample["inputs"].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(image[:10, :15], bgr[..., ::-1])
     assert not image[10:].any() and not image[:, 15:].any()
-    for inputs, got in ((torch.zeros(1, 4, 4), r"\[1, 4, 4\]"), (None, "NoneType")):
-        with pytest.raises(ValueError, match=rf"a Tensor\[3, H, W\], an image, got {got}"):
+    for inputs, got in ((torch.zeros(4, 4), r"\[4, 4\]"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=rf"a Tensor\[C, H, W\], an image, got {got}"):
             visualization.network_image(Net(), dict(inputs=inputs))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_picture_of_any_number_of_channels(channels):
+    pixels = np.arange(2 * 3 * channels, dtype=np.float32).reshape(2, 3, channels) - 1
+    shown = visualization.picture(pixels)
+    assert shown.shape == (2, 3, 3) and shown.dtype == np.uint8
+    order = [2, 1, 0] if channels > 2 else [0, 0, 0]
+    np.testing.assert_array_equal(shown, pixels[..., order].clip(0))
+    if channels > 2:
+        np.testing.assert_array_equal(visualization.picture(pixels, False), shown[..., ::-1])
+    if channels == 1:
+        np.testing.assert_array_equal(visualization.picture(pixels[..., 0]), shown)
 
 
 def some_filters(spatial: np.ndarray) -> visualization.Filters:

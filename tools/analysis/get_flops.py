@@ -9,11 +9,13 @@ import argparse
 import copy
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 
-from ddf_mm.engine import cli, models
+from ddf_mm.engine import cli, launch, models
 from ddf_mm.engine.models import SHAPES, Cost
+from ddf_mm.models import DDFResNet
 
 DDF_ARGUMENTS = ("kernel_combine", "head", "kernel_size", "se_ratio", "stage_with_ddf", "expansion")
 
@@ -47,11 +49,12 @@ def parse_args() -> argparse.Namespace:
 def with_resnet(cfg: Config) -> Config | None:
     """The config with the ResNet of the same depth; None if it has no DDFResNet, or none of a
     depth that ResNet comes in."""
-    backbone = cfg.model.get("backbone", {})
-    if backbone.get("type") != "DDFResNet" or backbone.get("depth") not in (50, 101, 152):
+    backbone = cfg.model.get("backbone") or {}
+    kind = backbone.get("type") and launch.find_class(cfg, MODELS, backbone.type)
+    if kind is not DDFResNet or backbone.get("depth") not in (50, 101, 152):
         return None
     twin = copy.deepcopy(cfg)
-    twin.model.backbone.type = "ResNet"
+    twin.model.backbone.type = f"{launch.toolbox(cfg)}.ResNet"
     for name in DDF_ARGUMENTS:
         twin.model.backbone.pop(name, None)
     return twin

@@ -13,10 +13,10 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from ddf_mm import visualization
-from ddf_mm.engine import checkpoints, cli, launch
+from ddf_mm.engine import checkpoints, cli, launch, models
 from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
@@ -31,7 +31,7 @@ def parse_point(text: str) -> tuple[int, int]:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="visualize_filters.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument("checkpoint", help="path or address of the checkpoint")
     parser.add_argument(
         "image", help="path of an image, or dataset:INDEX for one of the config's test images"
@@ -111,10 +111,12 @@ def load_image(cfg: Config, image: str) -> dict:
             exit_code=2,
         )
     # There are no annotations of such an image.
-    steps = [step for step in dataset_cfg.pipeline if "Annotation" not in str(step["type"])]
+    leaf = next(launch.leaf_datasets(dataset_cfg), {})
+    steps = [s for s in leaf.get("pipeline") or () if "Annotation" not in launch.type_name(s)]
     # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
-    if not steps or not steps[0]["type"].endswith("LoadImageFromFile"):
-        steps.insert(0, dict(type="LoadImageFromFile"))
+    if not steps or not launch.type_name(steps[0]).endswith("FromFile"):
+        colors = {1: "grayscale", 3: "color"}.get(models.image_channels(cfg), "unchanged")
+        steps.insert(0, dict(type="LoadImageFromFile", color_type=colors))
     data = Compose([TRANSFORMS.build(step) for step in steps])(dict(img_path=image))
     if data is None:
         raise cli.UserError(f"image {image!r} does not pass the config's test pipeline")
@@ -149,11 +151,7 @@ def main() -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model", "test_dataloader"), "drawing filters")
     checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-
-    if "data_preprocessor" in cfg and isinstance(cfg.data_preprocessor, dict):
-        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
+    model = models.build_model(cfg)
     layers = told(visualization.find_layers, model, args.stages, args.layers)
     checkpoint = checkpoints.load_checkpoint(model, args.checkpoint)
     data = load_image(cfg, args.image)

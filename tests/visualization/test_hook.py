@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from PIL import Image
+from torch import nn
 
 import ddf_mm.registry  # noqa: F401  (`ddf_mm.…` types)
 from ddf_mm.engine import DDFFilterVisualizationHook
+from ddf_mm.layers import DDFPack
 
 pytest.importorskip("mmpretrain")
 from pathlib import Path
@@ -87,8 +91,54 @@ def test_bad_arguments(arguments, error, message):
         HOOKS.build(dict(type="DDFFilterVisualizationHook", **arguments))
 
 
-def test_a_sample_that_is_not_there():
-    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=[1, 2]))
-    hook = DDFFilterVisualizationHook(sample=2)
-    with pytest.raises(ValueError, match="sample must be an index .* has 2 images, got 2"):
-        hook.before_train(SimpleNamespace(val_loop=loop))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(sample=8), "ValueError: sample must be an index .* has 8 images, got 8"),
+        (dict(stages=[9]), "ValueError: stages 9: no DDF layers there"),
+        (dict(points=[(99, 0)]), "ValueError: points 99,0 is outside"),
+    ],
+)
+def test_never_ends_a_training(tmp_path, arguments, message):
+    train(tmp_path, arguments)
+    (log,) = tmp_path.glob("*/*.log")
+    lines = [
+        line for line in log.read_text().splitlines() if "DDFFilterVisualizationHook d" in line
+    ]
+    assert len(lines) == 1
+    assert re.search(f"draws nothing from now on: {message}", lines[0])
+    assert not pictures(tmp_path)
+
+
+def test_a_visualizer_that_fails(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("mmengine.visualization.LocalVisBackend.add_image", fail)
+    runner = train(tmp_path, dict(stages=[1]))
+    assert runner.epoch == 2
+    (log,) = tmp_path.glob("*/*.log")
+    assert log.read_text().count("OSError: No space left on device") >= 1
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_images_of_other_channels(channels):
+    class Net(BaseModel):
+        def __init__(self):
+            super().__init__(ImgDataPreprocessor())
+            self.conv = nn.Conv2d(channels, 4, 1)
+            self.ddf = DDFPack(4)
+
+        def forward(self, inputs, data_samples=None, mode="predict"):
+            return list(self.ddf(self.conv(inputs)))
+
+    shown, lines = [], []
+    runner = SimpleNamespace(
+        model=Net(), epoch=0, logger=SimpleNamespace(error=lambda line, **_: lines.append(line)),
+        val_loop=SimpleNamespace(dataloader=SimpleNamespace(
+            dataset=[dict(inputs=torch.randint(0, 256, (channels, 9, 8), dtype=torch.uint8))]
+        )),
+        visualizer=SimpleNamespace(add_image=lambda name, image, step: shown.append(name)),
+    )  # fmt: skip
+    DDFFilterVisualizationHook().before_train(runner)
+    assert (shown, lines) == (["ddf_filters", "ddf_combined_filters"], [])

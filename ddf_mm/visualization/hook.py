@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from matplotlib.figure import Figure
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -11,6 +12,13 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ddf_mm.ops.checks import check_int
+from ddf_mm.visualization.drawing import draw_combined, draw_filters, figure_to_image
+from ddf_mm.visualization.filters import (
+    capture_filters,
+    choose_points,
+    find_layers,
+    network_image,
+)
 
 
 @HOOKS.register_module()
@@ -35,8 +43,10 @@ class DDFFilterVisualizationHook(Hook):
         combined: whether to draw ``ddf_combined_filters``, too.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value; when training starts, a
-            stage, layer, sample or point that is not there.
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    What goes wrong later, a stage, layer, sample or point that is not there included, is logged,
+    and nothing is drawn from then on: pictures are not worth a training.
 
     Example:
         >>> custom_hooks = [dict(type='ddf_mm.DDFFilterVisualizationHook', interval=5)]
@@ -72,14 +82,6 @@ class DDFFilterVisualizationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Choose the image and draw the filters that training starts from."""
-        loop = runner.train_loop if runner.val_loop is None else runner.val_loop
-        dataset = loop.dataloader.dataset
-        if self.sample >= len(dataset):
-            raise ValueError(
-                f"sample must be an index of the dataset, which has {len(dataset)} images, got "
-                f"{self.sample}"
-            )
-        self._data = dataset[self.sample]
         self._draw(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -96,23 +98,42 @@ class DDFFilterVisualizationHook(Hook):
 
     @master_only
     def _draw(self, runner: Runner, step: int | None = None) -> None:
-        # matplotlib is needed here alone.
-        from ddf_mm import visualization
-
         if step is None:
             step = runner.epoch if self.by_epoch else runner.iter
+        elif self._data is None:
+            return
+        try:
+            if self._data is None:
+                self._data = self._sample(runner)
+            for name, figure in self._figures(runner, step):
+                runner.visualizer.add_image(name, figure_to_image(figure), step=step)
+        except Exception as error:
+            runner.logger.error(
+                f"{type(self).__name__} draws nothing from now on: {type(error).__name__}: {error}",
+                exc_info=not isinstance(error, ValueError),
+            )
+            self._data = None
+
+    def _sample(self, runner: Runner) -> dict:
+        loop = runner.train_loop if runner.val_loop is None else runner.val_loop
+        dataset = loop.dataloader.dataset
+        if self.sample >= len(dataset):
+            raise ValueError(
+                f"sample must be an index of the dataset, which has {len(dataset)} images, got "
+                f"{self.sample}"
+            )
+        return dataset[self.sample]
+
+    def _figures(self, runner: Runner, step: int) -> Iterator[tuple[str, Figure]]:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        layers = visualization.find_layers(model, self.stages, self.layers)
-        image = visualization.network_image(model, self._data)
-        filters, _ = visualization.capture_filters(model, self._data, layers)
+        layers = find_layers(model, self.stages, self.layers)
+        image = network_image(model, self._data)
+        filters, _ = capture_filters(model, self._data, layers)
         if self.points is None:
             last = filters[next(reversed(filters))]
-            self.points = visualization.choose_points(last, *image.shape[:2])
+            self.points = choose_points(last, *image.shape[:2])
         unit = "epoch" if self.by_epoch else "iteration"
         arguments = (image, filters, self.points, f"Decoupled dynamic filters  ·  {unit} {step}")
-        drawn = dict(ddf_filters=visualization.draw_filters)
+        yield "ddf_filters", draw_filters(*arguments)
         if self.combined:
-            drawn["ddf_combined_filters"] = visualization.draw_combined
-        for name, draw in drawn.items():
-            picture = visualization.figure_to_image(draw(*arguments))
-            runner.visualizer.add_image(name, picture, step=step)
+            yield "ddf_combined_filters", draw_combined(*arguments)
