@@ -1,3 +1,7 @@
+import os
+import time
+from types import SimpleNamespace
+
 import pytest
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -134,13 +138,67 @@ def test_tta_of_the_config():
 def test_tta_by_default_flips(scope, model):
     cfg = _tta_config(default_scope=scope)
     evaluation.enable_tta(cfg)
-    assert cfg.model.type == f"{scope}.{model}"
+    assert cfg.model.type == model
     load, tta = cfg.test_dataloader.dataset.dataset.pipeline
     assert load == PIPELINE[0]
     flips, (pack,) = tta.transforms
     assert [flip.prob for flip in flips] == [1.0, 0.0]
     assert pack.type == "PackInputs"
     assert ("flip_direction" in pack.get("meta_keys", ())) == (scope == "mmdet")
+
+
+def test_tta_reaches_every_dataset_that_reads_images():
+    """Each keeps its own steps before the flips."""
+    parts = [dict(type="A", pipeline=[dict(type="LoadA"), *PIPELINE[1:]])]
+    parts += [dict(type="ClassBalancedDataset", dataset=dict(type="B", pipeline=PIPELINE))]
+    parts += [dict(type="ConcatDataset", datasets=[dict(type="C", pipeline=PIPELINE)] * 2)]
+    cfg = _tta_config(default_scope="mmpretrain")
+    cfg.test_dataloader.dataset = dict(type="ConcatDataset", datasets=parts)
+    evaluation.enable_tta(cfg)
+    first, second, third = cfg.test_dataloader.dataset.datasets
+    leaves = [first, second.dataset, *third.datasets]
+    assert [leaf.pipeline[0].type for leaf in leaves] == ["LoadA", *["LoadImageFromFile"] * 3]
+    assert [leaf.pipeline[-1].type for leaf in leaves] == ["TestTimeAug"] * 4
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [
+        (dict(type="A"), "A"),
+        (dict(type="M.Mix", pipeline=PIPELINE, dataset=dict(type="A", pipeline=PIPELINE)), "Mix"),
+        ([], "list"),
+    ],
+)
+def test_tta_of_datasets_whose_pipeline_cannot_be_replaced(dataset, kind):
+    cfg = _tta_config(default_scope="mmpretrain")
+    cfg.test_dataloader.dataset = dataset
+    with pytest.raises(UserError, match=f"--tta replaces .* test_dataloader of a.py has a {kind}$"):
+        evaluation.enable_tta(cfg)
+
+
+@pytest.mark.parametrize("model", [dict(roi_head=dict(mask_head=dict())), dict(panoptic_head={})])
+def test_tta_of_masks(model):
+    cfg = _tta_config(default_scope="mmdet")
+    cfg.model.update(model)
+    with pytest.raises(UserError, match="--tta: mmdet's DetTTAModel merges boxes, no masks, which"):
+        evaluation.enable_tta(cfg)
+    cfg = _tta_config(default_scope="mmdet", tta_model=dict(type="MyTTA"))
+    cfg.model.update(model)
+    evaluation.enable_tta(cfg)
+    assert cfg.model.type == "MyTTA"
+
+
+def test_toolbox_of_a_config_without_a_default_scope():
+    """Classes of mmpretrain and mmdet as `type`, their dotted names and their scoped ones."""
+
+    class Detector:
+        __module__ = "mmdet.models.detectors.retinanet"
+
+    for kind in (Detector, "mmdet.models.detectors.retinanet.RetinaNet", "mmdet.RetinaNet"):
+        cfg = _tta_config()
+        cfg.model.type = kind
+        evaluation.enable_tta(cfg)
+        assert cfg.model.type == "mmdet.DetTTAModel"
 
 
 @pytest.mark.parametrize(
@@ -156,16 +214,18 @@ def test_tta_that_a_config_lacks(given, missing):
         evaluation.enable_tta(_tta_config(default_scope="mmengine", **given))
 
 
-@pytest.mark.parametrize("form", ["one", "list", "evaluator"])
+@pytest.mark.parametrize("form", ["one", "list", "evaluator", "one in an evaluator"])
 def test_predictions_into_a_folder(form):
     metric = dict(type="FolderMetric")
     evaluators = dict(one=metric, list=[metric], evaluator=dict(type="Evaluator", metrics=[metric]))
+    evaluators["one in an evaluator"] = dict(type="Evaluator", metrics=metric)
     cfg = Config(dict(test_evaluator=evaluators[form]))
     evaluation.write_predictions_to_folder(cfg, "out")
     written = dict(type="FolderMetric", output_dir="out", keep_results=True)
     expected = dict(
         one=written, list=[written], evaluator=dict(type="Evaluator", metrics=[written])
     )
+    expected["one in an evaluator"] = dict(type="Evaluator", metrics=written)
     assert cfg.test_evaluator == expected[form]
 
 
@@ -173,3 +233,20 @@ def test_metrics_that_write_no_folder():
     cfg = Config(dict(test_evaluator=[dict(type="DumpResults", out_file_path="a.pkl")]))
     with pytest.raises(UserError, match="--out 'out': a folder needs a metric"):
         evaluation.write_predictions_to_folder(cfg, "out")
+
+
+def test_a_test_that_wrote_nothing(tmp_path):
+    runner = SimpleNamespace(work_dir=str(tmp_path / "work"), timestamp="now")
+    begin = time.time()
+    shown, relative = tmp_path / "shown", tmp_path / "work" / "now" / "pictures"
+    for folder in (shown, relative):
+        folder.mkdir(parents=True)
+        old = folder / "old.png"
+        old.touch()
+        os.utime(old, (begin - 60, begin - 60))
+    for option, path in (("--out", "no.pkl"), ("--show-dir", str(shown)), ("--out", "pictures")):
+        with pytest.raises(UserError, match=f"{option} '{path}': the test ended without writing"):
+            evaluation.require_written(runner, option, path, begin)
+    for folder, path in ((shown, str(shown)), (relative, "pictures")):
+        (folder / "new.png").touch()
+        evaluation.require_written(runner, "--show-dir", path, begin)

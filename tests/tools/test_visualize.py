@@ -1,5 +1,6 @@
 """The pictures of tools/analysis: what they show is what the network computes."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -80,6 +81,31 @@ class TestFilters:
             for data in (from_file, from_dataset)
         ]
         torch.testing.assert_close(*scores)
+
+    @pytest.mark.parametrize("kind", ["ConcatDataset", "RepeatDataset", "KFoldDataset"])
+    def test_datasets_in_containers(self, cfg, tmp_path, kind):
+        wrapped, digits = Config(copy.deepcopy(cfg.to_dict())), cfg.test_dataloader.dataset
+        given = dict(
+            ConcatDataset=dict(datasets=[digits, digits]),
+            RepeatDataset=dict(times=2, dataset=digits),
+            KFoldDataset=dict(fold=0, test_mode=True, dataset=digits),
+        )[kind]
+        wrapped.test_dataloader.dataset = dict(type=kind, **given)
+        Image.new("RGB", (8, 8), "gray").save(tmp_path / "a.png")
+        init_default_scope("mmpretrain")
+        for image in ("dataset:3", str(tmp_path / "a.png")):
+            got, expected = (visualize_filters.load_image(c, image) for c in (wrapped, cfg))
+            assert torch.equal(got["inputs"], expected["inputs"])
+
+    @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+    def test_image_files_of_other_channels(self, cfg, tmp_path, channels, mode):
+        cfg = Config(copy.deepcopy(cfg.to_dict()))
+        cfg.model.backbone.in_channels = channels
+        cfg.data_preprocessor.update(mean=[77.9] * channels, std=[95.9] * channels)
+        Image.new(mode, (8, 8)).save(tmp_path / "a.png")
+        init_default_scope("mmpretrain")
+        data = visualize_filters.load_image(cfg, str(tmp_path / "a.png"))
+        assert data["inputs"].shape == (channels, 48, 48)
 
     def test_writes_pictures_and_a_page(self, monkeypatch, tmp_path, checkpoint, capsys):
         everything, some = tmp_path / "new" / "all.png", tmp_path / "some.png"
