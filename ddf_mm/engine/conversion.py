@@ -23,10 +23,9 @@ from ddf_mm.models import DDFResNet
 from ddf_mm.version import __version__
 
 COMBINES = ("mul", "add")
-# The names under which timm's and other training loops keep weights, the averaged ones last.
-_WEIGHTS = {"model": ("state_dict", "model"), "ema": ("state_dict_ema", "model_ema")}
+# The names under which timm's and other training loops keep weights.
+_WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
 _OFFICIAL_NAME = re.compile(r"ddf_(?P<combine>mul|add)_resnet\d+")
-_SHOWN_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -62,36 +61,27 @@ def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
             DDF-ResNet; then with the names that are missing, unexpected or of another size.
     """
     checkpoint = load_from_local_file(path, "cpu", more_types=(argparse.Namespace,))
-    state_dict, averaged = _choose_weights(checkpoint, path, weights)
-    state_dict = dict(state_dict)
+    wanted = [weights] if weights != "auto" else list(_WEIGHTS)
+    found = [
+        (dict(checkpoint[name]), kind == "ema")
+        for kind in wanted
+        for name in _WEIGHTS[kind]
+        if checkpoint.get(name) and isinstance(checkpoint[name], Mapping)
+    ]
+    if "model" in wanted and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        found.append((dict(checkpoint), False))
+    if not found:
+        names = " or ".join(repr(name) for kind in wanted for name in _WEIGHTS[kind])
+        held = ", ".join(map(repr, list(checkpoint)[:10])) or "nothing"
+        raise UserError(f"{path!r} lacks weights under {names}; it holds {held}")
+    state_dict, averaged = found[0]
     consume_prefix_in_state_dict_if_present(state_dict, "module.")
     if any(name.startswith("backbone.") for name in state_dict):
         raise UserError(f"{path!r} is no official checkpoint: its names start with 'backbone.'")
     arguments = _arguments_of(state_dict, path)
     _require_equal_names(state_dict, arguments, path)
-    options = checkpoint.get("args")
-    architecture = checkpoint.get("arch") or getattr(options, "model", None)
+    architecture = checkpoint.get("arch") or getattr(checkpoint.get("args"), "model", None)
     return OfficialNetwork(state_dict, averaged, arguments, architecture)
-
-
-def _choose_weights(
-    checkpoint: Mapping, path: str, weights: str
-) -> tuple[Mapping[str, Tensor], bool]:
-    found = {
-        kind: checkpoint[name]
-        for kind, names in _WEIGHTS.items()
-        for name in names
-        if isinstance(checkpoint.get(name), Mapping)
-    }
-    if not found and all(isinstance(value, Tensor) for value in checkpoint.values()):
-        found = {"model": checkpoint}
-    wanted = [weights] if weights != "auto" else ["ema", "model"]
-    for kind in wanted:
-        if found.get(kind):
-            return found[kind], kind == "ema"
-    names = " or ".join(repr(name) for kind in wanted for name in _WEIGHTS[kind])
-    held = ", ".join(map(repr, list(checkpoint)[:_SHOWN_NAMES])) or "nothing"
-    raise UserError(f"{path!r} lacks weights under {names}; it holds {held}")
 
 
 def _arguments_of(state_dict: Mapping[str, Tensor], path: str) -> dict[str, int | float]:
@@ -138,11 +128,8 @@ def _require_equal_names(
             # A head, if there is one, has as many classes as it likes.
             if head := [value for name, value in state_dict.items() if name.startswith("fc.")]:
                 model.fc = nn.Linear(model.layer4[0].conv3.out_channels, len(head[0]))
-    except ValueError as error:
-        raise UserError(f"{path!r} holds no DDF-ResNet: {error}") from error
-    try:
         model.load_state_dict(state_dict, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{path!r} does not fit the official DDF-ResNet{arguments['depth']}: {error}"
         ) from error
@@ -155,31 +142,22 @@ def combine_of_name(name: str | None) -> str | None:
 
 
 def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
-    """Which combination an official checkpoint was trained with, and what says so.
-
-    The checkpoints of ``mul`` and ``add`` networks have the same names and sizes.
-
-    Args:
-        network: The weights.
-        name: The file's name.
+    """Which combination an official checkpoint was trained with, and what says so: the checkpoint
+    or the file's ``name``. The weights of both have the same names and sizes.
 
     Raises:
-        UserError: If neither the checkpoint nor the file's name says so, or if they disagree.
+        UserError: If neither says so, or if they disagree.
     """
     told = {
         f"the checkpoint, {network.architecture!r}": combine_of_name(network.architecture),
         f"the file's name, {name!r}": combine_of_name(name),
     }
     told = {source: combine for source, combine in told.items() if combine}
-    if len(set(told.values())) > 1:
-        raise UserError(f"--kernel-combine is needed: {' and '.join(told)}, disagree", exit_code=2)
-    for source, combine in told.items():
+    if len(set(told.values())) == 1:
+        source, combine = next(iter(told.items()))
         return combine, source
-    raise UserError(
-        "--kernel-combine mul|add is needed: neither the checkpoint nor the file's name tells "
-        "which it is, and the weights of both have the same names and sizes",
-        exit_code=2,
-    )
+    why = f"{' and '.join(told)}, disagree" if told else "neither the checkpoint nor its name tells"
+    raise UserError(f"--kernel-combine mul or add is needed: {why}", exit_code=2)
 
 
 def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> None:
@@ -206,17 +184,8 @@ def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> 
 
 
 def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False) -> dict:
-    """The checkpoint that mmengine loads.
-
-    Args:
-        network: The official weights.
-        combine: ``'mul'`` or ``'add'``; written into ``meta``.
-        backbone_only: Leave out the head, and the prefix ``backbone.`` of the names.
-
-    Returns:
-        ``dict(state_dict=…, meta=…)``: the names of mmpretrain's ImageClassifier (``backbone.*``,
-        ``head.fc.*``), or of DDFResNet alone.
-    """
+    """The checkpoint that mmengine loads, ``dict(state_dict=…, meta=…)``: with the names of
+    mmpretrain's ImageClassifier (``backbone.*``, ``head.fc.*``), or those of DDFResNet alone."""
     state_dict = {}
     for name, value in network.weights.items():
         is_head = name.startswith("fc.")
@@ -229,16 +198,10 @@ def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False)
 
 
 def save(checkpoint: dict, path: Path, hash_in_name: bool = False) -> tuple[Path, str]:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all; return its path and its sha256 in hexadecimal.
 
-    Args:
-        checkpoint: What to write.
-        path: Where.
-        hash_in_name: Write ``name-{hash8}.pth`` in place of ``name.pth``, with the first eight
-            digits of the file's sha256, as torch.hub and mmengine check when they download.
-
-    Returns:
-        The path and the sha256 in hexadecimal.
+    With ``hash_in_name`` it is ``name-{hash8}.pth`` in place of ``name.pth``, with the first eight
+    digits of the sha256, as torch.hub and mmengine check when they download.
     """
     # In memory first, since the name may hold its digest.
     content = io.BytesIO()

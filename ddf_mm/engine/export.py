@@ -14,16 +14,15 @@ from torch.export import Dim, ExportedProgram
 
 from ddf_mm.contrib.pooling import MaximaOfSlices
 from ddf_mm.engine.cli import UserError
-from ddf_mm.ops import ddf_reference, ddf_up_reference
-from ddf_mm.ops.onnx import onnx_translations
+from ddf_mm.ops.export import decompositions, onnx_translations
 
 # Oldest opset that the exporter writes by itself; a newer one is converted from it.
 MIN_OPSET = 18
 
 
 class ImageScores(nn.Module):
-    """A classifier of mmpretrain, less its data preprocessor: images ``Tensor[B, C, H, W]`` ->
-    scores before softmax, ``Tensor[B, classes]``."""
+    """A classifier of mmpretrain: images ``Tensor[B, C, H, W]``, as its data preprocessor makes
+    them, -> scores before softmax, ``Tensor[B, classes]``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,8 +33,8 @@ class ImageScores(nn.Module):
 
 
 class ImageFeatures(nn.Module):
-    """Backbone and neck of a model of any toolbox: images ``Tensor[B, C, H, W]`` -> feature maps,
-    finest first, a ``Tensor[B, C_i, H_i, W_i]`` a level."""
+    """Backbone and neck of a model of any toolbox: such images -> feature maps, finest first, a
+    ``Tensor[B, C_i, H_i, W_i]`` a level."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -71,22 +70,17 @@ def check_sizes(example: Size, dynamic: bool) -> list[Size]:
 
 
 def export_program(
-    model: nn.Module,
-    size: Size,
-    channels: int = 3,
-    dynamic: bool = True,
-    guarded: bool = False,
+    model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
-    """What torch.export makes of a model of images.
+    """What torch.export makes of a model of images, which is in evaluation mode.
 
     Args:
-        model: Takes ``Tensor[B, channels, H, W]``; in evaluation mode.
+        model: Takes ``Tensor[B, channels, H, W]``.
         size: Sizes to trace it with.
         channels: Channels of the images.
         dynamic: Whether B, H and W of the program are free.
-        guarded: Keep strided max poolings as they are. The program then refuses sizes that are
-            even where the given one is odd after the same halvings, or the reverse; ONNX, which
-            has no such guards, is faster with them.
+        guarded: Keep strided max poolings as they are. The program then refuses sizes of another
+            parity; ONNX, which has no such guards, is faster with them.
 
     Raises:
         UserError: Something in the model fixes one of the dynamic sizes.
@@ -95,16 +89,12 @@ def export_program(
         # Sizes that differ and are not 1, which torch.export takes for what they are otherwise.
         width = size.width + 32 * (size.width == size.height)
         size = Size(max(size.batch, 2), size.height, width)
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
+    images = size.images(channels)
     pools = MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:
-            return torch.export.export(
-                model,
-                (size.images(channels),),
-                dynamic_shapes=(free,) if dynamic else None,
-                strict=False,
-            )
+            return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
         raise UserError(
             f"the model does not take images of every size: {error}; --static exports it for one"
@@ -112,15 +102,7 @@ def export_program(
 
 
 def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> int:
-    """Write a program as ONNX.
-
-    Args:
-        program: Of :func:`export_program`.
-        path: Where.
-        opset: Version of ONNX's standard operators, which are all that the file uses.
-
-    Returns:
-        The number of operators in it.
+    """Write a program in operators of ONNX's standard of a version; return their number.
 
     Raises:
         UserError: The model needs an operator that ONNX does not have.
@@ -141,31 +123,14 @@ def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> i
 
 
 def save_program(program: ExportedProgram, path: Path, portable: bool = False) -> int:
-    """Write a program in torch.export's own format.
+    """Write a program in torch.export's own format; return the number of its operators.
 
-    Args:
-        program: Of :func:`export_program`.
-        path: Where; ends with ``.pt2``.
-        portable: Write the formula in PyTorch's own operators in place of the compiled ops, which
-            whoever loads the file has to ``import ddf_mm.ops`` for.
-
-    Returns:
-        The number of operators in it.
+    Whoever loads it has to ``import ddf_mm.ops`` for the compiled ops, unless it is ``portable``.
     """
-    if portable and hasattr(torch.ops.ddf_mm, "ddf"):
-        program = program.run_decompositions(
-            {
-                torch.ops.ddf_mm.ddf.default: _formula(ddf_reference),
-                torch.ops.ddf_mm.ddf_up.default: _formula(ddf_up_reference),
-            }
-        )
+    if portable and (table := decompositions()):
+        program = program.run_decompositions(table)
     torch.export.save(program, path)
     return sum(node.op == "call_function" for node in program.graph.nodes)
-
-
-def _formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # A compiled op's last argument is `mul`.
-    return lambda *args: reference(*args[:-1], "mul" if args[-1] else "add")
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:
@@ -186,26 +151,19 @@ def load_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Sequence[Tenso
     ]
 
 
-def load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+def load_program(path: Path) -> Callable[[Tensor], Tensor | Sequence[Tensor]]:
     """A function that runs a file of :func:`save_program`."""
     program = torch.export.load(path).module()
     return torch.no_grad()(lambda images: program(images))
 
 
-def _outputs(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return (given,) if isinstance(given, Tensor) else given
-
-
 def largest_error(run: Callable, model: nn.Module, images: Tensor) -> float:
-    """The largest difference between what a file and the model compute.
-
-    Returns:
-        The absolute difference over the largest absolute value of the same output; infinite where
-        an output has another shape, or is not finite.
-    """
+    """The largest difference between what a file and the model compute, over the largest absolute
+    value of the same output; infinite where an output has another shape, or is not finite."""
     with torch.no_grad():
-        wanted = _outputs(model(images))
-    got = _outputs(run(images))
+        got, wanted = (
+            (out,) if isinstance(out, Tensor) else out for out in (run(images), model(images))
+        )
     if [out.shape for out in got] != [out.shape for out in wanted]:
         return float("inf")
     errors = [

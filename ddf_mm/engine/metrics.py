@@ -12,11 +12,8 @@ from mmengine.registry import METRICS
 class RMSE(BaseMetric):
     """Root mean squared error of maps: of each map over its pixels, then the mean over the maps.
 
-    Reads ``pred_map.data`` and ``gt_map.data`` of the data samples; the error has their unit.
-
-    Args:
-        collect_device: ``'cpu'`` or ``'gpu'``, where the results of several processes meet.
-        prefix: prefix of the metric's name.
+    Reads ``pred_map.data`` and ``gt_map.data`` of the data samples; the error has their unit. It
+    takes the arguments of :class:`mmengine.evaluator.BaseMetric`.
     """
 
     default_prefix = "map"

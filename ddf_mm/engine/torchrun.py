@@ -1,7 +1,7 @@
 """Starts the processes of ``tools/dist_*.sh``: ``python -m ddf_mm.engine.torchrun N SCRIPT …``.
 
-It is ``torchrun`` with OpenMMLab's environment variables (NNODES, NODE_RANK, MASTER_ADDR, PORT)
-and without a traceback of its own: the processes have said on stderr what went wrong before their
+It is ``torchrun`` with OpenMMLab's environment variables (NNODES, NODE_RANK, MASTER_ADDR, PORT) and
+without a traceback of its own: the processes have said on stderr what went wrong before their
 launcher learns that one of them failed, and its report would bury that.
 """
 
@@ -17,17 +17,9 @@ from torch.distributed.run import main as torchrun
 from ddf_mm.engine.cli import wants_traceback
 
 
-def share_cores(processes: int) -> None:
-    """Divide this machine's cores among the processes, unless the environment has done so. With
-    torchrun's default of one thread each, most of a CPU would idle.
-
-    Args:
-        processes (int): How many processes this machine runs.
-    """
-    available = getattr(os, "sched_getaffinity", None)
-    cores = len(available(0)) if available else os.cpu_count() or 1
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("MKL_NUM_THREADS", threads)
+def _fail(message: str, code: int = 1) -> None:
+    print(f"torchrun: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> None:
@@ -38,36 +30,31 @@ def main(argv: list[str]) -> None:
     """
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) == 0:
         given = argv[0] if argv else ""
-        print(
-            f"torchrun: error: the number of processes (GPUS) must be positive, got {given!r}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    processes, *script = argv
-    share_cores(int(processes))
-    environment = os.environ.get
+        _fail(f"the number of processes (GPUS) must be positive, got {given!r}", code=2)
+    # With torchrun's default of one thread each, most of a CPU would idle.
+    available = getattr(os, "sched_getaffinity", None)
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(argv[0]))))
+    os.environ.setdefault("MKL_NUM_THREADS", threads)
     options = [
-        f"--nproc_per_node={processes}",
-        f"--nnodes={environment('NNODES', '1')}",
-        f"--node_rank={environment('NODE_RANK', '0')}",
-        f"--master_addr={environment('MASTER_ADDR', '127.0.0.1')}",
-        f"--master_port={environment('PORT', '29500')}",
+        f"--nproc_per_node={argv[0]}",
+        f"--nnodes={os.environ.get('NNODES', '1')}",
+        f"--node_rank={os.environ.get('NODE_RANK', '0')}",
+        f"--master_addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}",
+        f"--master_port={os.environ.get('PORT', '29500')}",
     ]
     if wants_traceback():
-        return torchrun(options + script)
+        return torchrun(options + argv[1:])
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        torchrun(options + script)
+        torchrun(options + argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(f"torchrun: error: {name} ended rank {rank}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+            _fail(f"{signal.Signals(-failure.exitcode).name} ended rank {rank}")
+        sys.exit(failure.exitcode or 1)
     except DistNetworkError as error:
-        line = " ".join(str(error).split())
-        print(f"torchrun: error: {line} (set PORT to choose another port)", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{' '.join(str(error).split())} (set PORT to choose another port)")
 
 
 if __name__ == "__main__":

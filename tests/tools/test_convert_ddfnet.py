@@ -200,7 +200,7 @@ def test_training_checkpoint(state_dict, tmp_path):
         assert network.averaged is is_average
         assert torch.equal(network.weights["bn1.weight"], expected)
     assert conversion.find_combine(network, path.name)[0] == "add"
-    with pytest.raises(UserError, match=r"--kernel-combine is needed: .* disagree"):
+    with pytest.raises(UserError, match=r"--kernel-combine mul or add is needed: .* disagree"):
         conversion.find_combine(network, "ddf-mul-resnet50.pth")
 
 
@@ -221,7 +221,7 @@ def test_the_combination_is_asked_for_where_no_name_tells(networks, tmp_path, re
     for combine, network in networks.items():
         src = tmp_path / f"{combine}.pth"
         torch.save(network.state_dict(), src)
-        refuses("--kernel-combine mul.add is needed: neither the checkpoint nor", src, "a.pth")
+        refuses("--kernel-combine mul or add is needed: neither the checkpoint nor", src, "a.pth")
     assert not (tmp_path / "a.pth").exists()
 
 

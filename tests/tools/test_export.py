@@ -40,7 +40,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 
 import ddf_mm.models
-from ddf_mm.ops import onnx
+from ddf_mm.ops import export
 
 
 @MODELS.register_module()
@@ -73,14 +73,14 @@ class OneSize(torch.nn.Module):
 
 
 if os.environ.get("WRONG"):
-    right = onnx._onnx_ddf
+    right = export._onnx_ddf
 
     def wrong(features, channel_filter, spatial_filter, kernel_size: int = 3, dilation: int = 1,
               stride: int = 1, mul: bool = True):
         tensors = (features, channel_filter, spatial_filter)
         return right(*tensors, kernel_size, dilation, stride, not mul)
 
-    onnx._onnx_ddf = wrong
+    export._onnx_ddf = wrong
 '''
 
 PRELOAD = """

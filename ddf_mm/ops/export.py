@@ -1,4 +1,4 @@
-"""The compiled ops in ONNX's standard operators, for ``torch.onnx.export``."""
+"""The compiled ops in operators that other programs know: ONNX's, and PyTorch's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
 
 _TO_THE_END = torch.iinfo(torch.int64).max
 
@@ -28,6 +31,22 @@ def onnx_translations() -> dict[Any, Callable]:
     return {
         torch.ops.ddf_mm.ddf.default: _onnx_ddf,
         torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+    }
+
+
+def decompositions() -> dict[Any, Callable]:
+    """How ``ExportedProgram.run_decompositions`` writes the compiled ops by the formula,
+    in PyTorch's own operators; empty where there are none."""
+    if not hasattr(torch.ops.ddf_mm, "ddf"):
+        return {}
+
+    def formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # A compiled op's last argument is `mul`.
+        return lambda *args: reference(*args[:-1], "mul" if args[-1] else "add")
+
+    return {
+        torch.ops.ddf_mm.ddf.default: formula(ddf_reference),
+        torch.ops.ddf_mm.ddf_up.default: formula(ddf_up_reference),
     }
 
 
