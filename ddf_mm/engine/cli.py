@@ -25,14 +25,14 @@ EPILOG = (
 RANK_ZERO_SECONDS = 10.0
 # Of an error's own text; some list every weight of a model.
 _MOST_CHARACTERS = 1000
+# The attribute of an error that holds the arguments of its innermost phase.
+_PHASE = "_ddf_mm_phase"
 
 
 class UserError(Exception):
-    """A mistake on the command line, in a config or in a path, told in one line.
+    """A mistake of a user, told in one line: what was given and what is needed.
 
-    Args:
-        message (str): What was given and what is needed.
-        exit_code (int): Exit status of the tool: 2 for the command line, 1 for anything else.
+    ``exit_code`` is the tool's: 2 for the command line, 1 for anything else.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
@@ -44,19 +44,17 @@ class UserError(Exception):
 def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
     """Name what is being done, for the line that an error within ends a tool with.
 
-    The innermost phase of an error is the one that is named.
-
     Args:
-        doing (str): As in ``"building the model"``.
-        about (str): What else a user has to know to mend it, such as the files that are read.
-        steps (bool): Whether this runs the steps of a training, where any error may be a fault of
+        doing (str): As in ``"building the model"``; the innermost phase of an error is named.
+        about (str): What else helps to mend it, such as the files that are read.
+        steps (bool): Whether these are the steps of a training, where an error may be a fault of
             the code: its traceback is shown.
     """
     try:
         yield
     except Exception as error:
-        if not hasattr(error, "phase"):
-            error.phase = (doing, about, steps)
+        if not hasattr(error, _PHASE):
+            setattr(error, _PHASE, (doing, about, steps))
         raise
 
 
@@ -142,20 +140,11 @@ def _one_line(text: object) -> str:
 
 
 def summarize(problems: dict[str, list[str]], most: int) -> str:
-    """Say in one line which names have which problem.
-
-    Args:
-        problems (dict[str, list[str]]): The names by the kind of problem.
-        most (int): Names of a kind that are shown; of the others only the number is.
-
-    Returns:
-        str: The line, without the kinds that no name has; empty if there is none.
-    """
+    """Say in one line which names have which problem, of each at most so many; empty if none."""
     parts = []
     for kind, names in problems.items():
-        if names:
-            more = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{kind}: {', '.join(names[:most])}{more}")
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        parts += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
     return "; ".join(parts)
 
 
@@ -164,48 +153,37 @@ def _text(error: BaseException) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Say in one line what an error was about: what was being done, what went wrong, and what that
-    came from if the error does not say it itself.
-
-    Args:
-        error (Exception): Whatever a run ended with.
-    """
+    """Say in one line what was being done, what went wrong, and what that came from if the error
+    does not say it itself."""
     if isinstance(error, UserError):
         # One that a worker of a data loader raised carries its traceback before the message.
         return _one_line(str(error).rpartition("UserError: ")[2])
     first: BaseException = error
     while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
         first = cause
-    doing, about, _ = getattr(error, "phase", ("", "", True))
-    parts = [f"while {doing}: " if doing else "", _text(error)]
+    doing, about, steps = getattr(error, _PHASE, ("", "", True))
+    line = (f"while {doing}: " if doing else "") + _text(error)
     if _one_line(first) not in _one_line(error):
-        parts.append(f", from {_text(first)}")
-    return "".join([*parts, f" ({about})" if about else ""])
+        line += f", from {_text(first)}"
+    line += f" ({about})" if about else ""
+    return line if steps or wants_traceback() else f"{line} ({TRACEBACK_VARIABLE}=1 shows where)"
 
 
 def run(main: Callable[[], None], prog: str) -> None:
-    """Run a tool; end it with one line on stderr if it fails.
+    """Run a tool; end it with one line on stderr, that starts with its name, if it fails.
 
     The traceback comes before that line if it was asked for, and if the error is of no phase or of
     the steps of a training. In a distributed job rank 0 speaks for all: another rank only reports a
     failure that rank 0 did not have within ``RANK_ZERO_SECONDS``.
-
-    Args:
-        main (Callable): The tool.
-        prog (str): Its name, which starts the line.
     """
     try:
         main()
     except Exception as error:
         _leave_it_to_rank_zero()
-        *_, steps = getattr(error, "phase", (True,))
-        steps = steps and not isinstance(error, UserError)
-        if steps or wants_traceback():
+        known = isinstance(error, UserError) or not getattr(error, _PHASE, (True,))[-1]
+        if wants_traceback() or not known:
             traceback.print_exc()
-        hint = isinstance(error, UserError) or steps or wants_traceback()
         where = f" (rank {rank()})" if rank() != 0 else ""
-        line = f"{prog}: error{where}: {describe(error)}"
-        print(line + ("" if hint else f" ({TRACEBACK_VARIABLE}=1 shows where)"), file=sys.stderr)
-        sys.stderr.flush()
-        sys.exit(getattr(error, "exit_code", 1) if isinstance(error, UserError) else 1)
+        print(f"{prog}: error{where}: {describe(error)}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
     destroy_process_group()

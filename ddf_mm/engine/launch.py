@@ -22,7 +22,7 @@ from ddf_mm.contrib.gloo import init_gloo
 from ddf_mm.contrib.whole_files import write_whole_files
 from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
 from ddf_mm.engine.cli import UserError, phase
-from ddf_mm.engine.phases import name_files, with_phases
+from ddf_mm.engine.phases import name_files, runner_with_phases
 
 TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -348,7 +348,7 @@ def build_runner(cfg: Config) -> Runner:
         runner_class = RUNNERS.get(kind) if isinstance(kind, str) else kind
         if runner_class is None:
             raise UserError(f"runner_type {kind!r} is not in the runner registry")
-        runner = with_phases(runner_class).from_cfg(cfg)
+        runner = runner_with_phases(runner_class).from_cfg(cfg)
     runner.register_hook(WeightsCheck())
     for note in notes:
         runner.logger.info(note)

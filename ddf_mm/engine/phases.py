@@ -23,6 +23,7 @@ _PHASES = {
     "build_visualizer": "building the visualizer",
     "register_hooks": "building the hooks",
 }
+_DATA = dict(train="training data", val="validation data", test="test data")
 
 
 def _within(function: Callable, doing: str, steps: bool = False) -> Callable:
@@ -34,46 +35,38 @@ def _within(function: Callable, doing: str, steps: bool = False) -> Callable:
     return run
 
 
-def _datasets(node: object) -> Iterator[str]:
+def _sources(node: object) -> Iterator[str]:
     """What the config of a data loader says of where its data are."""
     if isinstance(node, dict):
-        given = {
-            key: node[key] for key in ("data_root", "ann_file", "data_prefix") if node.get(key)
-        }
+        keys = ("data_root", "ann_file", "data_prefix")
+        given = ", ".join(f"{key}={node[key]!r}" for key in keys if node.get(key))
         if given:
             kind = node.get("type")
-            kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "data set")
-            yield f"{kind}: {', '.join(f'{key}={value!r}' for key, value in given.items())}"
+            yield f"{kind if isinstance(kind, str) else getattr(kind, '__name__', kind)}: {given}"
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for child in node:
-            yield from _datasets(child)
+            yield from _sources(child)
 
 
-class _Phases:
-    """What the phases of a runner need to know of it."""
+class _RunnerPhases:
+    """The phases that need to know more of a runner than their method."""
 
-    def _build(self, build: Callable, loop: Any, what: str) -> Any:
-        files = "; ".join(_datasets(getattr(self, f"_{what}_dataloader")))
-        name = {"train": "training", "val": "validation"}.get(what, what)
-        with phase(f"building the {name} data", files):
-            loop = build(loop)
-        is_training = what == "train"
-        loop.run = _within(loop.run, name if is_training else "evaluating", steps=is_training)
+    def _build_loop(self, what: str, loop: Any) -> Any:
+        sources = "; ".join(_sources(getattr(self, f"_{what}_dataloader")))
+        with phase(f"building the {_DATA[what]}", sources):
+            loop = getattr(super(), f"build_{what}_loop")(loop)
+        trains = what == "train"
+        loop.run = _within(loop.run, "training" if trains else "evaluating", steps=trains)
         return loop
 
-    def build_train_loop(self, loop):
-        return self._build(super().build_train_loop, loop, "train")
-
-    def build_val_loop(self, loop):
-        return self._build(super().build_val_loop, loop, "val")
-
-    def build_test_loop(self, loop):
-        return self._build(super().build_test_loop, loop, "test")
+    build_train_loop = functools.partialmethod(_build_loop, "train")
+    build_val_loop = functools.partialmethod(_build_loop, "val")
+    build_test_loop = functools.partialmethod(_build_loop, "test")
 
     def build_strategy(self, *args, **kwargs):
         strategy = super().build_strategy(*args, **kwargs)
-        strategy.__class__ = with_phases(type(strategy), ())
+        strategy.__class__ = _with_phases(type(strategy))
         return strategy
 
     def load_or_resume(self):
@@ -85,22 +78,19 @@ class _Phases:
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
 
 
-def with_phases(cls: type, mixins: tuple[type, ...] = (_Phases,)) -> type:
-    """A runner's class with a phase around each of the things that it does.
-
-    Args:
-        cls: ``Runner``, ``FlexibleRunner`` or one of a user's.
-        mixins: Not for callers.
-
-    Returns:
-        A subclass of the same name.
-    """
+def _with_phases(cls: type, *mixins: type) -> type:
     phases = {
         name: _within(getattr(cls, name), doing)
         for name, doing in _PHASES.items()
         if hasattr(cls, name)
     }
     return type(cls.__name__, (*mixins, cls), phases)
+
+
+def runner_with_phases(cls: type) -> type:
+    """A subclass of ``Runner``, ``FlexibleRunner`` or one of a user's, of the same name, that names
+    what it is doing when it fails."""
+    return _with_phases(cls, _RunnerPhases)
 
 
 @functools.cache

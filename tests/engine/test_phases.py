@@ -101,7 +101,7 @@ def test_phase(tmp_path, runner_type, phase):
     with pytest.raises(Exception) as info:  # noqa: PT011
         launch.build_runner(config(tmp_path, runner_type, **CASES[phase])).train()
     assert describe(info.value).startswith(f"while {phase}: ")
-    assert info.value.phase[2] is (phase == "training")
+    assert info.value._ddf_mm_phase[2] is (phase == "training")
 
 
 @pytest.mark.parametrize("runner_type", RUNNER_TYPES, ids=str)
@@ -129,4 +129,4 @@ def test_data_sets_are_named(tmp_path):
     with pytest.raises(KeyError) as info:
         runner.train()
     name = "CocoDataset: ann_file='a.json', data_prefix={'img': 'train'}"
-    assert describe(info.value).endswith(f" ({name}; {name})")
+    assert f" ({name}; {name}) (DDF" in describe(info.value)
