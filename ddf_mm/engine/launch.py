@@ -28,25 +28,20 @@ TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 # What mmengine reads from the environment, and what starts a job with it.
-_LAUNCHERS = {
-    "pytorch": (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+_LAUNCHERS = dict(
+    pytorch=(
+        "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT",
         "tools/dist_train.sh, tools/dist_test.sh or torchrun",
     ),
-    "slurm": (
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
+    slurm=(
+        "SLURM_PROCID SLURM_NTASKS SLURM_NODELIST",
         "tools/slurm_train.sh, tools/slurm_test.sh or srun",
     ),
-    "mpi": (
-        (
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "MASTER_ADDR",
-        ),
+    mpi=(
+        "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK MASTER_ADDR",
         "mpirun of Open MPI, with MASTER_ADDR set",
     ),
-}
+)
 
 
 def load_config(
@@ -65,12 +60,8 @@ def load_config(
             neither names one.
         launcher (str): ``"none"``, ``"pytorch"``, ``"slurm"`` or ``"mpi"``.
 
-    Returns:
-        Config: The config.
-
     Raises:
-        UserError: If the file is missing or no config, if an option does not fit the config, or
-            if the toolbox that its ``default_scope`` names cannot be imported.
+        UserError: If the file is missing or no config, or if an option does not fit the config.
     """
     package, shipped, _ = filename.partition("::")
     if shipped:
@@ -109,16 +100,7 @@ def load_config(
 
 
 def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
-    """Check that a config has what a tool is about to use.
-
-    Args:
-        cfg (Config): The config.
-        fields (Sequence[str]): Names that must be there and not None.
-        purpose (str): What they are needed for, for the error message.
-
-    Raises:
-        UserError: If one is missing.
-    """
+    """Refuse a config that lacks what a tool is about to use for a purpose."""
     missing = [field for field in fields if cfg.get(field) is None]
     if missing:
         raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
@@ -140,12 +122,8 @@ def type_name(cfg: dict, default: str = "") -> str:
 
 
 def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
-    """The class of a ``type`` in a config, which may be the class itself, its name, one with a
-    scope or one with its module.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """The class of a ``type`` in a config: the class itself, its name, one with a scope or one with
+    its module. Refuses a name that is not registered."""
     if not isinstance(kind, str):
         return kind
     with registry.switch_scope_and_registry(cfg.get("default_scope")) as scoped:
@@ -175,12 +153,7 @@ def set_dataloader_defaults(
 
     mmpretrain's configs rely on its tools for ``collate_fn`` and for pinned memory; mmdet's and
     mmseg's name what they need. ``num_workers=0`` switches off what only workers have, and a
-    machine without an accelerator pins nothing.
-
-    Args:
-        cfg (Config): The config.
-        pin_memory (bool): False switches pinned memory off.
-        persistent_workers (bool): False switches persistent workers off.
+    machine without an accelerator pins nothing; ``False`` switches either off.
     """
     for name in DATALOADERS:
         dataloader = cfg.get(name)
@@ -211,13 +184,7 @@ def _optim_wrappers(cfg: Config) -> Iterator[ConfigDict]:
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision: ``AmpOptimWrapper`` with dynamic loss scaling, unless the config
     says otherwise about the scale. :func:`adapt_to_device` replaces it where it does not work.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        UserError: If the config has another kind of optimizer wrapper.
-    """
+    Refuses another kind of optimizer wrapper."""
     for optim_wrapper in _optim_wrappers(cfg):
         name = type_name(optim_wrapper, "OptimWrapper")
         if name not in ("OptimWrapper", "AmpOptimWrapper", "CPUAmpOptimWrapper"):
@@ -231,14 +198,7 @@ def enable_amp(cfg: Config) -> None:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate with the batch size.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        UserError: If the config does not say which batch size its learning rate is for.
-    """
+    """Scale the learning rate with the batch size, if the config says which one it is for."""
     if (cfg.get("auto_scale_lr") or {}).get("base_batch_size") is None:
         raise UserError(
             f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} lacks",
@@ -253,9 +213,6 @@ def adapt_to_device(cfg: Config) -> list[str]:
     On a CPU: mixed precision runs in bfloat16, the distributed wrapper gets no device numbers,
     and synchronized batch norm, which torch has for accelerators only, becomes batch norm. With
     an accelerator, the bfloat16 wrapper for the CPU becomes ``AmpOptimWrapper`` again.
-
-    Args:
-        cfg (Config): The config.
 
     Returns:
         list[str]: A line for each replacement, for the log.
@@ -297,20 +254,13 @@ def _replace_sync_bn(node: object) -> int:
 
 
 def init_distributed(cfg: Config) -> None:
-    """Check what the launcher set up and, on a CPU, start the process group.
-
-    Args:
-        cfg (Config): The config, with ``launcher``.
-
-    Raises:
-        UserError: If the launcher's variables are not in the environment, or if it started more
-            processes than there are GPUs.
-    """
+    """Refuse a launcher that set nothing up, or that started more processes than there are GPUs; on
+    a CPU, start the process group."""
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         return
     variables, starters = _LAUNCHERS[launcher]
-    missing = [name for name in variables if name not in os.environ]
+    missing = [name for name in variables.split() if name not in os.environ]
     if missing:
         raise UserError(
             f"--launcher {launcher} needs {', '.join(missing)} in the environment: start the job "
@@ -330,14 +280,8 @@ def init_distributed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Adapt a config to the machine and build its runner.
-
-    Args:
-        cfg (Config): The config of :func:`load_config`, complete with what the command line asks.
-
-    Returns:
-        Runner: A :class:`mmengine.runner.Runner`, or what the config's ``runner_type`` names.
-    """
+    """Adapt a config to the machine and build its runner: ``Runner``, or what the config's
+    ``runner_type`` names."""
     load_safely()
     write_whole_files()
     name_files()
