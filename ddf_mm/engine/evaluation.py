@@ -126,8 +126,8 @@ def enable_tta(cfg: Config) -> None:
 
     Raises:
         UserError: If the config lacks one of the two and its toolbox has no default, if a dataset
-            has no pipeline to put it into, or if the model predicts masks, which mmdet's does not
-            merge.
+            has no pipeline to put it into, if the model predicts masks, which mmdet's does not
+            merge, or if mmpretrain's hook is to draw.
     """
     scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
@@ -143,6 +143,13 @@ def enable_tta(cfg: Config) -> None:
                 f"{cfg.filename} predicts",
                 exit_code=2,
             )
+    hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
+    if hook.get("enable") and scope == "mmpretrain":
+        raise UserError(
+            f"--tta does not go with --show, --show-dir and visualization.enable: mmpretrain's "
+            f"{type_name(hook)} draws what the network reads, which then is several images",
+            exit_code=2,
+        )
     dataset = cfg.test_dataloader.dataset
     leaves = list(leaf_datasets(dataset))
     # One that mixes images has a pipeline of its own after that of the images.

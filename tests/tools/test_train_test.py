@@ -104,6 +104,12 @@ class Quota(Hook):
 class FaultyHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         {}["no such key"]
+
+
+@HOOKS.register_module()
+class SilentHook(Hook):
+    def __init__(self, out_dir=None, **kwargs):
+        pass
 '''
 
 PRELOAD = """
@@ -419,6 +425,11 @@ TEST_ERRORS = {
     ),
     "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
     "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
+    "pictures of several views": (
+        [CFG, "../garbage.pth", "--tta", "--show-dir", "shown"],
+        2,
+        ["--tta does not go with --show, --show-dir", "VisualizationHook"],
+    ),
     "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
     "format of the metrics": (
         [CFG, "../garbage.pth", "--out", "m.txt", "--out-item", "metrics"],
@@ -553,3 +564,124 @@ def test_help_names_the_traceback_variable(run, script):
     result = run(script, "--help")
     assert result.code == 0
     assert "DDF_MM_TRACEBACK=1" in result.stdout
+
+
+CONTAINERS = """
+_base_ = "tiny.py"
+one = _base_.val_dataloader.dataset
+two = dict(type="RepeatDataset", times=2, dataset=one)
+three = dict(type="ClassBalancedDataset", oversample_thr=1e-3, dataset=one)
+four = dict(type="KFoldDataset", num_splits=2, test_mode=True, dataset=one)
+joined = dict(type="ConcatDataset", _delete_=True, datasets=[one, two, three, four])
+test_dataloader = dict(dataset=joined)
+test_evaluator = dict(_delete_=True, type="Evaluator",
+                      metrics=[dict(type="Accuracy", topk=(1,)), dict(type="ConfusionMatrix")])
+"""
+
+
+@pytest.mark.parametrize("options", [["--show-dir", "../joined_shown"], ["--tta"]])
+def test_evaluate_datasets_in_containers(run, folder, trained, options):
+    (folder / "configs" / "containers.py").write_text(CONTAINERS)
+    out = folder / f"joined{options[0]}.pkl"
+    result = run(
+        TEST, "../configs/containers.py", trained / "epoch_2.pth", "--work-dir", "../joined",
+        "--out", out, *options,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert len(pickle.loads(out.read_bytes())) == 4 + 8 + 4 + 2
+    if options != ["--tta"]:  # cat/0 and dog/0 share a name
+        assert len(list((folder / "joined_shown").glob("*.png"))) == 2
+
+
+def test_nothing_written_is_an_error(run, folder, trained):
+    shown = folder / "never"
+    result = run(
+        TEST, "../configs/tiny.py", trained / "epoch_2.pth", "--work-dir", "../nothing",
+        "--show-dir", shown, "--cfg-options", "default_hooks.visualization.type=SilentHook",
+    )  # fmt: skip
+    assert result.code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"test.py: error: --show-dir '{shown}': the test ended without writing anything there"
+    )
+
+
+PYTHON_CONFIG = """
+from mmcv.transforms import LoadImageFromFile
+from mmengine.config import read_base
+from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import DumpResults
+from mmengine.hooks import EMAHook
+from mmengine.model import PretrainedInit
+from mmengine.optim import OneCycleLR, OptimWrapper
+from mmpretrain.datasets import CustomDataset, PackInputs
+from mmpretrain.evaluation import Accuracy
+from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
+from torch.nn import SyncBatchNorm
+from torch.optim import SGD
+
+from ddf_mm.models import DDFResNet
+
+with read_base():
+    from ddf_mm.configs._base_.mmpretrain_runtime import *
+
+default_scope = None
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=DDFResNet, depth=26, base_channels=8, stem_channels=8,
+                  norm_cfg=dict(type=SyncBatchNorm)),
+    neck=dict(type=GlobalAveragePooling),
+    head=dict(type=LinearClsHead, num_classes=2, in_channels=256),
+)
+data_preprocessor = dict(num_classes=2, mean=[127.0] * 3, std=[64.0] * 3, to_rgb=True)
+pipeline = [dict(type=LoadImageFromFile), dict(type=PackInputs)]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=True),
+    dataset=dict(type=CustomDataset, data_root="../data", data_prefix="train", pipeline=pipeline))
+val_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=False),
+    dataset=dict(type=CustomDataset, data_root="../data", data_prefix="val", pipeline=pipeline))
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(type=Accuracy, topk=(1,))
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.01, momentum=0.9))
+param_scheduler = dict(type=OneCycleLR, eta_max=0.1, total_steps=9, by_epoch=True)
+custom_hooks = [dict(type=EMAHook)]
+"""
+
+
+def test_config_in_pure_python(run, folder):
+    """Classes in the place of names, without a default scope, and the scheduler that saves a
+    method; then from the config that the run has dumped."""
+    config, work_dir = folder / "configs" / "python.py", folder / "python"
+    config.write_text(PYTHON_CONFIG)
+    common = ["--work-dir", work_dir]
+    result = run(TRAIN, config, *common, "--amp", "--launcher", "none")
+    assert result.code == 0, result.stderr
+    result = run(TRAIN, config, *common, "--resume", "--cfg-options", "train_cfg.max_epochs=2")
+    assert result.code == 0, result.stderr
+    assert "resumed epoch: 1" in result.stdout
+    for source in (config, work_dir / "python.py"):
+        out, shown = folder / f"{source.parent.name}.pkl", folder / f"{source.parent.name}_shown"
+        common = [source, work_dir / "epoch_2.pth", "--work-dir", shown / "logs"]
+        result = run(TEST, *common, "--tta", "--out", out)
+        assert result.code == 0, result.stderr
+        assert len(pickle.loads(out.read_bytes())) == 4
+        result = run(TEST, *common, "--show-dir", shown)
+        assert result.code == 0, result.stderr
+        assert len(list(shown.glob("*.png"))) == 2
+
+
+def test_a_config_that_a_toolbox_ships(run, folder, trained):
+    """Reaches the data, which are not there."""
+    result = run(
+        TEST, "mmpretrain::resnet/resnet18_8xb16_cifar10.py", trained / "epoch_2.pth",
+        "--work-dir", "../shipped", "--cfg-options", "test_dataloader.dataset.data_root=../none",
+        "test_dataloader.dataset.download=False",
+    )  # fmt: skip
+    assert result.code == 1
+    assert "CIFAR10" in result.stderr.splitlines()[-1]
+    for name in ("mmpretrain::no.py", "no_such_toolbox::a.py"):
+        result = run(TEST, name, trained / "epoch_2.pth")
+        assert result.code in (1, 2) and name in result.stderr.splitlines()[-1]
