@@ -32,6 +32,7 @@ custom_hooks = [dict(type="RankRecorder")]
 PARTS = '''
 """A model, a dataset, a metric and a hook that writes down what each rank ended with."""
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -79,10 +80,21 @@ class SampleIndices(BaseMetric):
 
 @HOOKS.register_module()
 class RankRecorder(Hook):
+    def watch(self, model, path):
+        """Write down whether the model outlives the process group."""
+        destroy = torch.distributed.destroy_process_group
+
+        def destroy_():
+            path.write_text(str(model() is not None))
+            destroy()
+
+        torch.distributed.destroy_process_group = destroy_
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.indices = getattr(self, "indices", []) + list(data_batch["index"])
 
     def after_train(self, runner):
+        self.watch(weakref.ref(runner.model), Path(runner.work_dir, f"alive{runner.rank}"))
         model = runner.model.module
         torch.save(
             dict(
@@ -157,6 +169,11 @@ def test_two_processes_train_one_model(trained):
         shares = [set(map(int, rank["indices"][epoch])) for rank in ranks]
         assert shares[0] | shares[1] == set(range(8))
     assert not torch.equal(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+def test_the_model_is_gone_before_the_process_group(trained):
+    """DistributedDataParallel that is freed after its group may end a process by SIGABRT."""
+    assert [(trained / f"alive{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
 
 def test_two_processes_evaluate(trained, launch, folder):
