@@ -753,21 +753,24 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
     """Builds a config's network and one call of it."""
     from mmengine.optim import build_optim_wrapper
 
-    from ddf_mm.engine import launch, models
+    from ddf_mm import analysis
+    from ddf_mm.engine import launch
 
     config, changes = split_changes(name)
-    cfg = models.read_config(config, args.cfg_options)
-    shape = models.image_shape(cfg, setting.shape)
-    models.fit_to(cfg, shape)
+    cfg = analysis.read_config(config, args.cfg_options)
+    shape = analysis.image_shape(cfg, setting.shape)
+    analysis.fit_to(cfg, shape)
     torch.manual_seed(0)
-    model = models.build_model(cfg)
+    model = analysis.build_model(cfg)
     model.init_weights()
     for change in changes:
         CHANGES[change](model)
     # Counted where the compiled ops are certain to be, and for one image.
-    cost = models.count(model, *models.preprocessed(model, models.example_batch(cfg, 1, shape)))
+    cost = analysis.count(
+        model, *analysis.preprocessed(model, analysis.example_batch(cfg, 1, shape))
+    )
     model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
-    batch = models.example_batch(cfg, setting.batch_size, shape)
+    batch = analysis.example_batch(cfg, setting.batch_size, shape)
     if args.compile:
         # As mmengine's Runner does.
         model.forward = torch.compile(model.forward)
@@ -789,7 +792,7 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
             model.train_step(dict(batch), optim_wrapper)
 
     else:
-        inputs, samples = models.preprocessed(model, batch)
+        inputs, samples = analysis.preprocessed(model, batch)
         inputs = inputs.contiguous(memory_format=LAYOUTS[setting.layout])
         amp = setting.precision == "amp"
         dtype = torch.float16 if args.device == "cuda" else torch.bfloat16
@@ -897,7 +900,8 @@ def benchmark_models(args: argparse.Namespace) -> None:
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    from ddf_mm.engine import cli, models
+    from ddf_mm import analysis
+    from ddf_mm.engine import cli
 
     torch.set_num_threads(args.threads)
     quiet_libraries()
@@ -906,7 +910,7 @@ def compare_models(args: argparse.Namespace) -> None:
         config, changes = split_changes(name)
         if "folded" in changes and "train" in args.mode:
             raise cli.UserError(f"config {name!r} has no norms to train: leave out --mode train")
-        models.read_config(config, args.cfg_options)
+        analysis.read_config(config, args.cfg_options)
     settings = [
         ModelSetting(*values)
         for values in itertools.product(
@@ -921,7 +925,7 @@ def compare_models(args: argparse.Namespace) -> None:
         for rows, sizes in zip(groups.values(), extra, strict=False):
             for row in rows:
                 row["peak_extra_bytes"] = sizes[row["config"]]
-    labels = models.config_labels(args.configs)
+    labels = analysis.config_labels(args.configs)
     for setting, rows in groups.items():
         print_table(model_table(setting, rows, labels))
         print()

@@ -14,7 +14,8 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 
-from ddf_mm.engine import cli, launch, models
+from ddf_mm import analysis
+from ddf_mm.engine import cli, launch
 from ddf_mm.engine.cli import UserError
 from ddf_mm.visualization import picture
 
@@ -102,7 +103,7 @@ def main() -> None:
     if not any(rows):
         raise UserError(f"no step of the pipeline of {loader}.dataset leaves an image, 'img'")
     # What to_rgb turns into RGB is BGR.
-    is_bgr = bool(models.data_preprocessor(cfg).get("to_rgb"))
+    is_bgr = bool(analysis.data_preprocessor(cfg).get("to_rgb"))
     size = (len(rows), max(map(len, rows)))
     figure, axes = plt.subplots(*size, figsize=(2 * size[1], 2.2 * size[0]), squeeze=False)
     for index, sample, row, line in zip(indices, samples, rows, axes, strict=True):

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddf_mm import about
+from ddf_mm import about, analysis
 from ddf_mm.contrib.whole_files import whole_file
-from ddf_mm.engine import checkpoints, cli, export, launch, models
+from ddf_mm.engine import checkpoints, cli, export, launch
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 from ddf_mm.layers import switch_to_deploy
@@ -107,14 +107,14 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
     """The part of the config's model that is exported, and the channels of its images."""
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model",), "an export")
-    model = models.build_model(cfg)
+    model = analysis.build_model(cfg)
     if args.checkpoint is not None:
         checkpoints.load_checkpoint(model, args.checkpoint, args.allow_partial)
     if not hasattr(model, "backbone"):
         raise UserError(f"{args.config} has a {type(model).__name__}, which has no backbone")
     is_classifier = launch.toolbox(cfg) == "mmpretrain" and getattr(model, "with_head", False)
     part = (export.ImageScores if is_classifier else export.ImageFeatures)(model)
-    return part.eval(), models.image_channels(cfg)
+    return part.eval(), analysis.image_channels(cfg)
 
 
 def folded(model: nn.Module) -> nn.Module:

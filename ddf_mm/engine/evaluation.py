@@ -14,8 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
 from ddf_mm.engine.cli import UserError, rank
-from ddf_mm.engine.launch import find_class, leaf_datasets, toolbox, type_name
-from ddf_mm.engine.models import dicts_with
+from ddf_mm.engine.launch import dicts_with, find_class, leaf_datasets, toolbox, type_name
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(

@@ -121,6 +121,17 @@ def type_name(cfg: dict, default: str = "") -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
+def dicts_with(value: object, key: str) -> Iterator[dict]:
+    """All dicts below a config node that have a key."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from dicts_with(item, key)
+
+
 def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
     """The class of a ``type`` in a config: the class itself, its name, one with a scope or one with
     its module. Refuses a name that is not registered."""
@@ -237,20 +248,13 @@ def adapt_to_device(cfg: Config) -> list[str]:
             dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False),
             **wrapper,
         )
-    replaced = sum(map(_replace_sync_bn, (cfg.get("model"), cfg.get("norm_cfg"))))
-    if cfg.pop("sync_bn", None) is not None or replaced:
+    parts = [cfg.get("model"), cfg.get("norm_cfg")]
+    norms = [x for x in dicts_with(parts, "type") if type_name(x) in ("SyncBN", "SyncBatchNorm")]
+    for norm in norms:
+        norm["type"] = "BN"
+    if cfg.pop("sync_bn", None) is not None or norms:
         notes.append("model: BN instead of SyncBN, which needs an accelerator")
     return notes
-
-
-def _replace_sync_bn(node: object) -> int:
-    """Replace synchronized batch norm everywhere below a config node; return how often."""
-    if isinstance(node, dict):
-        found = node.get("type") is not None and type_name(node) in ("SyncBN", "SyncBatchNorm")
-        if found:
-            node["type"] = "BN"
-        return int(found) + sum(map(_replace_sync_bn, node.values()))
-    return sum(map(_replace_sync_bn, node)) if isinstance(node, (list, tuple)) else 0
 
 
 def init_distributed(cfg: Config) -> None:

@@ -11,7 +11,8 @@ from mmengine.registry import Registry, init_default_scope
 
 pytest.importorskip("mmpretrain")
 
-from ddf_mm.engine import launch, models
+from ddf_mm import analysis
+from ddf_mm.engine import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "ddf_mm" / "configs"
@@ -85,19 +86,19 @@ model.backbone.update(norm_cfg=dict(type=BatchNorm2d))
 model.head.in_channels = 256
 data_preprocessor.update(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
 """)
-    cfg = models.read_config(str(config), {"model.head.num_classes": 7})
+    cfg = analysis.read_config(str(config), {"model.head.num_classes": 7})
     assert launch.toolbox(cfg) == "mmpretrain"
-    model = models.build_model(cfg)
-    batch = models.example_batch(cfg, 2, (32, 32))
+    model = analysis.build_model(cfg)
+    batch = analysis.example_batch(cfg, 2, (32, 32))
     assert batch["inputs"][0].shape == (4, 32, 32)
-    inputs, samples = models.preprocessed(model, batch)
+    inputs, samples = analysis.preprocessed(model, batch)
     assert model(inputs, samples, mode="tensor").shape == (2, 7)
     # What a runner dumps is read again: with dotted names in the place of classes.
     cfg.dump(tmp_path / "dumped.py")
-    again = models.read_config(str(tmp_path / "dumped.py"))
+    again = analysis.read_config(str(tmp_path / "dumped.py"))
     assert isinstance(again.model.type, str)
     assert launch.toolbox(again) == "mmpretrain"
-    assert models.build_model(again).state_dict().keys() == model.state_dict().keys()
+    assert analysis.build_model(again).state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("init_cfg", ["one", "list"])
@@ -110,5 +111,5 @@ def test_weights_are_not_looked_for(init_cfg):
     constant = dict(type=ConstantInit, val=1, layer="Conv2d")
     for given in (pretrained, named):
         node = dict(init_cfg=given if init_cfg == "one" else [given, constant])
-        models.without_weights(node)
+        analysis.without_weights(node)
         assert node["init_cfg"] == (None if init_cfg == "one" else [constant])

@@ -13,8 +13,9 @@ from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 
-from ddf_mm.engine import cli, launch, models
-from ddf_mm.engine.models import SHAPES, Cost
+from ddf_mm import analysis
+from ddf_mm.analysis import SHAPES, Cost
+from ddf_mm.engine import cli, launch
 from ddf_mm.models import DDFResNet
 
 DDF_ARGUMENTS = ("kernel_combine", "head", "kernel_size", "se_ratio", "stage_with_ddf", "expansion")
@@ -62,9 +63,11 @@ def with_resnet(cfg: Config) -> Config | None:
 
 def measure(cfg: Config, shape: tuple[int, int]) -> Cost:
     """Count what one image of ``shape`` costs."""
-    models.fit_to(cfg, shape)
-    model = models.build_model(cfg)
-    return models.count(model, *models.preprocessed(model, models.example_batch(cfg, 1, shape)))
+    analysis.fit_to(cfg, shape)
+    model = analysis.build_model(cfg)
+    return analysis.count(
+        model, *analysis.preprocessed(model, analysis.example_batch(cfg, 1, shape))
+    )
 
 
 def main() -> None:
@@ -74,9 +77,9 @@ def main() -> None:
     table.add_column("model")
     for name in ("image", "parameters", "GMAC", "taps", "GMAC to ResNet"):
         table.add_column(name, justify="right")
-    for name, path in zip(models.config_labels(args.configs), args.configs, strict=True):
-        cfg = models.read_config(path, args.cfg_options)
-        shape = models.image_shape(cfg, args.shape)
+    for name, path in zip(analysis.config_labels(args.configs), args.configs, strict=True):
+        cfg = analysis.read_config(path, args.cfg_options)
+        shape = analysis.image_shape(cfg, args.shape)
         costs = {name: measure(copy.deepcopy(cfg), shape)}
         twin = None if args.no_resnet else with_resnet(cfg)
         if twin is not None:

@@ -15,8 +15,8 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, TRANSFORMS
 
-from ddf_mm import visualization
-from ddf_mm.engine import checkpoints, cli, launch, models
+from ddf_mm import analysis, visualization
+from ddf_mm.engine import checkpoints, cli, launch
 from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
@@ -115,7 +115,7 @@ def load_image(cfg: Config, image: str) -> dict:
     steps = [s for s in leaf.get("pipeline") or () if "Annotation" not in launch.type_name(s)]
     # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
     if not steps or not launch.type_name(steps[0]).endswith("FromFile"):
-        colors = {1: "grayscale", 3: "color"}.get(models.image_channels(cfg), "unchanged")
+        colors = {1: "grayscale", 3: "color"}.get(analysis.image_channels(cfg), "unchanged")
         steps.insert(0, dict(type="LoadImageFromFile", color_type=colors))
     data = Compose([TRANSFORMS.build(step) for step in steps])(dict(img_path=image))
     if data is None:
@@ -151,7 +151,7 @@ def main() -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model", "test_dataloader"), "drawing filters")
     checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
-    model = models.build_model(cfg)
+    model = analysis.build_model(cfg)
     layers = told(visualization.find_layers, model, args.stages, args.layers)
     checkpoint = checkpoints.load_checkpoint(model, args.checkpoint)
     data = load_image(cfg, args.image)

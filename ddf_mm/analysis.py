@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path as osp
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.engine import launch
-from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.cli import UserError, phase
+from ddf_mm.engine.launch import dicts_with
 from ddf_mm.ops import backend_info
 
 # Height and width of the image that each toolbox's results are usually given for.
@@ -61,17 +61,6 @@ def image_shape(cfg: Config, given: tuple[int, ...] | list[int] | None = None) -
     return height, *(width or [height])
 
 
-def dicts_with(value: object, key: str) -> Iterator[dict]:
-    """All dicts below a config node that have a key."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from dicts_with(item, key)
-
-
 def without_weights(node: object) -> None:
     """Remove what would load weights, everywhere below a config node."""
     for part in dicts_with(node, "pretrained"):
@@ -103,7 +92,8 @@ def build_model(cfg: Config) -> nn.Module:
     if data_preprocessor(cfg):
         cfg.model.data_preprocessor = data_preprocessor(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    with phase("building the model"):
+        return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:
