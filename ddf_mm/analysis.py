@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.engine import launch
-from ddf_mm.engine.cli import UserError, phase
+from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.launch import dicts_with
 from ddf_mm.ops import backend_info
 
@@ -92,8 +92,7 @@ def build_model(cfg: Config) -> nn.Module:
     if data_preprocessor(cfg):
         cfg.model.data_preprocessor = data_preprocessor(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    with phase("building the model"):
-        return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:
@@ -165,8 +164,8 @@ def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
                 part.size = shape
 
 
-def count(model: BaseModel, inputs: torch.Tensor, samples: list | None) -> Cost:
-    """Count what the inputs, one image, cost.
+def count(model: BaseModel, batch: dict[str, list]) -> Cost:
+    """Count what the image of a batch of :func:`example_batch` costs.
 
     Raises:
         UserError: there are no compiled ops, in which dynamic filters are counted.
@@ -176,6 +175,7 @@ def count(model: BaseModel, inputs: torch.Tensor, samples: list | None) -> Cost:
             "dynamic filters are counted in the compiled ops, which are not there: "
             f"{backend_info()['why']}"
         )
+    inputs, samples = preprocessed(model, batch)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs, samples, mode="tensor")
     counts = counter.get_flop_counts()["Global"]

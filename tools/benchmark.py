@@ -766,9 +766,7 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
     for change in changes:
         CHANGES[change](model)
     # Counted where the compiled ops are certain to be, and for one image.
-    cost = analysis.count(
-        model, *analysis.preprocessed(model, analysis.example_batch(cfg, 1, shape))
-    )
+    cost = analysis.count(model, analysis.example_batch(cfg, 1, shape))
     model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
     batch = analysis.example_batch(cfg, setting.batch_size, shape)
     if args.compile:

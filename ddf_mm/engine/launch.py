@@ -77,7 +77,11 @@ def load_config(
             f"config {filename!r} must be a .py, .json, .yaml or .yml file", exit_code=2
         )
     with phase(f"reading the config {filename!r}"):
-        cfg = get_config(filename) if shipped else Config.fromfile(filename)
+        try:
+            cfg = get_config(filename) if shipped else Config.fromfile(filename)
+        except FileNotFoundError as error:
+            # Without mmengine's list of the configs that there are.
+            raise FileNotFoundError(str(error)) from None
     if cfg_options:
         try:
             cfg.merge_from_dict(cfg_options)
@@ -145,6 +149,17 @@ def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
             "spelling, or name the module that registers it in custom_imports"
         )
     return found
+
+
+def dicts_with(value: object, key: str) -> Iterator[dict]:
+    """All dicts below a config node that have a key."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from dicts_with(item, key)
 
 
 def leaf_datasets(dataset: object) -> Iterator[ConfigDict]:

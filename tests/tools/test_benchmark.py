@@ -362,8 +362,8 @@ def test_bad_options_are_named(module, monkeypatch, capsys, arguments, message):
     "config, message",
     [
         ("no.py", "config 'no.py' is not a file"),
-        ("mmpretrain::resnet/no.py", "config 'mmpretrain::resnet/no.py' is not to be found"),
-        ("nobody::resnet/no.py", "config 'nobody::resnet/no.py': nobody is not installed"),
+        ("mmpretrain::resnet/no.py", "while reading the config 'mmpretrain::resnet/no.py': File"),
+        ("nobody::resnet/no.py", "config 'nobody::resnet/no.py': 'nobody' is not installed"),
         (
             "configs/upsampling/ddf-up-net_x4_digit-scenes.py",
             "must be one of mmpretrain, mmdet, mmseg",

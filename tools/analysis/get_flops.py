@@ -65,9 +65,7 @@ def measure(cfg: Config, shape: tuple[int, int]) -> Cost:
     """Count what one image of ``shape`` costs."""
     analysis.fit_to(cfg, shape)
     model = analysis.build_model(cfg)
-    return analysis.count(
-        model, *analysis.preprocessed(model, analysis.example_batch(cfg, 1, shape))
-    )
+    return analysis.count(model, analysis.example_batch(cfg, 1, shape))
 
 
 def main() -> None:
