@@ -151,17 +151,6 @@ def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
     return found
 
 
-def dicts_with(value: object, key: str) -> Iterator[dict]:
-    """All dicts below a config node that have a key."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from dicts_with(item, key)
-
-
 def leaf_datasets(dataset: object) -> Iterator[ConfigDict]:
     """The configs of the datasets that read samples, within those that wrap or join others."""
     if isinstance(dataset, (list, tuple)):
