@@ -253,7 +253,8 @@ def adapt_to_device(cfg: Config) -> list[str]:
             **wrapper,
         )
     parts = [cfg.get("model"), cfg.get("norm_cfg")]
-    norms = [x for x in dicts_with(parts, "type") if type_name(x) in ("SyncBN", "SyncBatchNorm")]
+    norms = [part for part in dicts_with(parts, "type") if part["type"]]
+    norms = [norm for norm in norms if type_name(norm) in ("SyncBN", "SyncBatchNorm")]
     for norm in norms:
         norm["type"] = "BN"
     if cfg.pop("sync_bn", None) is not None or norms:
