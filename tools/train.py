@@ -5,7 +5,7 @@ import argparse
 import os
 
 from ddf_mm.contrib import exact_resume
-from ddf_mm.engine import checkpoints, cli, launch, resume
+from ddf_mm.engine import checkpoints, cli, launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +65,8 @@ def main() -> None:
     cfg.randomness = randomness
     if args.resume is not None:
         auto = args.resume == "auto"
-        found = resume.latest_checkpoint(cfg.work_dir) if auto else args.resume
+        with cli.phase(f"looking for the latest checkpoint in {cfg.work_dir!r}"):
+            found = exact_resume.latest_checkpoint(cfg.work_dir) if auto else args.resume
         # The first start of a job that is always started with --resume keeps the config's weights.
         cfg.resume = found is not None
         cfg.load_from = found or cfg.get("load_from")
@@ -73,7 +74,7 @@ def main() -> None:
 
     runner = launch.build_runner(cfg)
     if cfg.get("resume"):
-        runner.register_hook(resume.TrainingStateCheck())
+        runner.register_hook(exact_resume.TrainingStateCheck())
     runner.register_hook(exact_resume.RandomState(resume=cfg.get("resume", False)))
     runner.register_hook(exact_resume.KeepUntilSaved())
     runner.train()
