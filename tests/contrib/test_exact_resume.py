@@ -45,7 +45,7 @@ def test_latest_checkpoint_is_otherwise_the_newest_whole_one(tmp_path, pointer):
 def test_a_pointer_to_another_folder(tmp_path, monkeypatch, there, own):
     """The file of that name in the folder itself, or else the one that is named, or the newest."""
     lines = []
-    monkeypatch.setattr(resume, "print_log", lambda line, **kwargs: lines.append(line))
+    monkeypatch.setattr(exact_resume, "print_log", lambda line, **kwargs: lines.append(line))
     other, folder = tmp_path / "other", tmp_path / "work"
     for path in (other, folder):
         path.mkdir()
