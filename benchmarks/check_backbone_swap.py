@@ -29,7 +29,7 @@ from torch import nn
 import ddf_mm.layers
 from ddf_mm.analysis import example_batch, fit_to, without_weights
 from ddf_mm.engine import cli
-from ddf_mm.engine.launch import dicts_with
+from ddf_mm.utils import dicts_with
 
 FRAGMENTS = Path(__file__).resolve().parents[1] / "configs" / "_base_" / "backbones"
 # Enough for every level of a pyramid to hold a few pixels; odd, so that each level rounds.

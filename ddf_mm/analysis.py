@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.engine import launch
 from ddf_mm.engine.cli import UserError
-from ddf_mm.engine.launch import dicts_with
 from ddf_mm.ops import backend_info
+from ddf_mm.utils import dicts_with, toolbox, type_name
 
 # Height and width of the image that each toolbox's results are usually given for.
 SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 1024))
@@ -47,17 +47,17 @@ def read_config(name: str, cfg_options: dict | None = None) -> Config:
     """
     cfg = launch.load_config(name, cfg_options)
     launch.require_fields(cfg, ("model",), "building a model")
-    if launch.toolbox(cfg) not in SHAPES:
+    if toolbox(cfg) not in SHAPES:
         raise UserError(
             f"default_scope of {name} must be one of {', '.join(SHAPES)}, to make inputs for its "
-            f"model; got {launch.toolbox(cfg)!r}"
+            f"model; got {toolbox(cfg)!r}"
         )
     return cfg
 
 
 def image_shape(cfg: Config, given: tuple[int, ...] | list[int] | None = None) -> tuple[int, int]:
     """Height and width, of one or two given numbers or else what suits the config's toolbox."""
-    height, *width = given or SHAPES.get(launch.toolbox(cfg), (224, 224))
+    height, *width = given or SHAPES.get(toolbox(cfg), (224, 224))
     return height, *(width or [height])
 
 
@@ -69,7 +69,7 @@ def without_weights(node: object) -> None:
         several = isinstance(part["init_cfg"], (list, tuple))
         steps = part["init_cfg"] if several else [part["init_cfg"]]
         loads = ("Pretrained", "PretrainedInit")
-        steps = [step for step in steps if step and launch.type_name(step) not in loads]
+        steps = [step for step in steps if step and type_name(step) not in loads]
         part["init_cfg"] = steps if several else next(iter(steps), None)
 
 
@@ -106,13 +106,13 @@ def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[
     Returns:
         ``inputs`` and ``data_samples``, a list each.
     """
-    toolbox = launch.toolbox(cfg)
-    if toolbox == "mmdet":
+    scope = toolbox(cfg)
+    if scope == "mmdet":
         return _detection_batch(cfg, batch_size, shape)
     classes = min((part["num_classes"] for part in dicts_with(cfg.model, "num_classes")), default=2)
     size = (image_channels(cfg), *shape)
     images = [torch.randint(0, 256, size, dtype=torch.uint8) for _ in range(batch_size)]
-    if toolbox == "mmpretrain":
+    if scope == "mmpretrain":
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(i % classes) for i in range(batch_size)]
@@ -158,7 +158,7 @@ def preprocessed(model: BaseModel, batch: dict[str, list]) -> tuple[torch.Tensor
 
 def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
     """Make a segmentor's preprocessor pad to the images that come, and not to those of the data."""
-    if launch.toolbox(cfg) == "mmseg":
+    if toolbox(cfg) == "mmseg":
         for part in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
             if part and "size" in part:
                 part.size = shape

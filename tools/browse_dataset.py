@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from ddf_mm import analysis
 from ddf_mm.engine import cli, launch
 from ddf_mm.engine.cli import UserError
+from ddf_mm.utils import toolbox
 from ddf_mm.visualization import picture
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
     loader = f"{args.phase}_dataloader"
     launch.require_fields(cfg, (loader,), "browsing")
-    scope = launch.toolbox(cfg)
+    scope = toolbox(cfg)
     if scope != "mmpretrain":
         raise UserError(
             f"{args.config!r} must have the default_scope 'mmpretrain', got {scope!r}; mmdet and "

@@ -23,6 +23,7 @@ from ddf_mm.engine import checkpoints, cli, export, launch
 from ddf_mm.engine.cli import UserError
 from ddf_mm.engine.export import Size
 from ddf_mm.layers import switch_to_deploy
+from ddf_mm.utils import toolbox
 
 TOLERANCE = 1e-4
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2"}
@@ -112,7 +113,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
         checkpoints.load_checkpoint(model, args.checkpoint, args.allow_partial)
     if not hasattr(model, "backbone"):
         raise UserError(f"{args.config} has a {type(model).__name__}, which has no backbone")
-    is_classifier = launch.toolbox(cfg) == "mmpretrain" and getattr(model, "with_head", False)
+    is_classifier = toolbox(cfg) == "mmpretrain" and getattr(model, "with_head", False)
     part = (export.ImageScores if is_classifier else export.ImageFeatures)(model)
     return part.eval(), analysis.image_channels(cfg)
 

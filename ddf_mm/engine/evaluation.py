@@ -14,7 +14,8 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
 from ddf_mm.engine.cli import UserError, rank
-from ddf_mm.engine.launch import dicts_with, find_class, leaf_datasets, toolbox, type_name
+from ddf_mm.engine.launch import find_class
+from ddf_mm.utils import dicts_with, leaf_datasets, toolbox, type_name
 
 # The hook to add to `default_hooks.visualization` where a config has none.
 _VISUALIZATION_HOOKS = dict(

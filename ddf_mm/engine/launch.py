@@ -23,8 +23,8 @@ from ddf_mm.contrib.whole_files import write_whole_files
 from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
 from ddf_mm.engine.cli import UserError, phase
 from ddf_mm.engine.phases import name_files, runner_with_phases
+from ddf_mm.utils import dicts_with, toolbox, type_name
 
-TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 # What mmengine reads from the environment, and what starts a job with it.
@@ -50,19 +50,9 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = "none",
 ) -> Config:
-    """Read a config and merge what every tool lets the command line override.
-
-    Args:
-        filename (str): Path of the config, relative to the current folder, or ``toolbox::path`` as
-            in ``mmpretrain::resnet/resnet50_8xb32_in1k.py`` for one that a package ships.
-        cfg_options (dict | None): Settings that override the config's, by dotted key.
-        work_dir (str | None): Overrides the config's; ``work_dirs/<name of the config>`` if
-            neither names one.
-        launcher (str): ``"none"``, ``"pytorch"``, ``"slurm"`` or ``"mpi"``.
-
-    Raises:
-        UserError: If the file is missing or no config, or if an option does not fit the config.
-    """
+    """Read a config, a file or one that a package ships (``mmpretrain::resnet/…``), and merge what
+    every tool lets the command line override, by dotted key. Refuses a file that is missing or no
+    config, and an option that does not fit. The work folder is ``work_dirs/<name>`` by default."""
     package, shipped, _ = filename.partition("::")
     if shipped:
         # mmengine would install what is not there.
@@ -110,32 +100,6 @@ def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
         raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
 
 
-def toolbox(cfg: Config) -> str | None:
-    """The toolbox that a config is for: its default_scope, or else where its model's class is
-    from, which a config in pure Python names itself."""
-    scope = cfg.get("default_scope")
-    kind = (cfg.get("model") or {}).get("type", "")
-    package = (kind if isinstance(kind, str) else kind.__module__).partition(".")[0]
-    return package if scope not in TOOLBOXES and package in TOOLBOXES else scope
-
-
-def type_name(cfg: dict, default: str = "") -> str:
-    """The class name that a config's ``type`` stands for, without scope or module."""
-    kind = cfg.get("type", default)
-    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
-
-
-def dicts_with(value: object, key: str) -> Iterator[dict]:
-    """All dicts below a config node that have a key."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from dicts_with(item, key)
-
-
 def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
     """The class of a ``type`` in a config: the class itself, its name, one with a scope or one with
     its module. Refuses a name that is not registered."""
@@ -151,25 +115,12 @@ def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
     return found
 
 
-def leaf_datasets(dataset: object) -> Iterator[ConfigDict]:
-    """The configs of the datasets that read samples, within those that wrap or join others."""
-    if isinstance(dataset, (list, tuple)):
-        for part in dataset:
-            yield from leaf_datasets(part)
-    elif isinstance(dataset, dict):
-        inner = dataset.get("dataset") or dataset.get("datasets")
-        yield from leaf_datasets(inner) if inner else [dataset]
-
-
 def set_dataloader_defaults(
     cfg: Config, pin_memory: bool = True, persistent_workers: bool = True
 ) -> None:
-    """Give the data loaders what the toolbox's own tools give them, as far as the machine can.
-
-    mmpretrain's configs rely on its tools for ``collate_fn`` and for pinned memory; mmdet's and
-    mmseg's name what they need. ``num_workers=0`` switches off what only workers have, and a
-    machine without an accelerator pins nothing; ``False`` switches either off.
-    """
+    """Give the data loaders what the toolbox's own tools give them, as far as the machine can:
+    mmpretrain's configs rely on its tools for ``collate_fn`` and pinned memory. ``num_workers=0``
+    switches off what only workers have, a machine without an accelerator pins nothing."""
     for name in DATALOADERS:
         dataloader = cfg.get(name)
         if not isinstance(dataloader, dict):

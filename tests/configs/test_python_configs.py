@@ -12,7 +12,7 @@ from mmengine.registry import Registry, init_default_scope
 pytest.importorskip("mmpretrain")
 
 from ddf_mm import analysis
-from ddf_mm.engine import launch
+from ddf_mm.utils import toolbox
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "ddf_mm" / "configs"
@@ -76,6 +76,7 @@ def test_is_importable_and_changes_like_any(tmp_path):
     config = tmp_path / "mine.py"
     config.write_text("""
 from mmengine.config import read_base
+from ddf_mm.utils import toolbox
 from torch.nn import BatchNorm2d
 
 with read_base():
@@ -87,7 +88,7 @@ model.head.in_channels = 256
 data_preprocessor.update(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
 """)
     cfg = analysis.read_config(str(config), {"model.head.num_classes": 7})
-    assert launch.toolbox(cfg) == "mmpretrain"
+    assert toolbox(cfg) == "mmpretrain"
     model = analysis.build_model(cfg)
     batch = analysis.example_batch(cfg, 2, (32, 32))
     assert batch["inputs"][0].shape == (4, 32, 32)
@@ -97,7 +98,7 @@ data_preprocessor.update(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
     cfg.dump(tmp_path / "dumped.py")
     again = analysis.read_config(str(tmp_path / "dumped.py"))
     assert isinstance(again.model.type, str)
-    assert launch.toolbox(again) == "mmpretrain"
+    assert toolbox(again) == "mmpretrain"
     assert analysis.build_model(again).state_dict().keys() == model.state_dict().keys()
 
 

@@ -17,6 +17,7 @@ from ddf_mm import analysis
 from ddf_mm.analysis import SHAPES, Cost
 from ddf_mm.engine import cli, launch
 from ddf_mm.models import DDFResNet
+from ddf_mm.utils import toolbox
 
 DDF_ARGUMENTS = ("kernel_combine", "head", "kernel_size", "se_ratio", "stage_with_ddf", "expansion")
 
@@ -55,7 +56,7 @@ def with_resnet(cfg: Config) -> Config | None:
     if kind is not DDFResNet or backbone.get("depth") not in (50, 101, 152):
         return None
     twin = copy.deepcopy(cfg)
-    twin.model.backbone.type = f"{launch.toolbox(cfg)}.ResNet"
+    twin.model.backbone.type = f"{toolbox(cfg)}.ResNet"
     for name in DDF_ARGUMENTS:
         twin.model.backbone.pop(name, None)
     return twin

@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 
 from ddf_mm import analysis, visualization
 from ddf_mm.engine import checkpoints, cli, launch
+from ddf_mm.utils import leaf_datasets, type_name
 from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
@@ -111,10 +112,10 @@ def load_image(cfg: Config, image: str) -> dict:
             exit_code=2,
         )
     # There are no annotations of such an image.
-    leaf = next(launch.leaf_datasets(dataset_cfg), {})
-    steps = [s for s in leaf.get("pipeline") or () if "Annotation" not in launch.type_name(s)]
+    leaf = next(leaf_datasets(dataset_cfg), {})
+    steps = [s for s in leaf.get("pipeline") or () if "Annotation" not in type_name(s)]
     # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
-    if not steps or not launch.type_name(steps[0]).endswith("FromFile"):
+    if not steps or not type_name(steps[0]).endswith("FromFile"):
         colors = {1: "grayscale", 3: "color"}.get(analysis.image_channels(cfg), "unchanged")
         steps.insert(0, dict(type="LoadImageFromFile", color_type=colors))
     data = Compose([TRANSFORMS.build(step) for step in steps])(dict(img_path=image))
