@@ -80,14 +80,14 @@ def main() -> None:
     if args.tta:
         evaluation.enable_tta(cfg)
     out_predictions = args.out is not None and args.out_item != "metrics"
-    if out_predictions and not evaluation.is_pickle(args.out):
+    if out_predictions and not args.out.endswith((".pkl", ".pickle")):
         evaluation.write_predictions_to_folder(cfg, args.out)
     launch.set_dataloader_defaults(cfg, not args.no_pin_memory, not args.no_persistent_workers)
 
     runner = launch.build_runner(cfg)
     if not args.allow_partial:
         checkpoints.require_matching_checkpoint(runner)
-    if out_predictions and evaluation.is_pickle(args.out):
+    if out_predictions and args.out.endswith((".pkl", ".pickle")):
         runner.register_hook(evaluation.DumpPredictions(cfg, args.out))
     start = time.time()
     metrics = runner.test()

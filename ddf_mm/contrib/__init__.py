@@ -5,8 +5,10 @@ call makes it superfluous, and has its tests in ``tests/contrib``:
 
 - ``cpu_amp``: mixed precision on a CPU.
 - ``exact_resume``: random numbers that go on, checkpoints that stay until the next one is whole.
+- ``checkpoint_form``: checkpoints of every form for EMA and FlexibleRunner.
 - ``gloo``: process groups on a CPU, and their end.
 - ``pooling``: max poolings in programs of ``torch.export`` that take images of every size.
+- ``rmse``: the error of maps.
 - ``safe_load``: checkpoints that are read without running code.
 - ``whole_files``: files that are whole or not there.
 """

@@ -1,7 +1,6 @@
 """Checkpoints: local ones are read without running code that they hold."""
 
 import contextlib
-import copy
 import errno
 import itertools
 import os
@@ -10,7 +9,6 @@ import pickle
 from collections.abc import Iterator, Sequence
 
 import torch
-from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
@@ -18,21 +16,15 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ddf_mm.contrib import safe_load
-from ddf_mm.engine.cli import UserError, summarize
+from ddf_mm.contrib.checkpoint_form import OneCheckpointForm
+from ddf_mm.engine.cli import UserError, phase, summarize
 
 _SHOWN_NAMES = 3
 
 
 def require_checkpoint(path: str, option: str) -> None:
-    """Check the path of a checkpoint before anything slow happens.
-
-    Args:
-        path (str): A local path, or an address with a prefix that mmengine resolves.
-        option (str): How the command line calls it, for the error message.
-
-    Raises:
-        UserError: If it is a local path and no such file exists.
-    """
+    """Check the path of a checkpoint, which the command line calls ``option``, before anything slow
+    happens. An address with a prefix is left to mmengine."""
     if "://" not in path and not osp.isfile(osp.expanduser(path)):
         raise UserError(
             f"{option} {path!r} is not a file (current folder: {os.getcwd()!r})", exit_code=2
@@ -40,23 +32,8 @@ def require_checkpoint(path: str, option: str) -> None:
 
 
 def load_from_local_file(filename: str, map_location=None, more_types: Sequence[type] = ()) -> dict:
-    """Load a local checkpoint without running code that it holds.
-
-    Tensors and what mmengine saves beside them are read: numpy's values, whatever its version,
-    the log's history, plain Python values. mmengine's own loader falls back on unpickling anything.
-
-    Args:
-        filename (str): Path of the checkpoint.
-        map_location: As :func:`torch.load` takes it.
-        more_types (Sequence[type]): Harmless types to allow besides.
-
-    Returns:
-        dict: The checkpoint.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If it is not a checkpoint, or holds something else that a pickle would run.
-    """
+    """Load a local checkpoint without running code that it holds: what ``contrib.safe_load`` reads,
+    and more types that are harmless. Refuses what is no checkpoint, or holds anything else."""
     path = osp.expanduser(filename)
     if not osp.isfile(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
@@ -79,18 +56,8 @@ def load_safely() -> None:
 
 
 def require_weights(model: nn.Module, checkpoint: dict) -> None:
-    """Check that a checkpoint holds numbers of the kind that a model computes with.
-
-    PyTorch would take integers for weights; another precision of floating point is fine.
-
-    Args:
-        model (nn.Module): The model, or a wrapper of it.
-        checkpoint (dict): Weights by name, alone or as its ``state_dict``.
-
-    Raises:
-        UserError: If something under the name of a parameter or buffer is no tensor, or holds
-            integers in place of floating-point numbers or the reverse.
-    """
+    """Check that a checkpoint holds numbers of the kind that a model, or a wrapped one, computes
+    with: PyTorch would take integers for weights. Another precision of floating point is fine."""
     weights = checkpoint.get("state_dict", checkpoint)
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -108,41 +75,18 @@ def require_weights(model: nn.Module, checkpoint: dict) -> None:
             )
 
 
-class WeightsCheck(Hook):
-    """Gives every checkpoint that a runner loads one form, and checks it by
-    :func:`require_weights`.
-
-    mmengine's EMAHook and FlexibleRunner read ``state_dict`` only, where its Runner takes weights
-    by themselves, too; and EMAHook does not strip the prefix of DistributedDataParallel.
-    """
-
-    priority = "VERY_HIGH"  # before EMAHook
+class WeightsCheck(OneCheckpointForm):
+    """Checks every checkpoint that a runner loads by :func:`require_weights`."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check what is about to be copied into the model."""
-        if "state_dict" not in checkpoint:
-            weights = copy.copy(checkpoint)  # with the versions of modules, an attribute
-            checkpoint.clear()
-            checkpoint["state_dict"] = weights
-        consume_prefix_in_state_dict_if_present(checkpoint["state_dict"], "module.")
+        super().after_load_checkpoint(runner, checkpoint)
         require_weights(runner.model, checkpoint)
-        for hook in runner.hooks:
-            # FlexibleRunner loads before it calls `before_run`, where EMAHook copies the model.
-            if isinstance(hook, EMAHook) and not hasattr(hook, "ema_model"):
-                hook.before_run(runner)
-                hook.before_run = lambda runner: None
 
 
 def require_matching_checkpoint(runner: Runner) -> None:
-    """Let the runner refuse a checkpoint that does not fit its model; by itself it only warns.
-
-    Args:
-        runner (Runner): The runner that will test, a ``Runner`` or ``FlexibleRunner``.
-
-    Raises:
-        UserError: While the checkpoint is loaded, on rank 0, with what was missing, unexpected or
-            of another size.
-    """
+    """Let a ``Runner`` or ``FlexibleRunner`` refuse a checkpoint that does not fit its model, with
+    what was missing, unexpected or of another size; by itself it only warns."""
     load = runner.load_checkpoint
 
     def load_checkpoint(filename: str, **kwargs):
@@ -155,20 +99,12 @@ def require_matching_checkpoint(runner: Runner) -> None:
 def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None = None) -> dict:
     """Load a checkpoint into a model without a runner, without running code that it holds.
 
-    Args:
-        model (nn.Module): The model.
-        filename (str): Path of the checkpoint, or an address that mmengine resolves.
-        allow_partial (bool | None): Warn of names that do not fit instead of refusing the
-            checkpoint; None where the tool has no such option.
-
-    Returns:
-        dict: The checkpoint.
-
-    Raises:
-        UserError: If it cannot be read, or with what was missing, unexpected or of another size.
+    Names that do not fit are refused, or warned of with ``allow_partial``; that is None where the
+    tool has no such option.
     """
     load_safely()
-    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu", logger="silent")
+    with phase(f"loading the checkpoint {filename!r}"):
+        checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu", logger="silent")
     weights = checkpoint.get("state_dict", checkpoint)
     consume_prefix_in_state_dict_if_present(weights, "module.")
     require_weights(model, checkpoint)

@@ -42,13 +42,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
-    """Name what is being done, for the line that an error within ends a tool with.
-
-    Args:
-        doing (str): As in ``"building the model"``; the innermost phase of an error is named.
-        about (str): What else helps to mend it, such as the files that are read.
-        steps (bool): Whether these are the steps of a training, where an error may be a fault of
-            the code: its traceback is shown.
+    """Name what is ``doing``, for the line that an error within ends a tool with: that of its
+    innermost phase, and what else is good to know ``about`` it, such as the files that are read. Of
+    an error in the ``steps`` of a training, which may be a fault of the code, there is a traceback.
     """
     try:
         yield
@@ -170,12 +166,11 @@ def describe(error: Exception) -> str:
 
 
 def run(main: Callable[[], None], prog: str) -> None:
-    """Run a tool; end it with one line on stderr, that starts with its name, if it fails.
+    """Run a tool; end it with one line on stderr, that starts with its name, if it fails, after the
+    traceback if it was asked for, or if the error is of no phase or of the steps of a training.
 
-    The traceback comes before that line if it was asked for, and if the error is of no phase or of
-    the steps of a training. In a distributed job rank 0 speaks for all: another rank only reports a
-    failure that rank 0 did not have within ``RANK_ZERO_SECONDS``.
-    """
+    In a distributed job rank 0 speaks for all: another rank only reports a failure that rank 0 did
+    not have within ``RANK_ZERO_SECONDS``."""
     try:
         main()
     except Exception as error:

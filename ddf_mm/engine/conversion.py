@@ -30,36 +30,18 @@ _OFFICIAL_NAME = re.compile(r"ddf_(?P<combine>mul|add)_resnet\d+")
 
 @dataclass(frozen=True)
 class OfficialNetwork:
-    """An official checkpoint's weights, and the network that they belong to.
+    """An official checkpoint's weights, and the network that they belong to."""
 
-    Args:
-        weights: Names of the official network to tensors, on the CPU; a head's start with ``fc.``.
-        averaged: Whether they are the exponential moving average of the training.
-        arguments: The :class:`~ddf_mm.models.DDFResNet` that takes them, but ``kernel_combine``.
-        architecture: What the checkpoint says of its network, as ``'ddf_mul_resnet50'``.
-    """
-
-    weights: dict[str, Tensor]
-    averaged: bool
-    arguments: dict[str, int | float]
-    architecture: str | None = None
+    weights: dict[str, Tensor]  # on the CPU; names of a head start with `fc.`
+    averaged: bool  # whether they are the exponential moving average of the training
+    arguments: dict[str, int | float]  # of the DDFResNet that takes them, but `kernel_combine`
+    architecture: str | None = None  # what the checkpoint says, as 'ddf_mul_resnet50'
 
 
 def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
-    """Read an official checkpoint: a state dict, or a training checkpoint that holds some.
-
-    Only tensors, numbers, strings and the options of the training (an ``argparse.Namespace``) are
-    read; a file that would run code is refused.
-
-    Args:
-        path: The checkpoint.
-        weights: ``'model'``, ``'ema'`` (the exponential moving average), or ``'auto'``: the
-            average where there is one.
-
-    Raises:
-        UserError: If it cannot be read, if it lacks those weights, or if they are not those of a
-            DDF-ResNet; then with the names that are missing, unexpected or of another size.
-    """
+    """Read an official checkpoint, a state dict or a training checkpoint that holds some; of the
+    latter ``weights``: ``'model'``, ``'ema'`` (the exponential moving average), or ``'auto'``, the
+    average where there is one. Refuses what is not a DDF-ResNet's, and what would run code."""
     checkpoint = load_from_local_file(path, "cpu", more_types=(argparse.Namespace,))
     wanted = [weights] if weights != "auto" else list(_WEIGHTS)
     found = [
@@ -143,11 +125,7 @@ def combine_of_name(name: str | None) -> str | None:
 
 def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
     """Which combination an official checkpoint was trained with, and what says so: the checkpoint
-    or the file's ``name``. The weights of both have the same names and sizes.
-
-    Raises:
-        UserError: If neither says so, or if they disagree.
-    """
+    or the file's ``name``. The weights of both have the same names and sizes."""
     told = {
         f"the checkpoint, {network.architecture!r}": combine_of_name(network.architecture),
         f"the file's name, {name!r}": combine_of_name(name),
@@ -161,11 +139,7 @@ def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
 
 
 def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> None:
-    """Check that a config's backbone is the network of a checkpoint.
-
-    Raises:
-        UserError: If it has no DDFResNet, or one with other arguments.
-    """
+    """Refuse a config whose backbone is not the network of a checkpoint."""
     backbone = dict((cfg.get("model") or {}).get("backbone") or {})
     kind = str(backbone.get("type")).rpartition(".")[2].strip("'<>")
     if kind != "DDFResNet":

@@ -48,19 +48,9 @@ def enable_visualization(
     wait_time: float = 2.0,
     interval: int = 1,
 ) -> None:
-    """Let the visualization hook draw predictions while testing.
-
-    Args:
-        cfg (Config): The config.
-        show (bool): Show each image in a window.
-        show_dir (str | None): Folder for the images.
-        wait_time (float): Seconds that a window stays.
-        interval (int): Draw every so many samples, where the hook can.
-
-    Raises:
-        UserError: If the config has no visualization hook and its toolbox no usual one, or if the
-            hook cannot write to a folder.
-    """
+    """Let the visualization hook draw predictions while testing, in windows that stay for some
+    seconds, into a folder, or both. Refuses a config without such a hook whose toolbox has no usual
+    one, and a hook that cannot write to a folder."""
     if cfg.get("default_hooks") is None:
         cfg.default_hooks = dict()
     if cfg.default_hooks.get("visualization") is None:
@@ -97,14 +87,7 @@ def enable_visualization(
 
 
 def enable_amp(cfg: Config) -> None:
-    """Test in mixed precision: float16, on a CPU bfloat16.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        UserError: For mmdet on a CPU, where mmcv's nms takes float32 only.
-    """
+    """Test in mixed precision: float16, on a CPU bfloat16."""
     if toolbox(cfg) == "mmdet" and get_device() == "cpu":
         raise UserError(
             "--amp cannot test mmdet models on a CPU, where mmcv's nms takes float32 only; leave "
@@ -120,14 +103,6 @@ def enable_tta(cfg: Config) -> None:
     Where the config lacks them, mmpretrain and mmdet configs get what the tools of those toolboxes
     take: the average, or the merged boxes, of the image and its mirror image. The pipeline is that
     of each dataset within those that join or repeat others.
-
-    Args:
-        cfg (Config): The config.
-
-    Raises:
-        UserError: If the config lacks one of the two and its toolbox has no default, if a dataset
-            has no pipeline to put it into, if the model predicts masks, which mmdet's does not
-            merge, or if mmpretrain's hook is to draw.
     """
     scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
@@ -177,21 +152,8 @@ def _flipping(pipeline: Sequence[dict], scope: str) -> list[dict]:
     return [*transforms, dict(type="TestTimeAug", transforms=[flips, [pack]])]
 
 
-def is_pickle(path: str) -> bool:
-    """Whether a path names a pickle file."""
-    return path.endswith((".pkl", ".pickle"))
-
-
 def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
-    """Let the metrics write each prediction into a folder, as mmseg's do.
-
-    Args:
-        cfg (Config): The config.
-        out_dir (str): The folder.
-
-    Raises:
-        UserError: If none of the config's metrics can.
-    """
+    """Let the metrics write each prediction into a folder, as mmseg's do; refuse others."""
     metrics = cfg.test_evaluator
     while isinstance(metrics, dict) and "metrics" in metrics:
         metrics = metrics.metrics
@@ -212,14 +174,8 @@ def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
 
 
 class DumpPredictions(Hook):
-    """Dumps all predictions into one pickle file.
-
-    It is no metric of the evaluator, of which mmdet's MultiDatasetsEvaluator takes one a dataset.
-
-    Args:
-        cfg (Config): The config.
-        out_file (str): Path of the file; ends with ``.pkl`` or ``.pickle``.
-    """
+    """Dumps all predictions into one pickle file. It is no metric of the evaluator: mmdet's
+    MultiDatasetsEvaluator takes one for each dataset."""
 
     def __init__(self, cfg: Config, out_file: str) -> None:
         # Of mmdet's metric: it compresses masks.
@@ -239,17 +195,8 @@ class DumpPredictions(Hook):
 
 
 def require_written(runner: Runner, option: str, path: str, since: float) -> None:
-    """Check that a test has written what it was asked to.
-
-    Args:
-        runner (Runner): The runner that has tested.
-        option (str): How the command line calls the path.
-        path (str): The file or folder. mmdet puts a relative one below the run's own folder.
-        since (float): When the test began, of :func:`time.time`.
-
-    Raises:
-        UserError: If there is nothing of that age.
-    """
+    """Check that a test, since a :func:`time.time`, has written what an option asked for. mmdet
+    puts a relative path below the run's own folder."""
     places = [Path(path), Path(osp.join(runner.work_dir, runner.timestamp, path))]
     files = (file for place in places for file in (place, *place.rglob("*")) if file.is_file())
     # File systems keep time in steps.

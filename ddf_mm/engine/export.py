@@ -72,19 +72,9 @@ def check_sizes(example: Size, dynamic: bool) -> list[Size]:
 def export_program(
     model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
-    """What torch.export makes of a model of images, which is in evaluation mode.
-
-    Args:
-        model: Takes ``Tensor[B, channels, H, W]``.
-        size: Sizes to trace it with.
-        channels: Channels of the images.
-        dynamic: Whether B, H and W of the program are free.
-        guarded: Keep strided max poolings as they are. The program then refuses sizes of another
-            parity; ONNX, which has no such guards, is faster with them.
-
-    Raises:
-        UserError: Something in the model fixes one of the dynamic sizes.
-    """
+    """What torch.export makes of a model of images ``Tensor[B, channels, H, W]`` in evaluation
+    mode, traced with one size. B, H and W of a ``dynamic`` program are free. A ``guarded`` one
+    keeps strided max poolings, and their parity of sizes; ONNX, without guards, is faster so."""
     if dynamic:
         # Sizes that differ and are not 1, which torch.export takes for what they are otherwise.
         width = size.width + 32 * (size.width == size.height)
@@ -102,11 +92,7 @@ def export_program(
 
 
 def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> int:
-    """Write a program in operators of ONNX's standard of a version; return their number.
-
-    Raises:
-        UserError: The model needs an operator that ONNX does not have.
-    """
+    """Write a program in operators of ONNX's standard of a version; return their number."""
     onnx_program = torch.onnx.export(
         program,
         input_names=["images"],

@@ -1,8 +1,5 @@
-"""From a config file and command line options to a ready :class:`mmengine.runner.Runner`.
-
-The functions change the config in place, so that the config which the runner dumps into the work
-folder is the one that ran.
-"""
+"""From a config and command line options to a ready runner. The functions change the config in
+place, so that the one which the runner dumps into the work folder is the one that ran."""
 
 import os
 import os.path as osp
@@ -27,20 +24,11 @@ from ddf_mm.utils import dicts_with, toolbox, type_name
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
-# What mmengine reads from the environment, and what starts a job with it.
+# What mmengine reads from the environment.
 _LAUNCHERS = dict(
-    pytorch=(
-        "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT",
-        "tools/dist_train.sh, tools/dist_test.sh or torchrun",
-    ),
-    slurm=(
-        "SLURM_PROCID SLURM_NTASKS SLURM_NODELIST",
-        "tools/slurm_train.sh, tools/slurm_test.sh or srun",
-    ),
-    mpi=(
-        "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK MASTER_ADDR",
-        "mpirun of Open MPI, with MASTER_ADDR set",
-    ),
+    pytorch="RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT",
+    slurm="SLURM_PROCID SLURM_NTASKS SLURM_NODELIST",
+    mpi="OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK MASTER_ADDR",
 )
 
 
@@ -174,14 +162,10 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def adapt_to_device(cfg: Config) -> list[str]:
-    """Replace what works on another device than this machine's only.
+    """Replace what works on another device than this machine's only, and say so, for the log.
 
-    On a CPU: mixed precision runs in bfloat16, the distributed wrapper gets no device numbers,
-    and synchronized batch norm, which torch has for accelerators only, becomes batch norm. With
-    an accelerator, the bfloat16 wrapper for the CPU becomes ``AmpOptimWrapper`` again.
-
-    Returns:
-        list[str]: A line for each replacement, for the log.
+    On a CPU: mixed precision runs in bfloat16, the distributed wrapper gets no device numbers, and
+    synchronized batch norm, which torch has for accelerators only, becomes batch norm.
     """
     notes = []
     on_cpu = get_device() == "cpu"
@@ -219,12 +203,11 @@ def init_distributed(cfg: Config) -> None:
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         return
-    variables, starters = _LAUNCHERS[launcher]
-    missing = [name for name in variables.split() if name not in os.environ]
+    missing = [name for name in _LAUNCHERS[launcher].split() if name not in os.environ]
     if missing:
         raise UserError(
             f"--launcher {launcher} needs {', '.join(missing)} in the environment: start the job "
-            f"with {starters}",
+            "with tools/dist_train.sh, tools/slurm_train.sh, those of test.py, or mpirun",
             exit_code=2,
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os.path as osp
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mmengine.dataset import Compose
 from mmengine.model.weight_init import PretrainedInit
 
 from ddf_mm.engine.cli import TRACEBACK_VARIABLE, UserError, phase
+from ddf_mm.utils import leaf_datasets, type_name
 
 # Of Runner, of FlexibleRunner, or of the latter's strategies.
 _PHASES = {
@@ -35,25 +36,19 @@ def _within(function: Callable, doing: str, steps: bool = False) -> Callable:
     return run
 
 
-def _sources(node: object) -> Iterator[str]:
+def _sources(dataloader: object) -> str:
     """What the config of a data loader says of where its data are."""
-    if isinstance(node, dict):
-        keys = ("data_root", "ann_file", "data_prefix")
-        given = ", ".join(f"{key}={node[key]!r}" for key in keys if node.get(key))
-        if given:
-            kind = node.get("type")
-            yield f"{kind if isinstance(kind, str) else getattr(kind, '__name__', kind)}: {given}"
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _sources(child)
+    keys = ("data_root", "ann_file", "data_prefix")
+    leaves = leaf_datasets(dataloader.get("dataset")) if isinstance(dataloader, dict) else ()
+    given = [(leaf, [f"{key}={leaf[key]!r}" for key in keys if leaf.get(key)]) for leaf in leaves]
+    return "; ".join(f"{type_name(leaf)}: {', '.join(files)}" for leaf, files in given if files)
 
 
 class _RunnerPhases:
     """The phases that need to know more of a runner than their method."""
 
     def _build_loop(self, what: str, loop: Any) -> Any:
-        sources = "; ".join(_sources(getattr(self, f"_{what}_dataloader")))
+        sources = _sources(getattr(self, f"_{what}_dataloader"))
         with phase(f"building the {_DATA[what]}", sources):
             loop = getattr(super(), f"build_{what}_loop")(loop)
         trains = what == "train"
@@ -95,10 +90,8 @@ def runner_with_phases(cls: type) -> type:
 
 @functools.cache
 def name_files() -> None:
-    """Let errors name the weights that a model starts with, and the image that could not be read.
-
-    The latter may happen in a process of a data loader, from which only text comes back.
-    """
+    """Let errors name the weights that a model starts with, and the image that could not be read,
+    be it in a process of a data loader, from which only text comes back."""
     initialize, transform = PretrainedInit.__call__, Compose.__call__
 
     def initialize_(self: PretrainedInit, module: Any) -> None:

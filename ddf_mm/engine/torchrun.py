@@ -25,8 +25,7 @@ def _fail(message: str, code: int = 1) -> None:
 def main(argv: list[str]) -> None:
     """Run a script in several processes; exit with the status of the first one that fails.
 
-    Args:
-        argv (list[str]): Number of processes on this machine, path of the script, its arguments.
+    ``argv``: number of processes on this machine, path of the script, its arguments.
     """
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) == 0:
         given = argv[0] if argv else ""

@@ -195,7 +195,7 @@ def test_a_gpu_and_a_single_process_keep_sync_bn(monkeypatch, launcher):
 
 @pytest.mark.parametrize("launcher", ["pytorch", "slurm", "mpi"])
 def test_launcher_variables(monkeypatch, launcher):
-    names = launch._LAUNCHERS[launcher][0].split()
+    names = launch._LAUNCHERS[launcher].split()
     for name in names:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=f"--launcher {launcher} needs {', '.join(names)} in"):
@@ -205,7 +205,7 @@ def test_launcher_variables(monkeypatch, launcher):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(launch, "get_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in launch._LAUNCHERS["pytorch"][0].split():
+    for name in launch._LAUNCHERS["pytorch"].split():
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="a process for GPU 2, but this machine has 2"):
         launch.init_distributed(Config(dict(launcher="pytorch")))

@@ -1,4 +1,8 @@
-"""Metrics that no toolbox has to be installed for."""
+"""The error of maps, such as depth maps.
+
+For mmengine, which has no metrics of its own: superfluous once ``mmseg.evaluation.DepthMetric``
+needs no mmseg.
+"""
 
 from __future__ import annotations
 
