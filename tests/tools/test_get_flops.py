@@ -52,6 +52,23 @@ def test_classification_table():
     }
 
 
+def test_a_scoped_name_and_four_channels(tmp_path):
+    pytest.importorskip("mmpretrain")
+    config = tmp_path / "four.py"
+    config.write_text("""
+_base_ = "mmpretrain::resnet/resnet50_8xb32_in1k.py"
+model = dict(backbone=dict(type="ddf_mm.DDFResNet", in_channels=4))
+data_preprocessor = dict(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
+""")
+    done = run(config, "mmpretrain::resnet/resnet50_8xb32_in1k.py", "--shape", "64")
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert list(table) == ["four", "with ResNet-50", "resnet50_8xb32_in1k"]
+    # The 64 kernels of 7 x 7 of the stem that read the fourth channel.
+    twin, three = (float(table[name][1].split()[0]) for name in ("with ResNet-50", list(table)[2]))
+    assert twin >= three and float(table["four"][1].split()[0]) == pytest.approx(16.85, abs=0.01)
+
+
 def test_options():
     pytest.importorskip("mmpretrain")
     config = CONFIGS / "classification" / "ddf-mul-resnet26_digits.py"

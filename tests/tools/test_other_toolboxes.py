@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.fileio import load
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import get_installed_path
 from PIL import Image
 
@@ -165,6 +167,29 @@ def test_mmdet(work):
         refused = start(work, "test.py", *test, "--amp")
         assert refused.returncode == 2
         assert "test.py: error: --amp cannot test mmdet models on a CPU" in refused.stderr
+
+
+def test_mmdet_on_several_datasets(work):
+    """Each with a metric of its own."""
+    pytest.importorskip("mmdet")
+    (work / "several.py").write_text("""
+_base_ = "detection.py"
+one = dict(type="CocoDataset", test_mode=True, pipeline=_base_.test_pipeline, **_base_.dataset)
+two = dict(type="RepeatDataset", times=1, dataset=one)
+test_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", datasets=[one, two]))
+metric = dict(type="CocoMetric", ann_file=_base_.data_root + "annotations.json", metric="bbox")
+test_evaluator = dict(_delete_=True, type="MultiDatasetsEvaluator", metrics=[metric] * 2,
+                      dataset_prefixes=["one", "two"])
+tta_pipeline = None
+""")
+    cfg = Config.fromfile(work / "several.py")
+    init_default_scope("mmdet")
+    torch.save(MODELS.build(cfg.model).state_dict(), work / "random.pth")
+    test = ["several.py", "random.pth", "--work-dir", "several", "--tta"]
+    said = run(work, "test.py", *test, "--out", "several.pkl", "--show-dir", "pictures")
+    assert "one/coco/bbox_mAP" in said and "two/coco/bbox_mAP" in said
+    assert len(load(work / "several.pkl")) == 8
+    assert len(list((work / "several").glob("*/pictures/*.png"))) == 4  # both sets name them alike
 
 
 def test_mmdet_resumes_distributed(work):
