@@ -29,8 +29,9 @@ BLOCKS = [
         re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     )
 ]
-CONFIGS = [block for block in BLOCKS if "_base_" in block.values[0]]
-SNIPPETS = [block for block in BLOCKS if "_base_" not in block.values[0]]
+# By `_base_ = …` or, in pure Python, `with read_base()`.
+CONFIGS = [block for block in BLOCKS if "_base" in block.values[0]]
+SNIPPETS = [block for block in BLOCKS if "_base" not in block.values[0]]
 
 
 def test_there_are_snippets_and_configs():
@@ -48,7 +49,8 @@ def test_snippets_run_and_print_the_shapes_they_claim(code):
 
 @pytest.mark.parametrize("text", CONFIGS)
 def test_configs_build(text, tmp_path):
-    toolbox = re.search(r'_base_ = (?:\[\s*)?"(\w+)::', text).group(1)
+    named = re.search(r'_base_ = (?:\[\s*)?"(\w+)::', text)
+    toolbox = named.group(1) if named else "mmpretrain"
     pytest.importorskip(f"{toolbox}.registry")
     path = tmp_path / "config.py"
     path.write_text(text)
