@@ -100,10 +100,8 @@ def enable_amp(cfg: Config) -> None:
 def enable_tta(cfg: Config) -> None:
     """Test with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``.
 
-    Where the config lacks them, mmpretrain and mmdet configs get what the tools of those toolboxes
-    take: the average, or the merged boxes, of the image and its mirror image. The pipeline is that
-    of each dataset within those that join or repeat others.
-    """
+    Where they lack, mmpretrain and mmdet configs get what the tools of those toolboxes take: the
+    average, or the merged boxes, of the image and its mirror image; in each of joined datasets."""
     scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
     if missing and scope not in _TTA_MODELS:
