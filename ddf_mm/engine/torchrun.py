@@ -23,8 +23,8 @@ def _fail(message: str, code: int = 1) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run as many processes as ``argv`` begins with on this machine, of the script and arguments that
-    follow; exit with the status of the first one that fails."""
+    """Run as many processes on this machine as ``argv`` begins with, of the script and arguments
+    that follow; exit with the status of the first one that fails."""
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) == 0:
         given = argv[0] if argv else ""
         _fail(f"the number of processes (GPUS) must be positive, got {given!r}", code=2)
