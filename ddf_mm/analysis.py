@@ -91,7 +91,7 @@ def build_model(cfg: Config) -> nn.Module:
     without_weights(cfg.model)
     if data_preprocessor(cfg):
         cfg.model.data_preprocessor = data_preprocessor(cfg)
-    init_default_scope(cfg.get("default_scope", "mmengine"))
+    init_default_scope(toolbox(cfg) or "mmengine")
     return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 

@@ -88,8 +88,13 @@ def test_channels_without_the_backbones():
 @pytest.mark.parametrize("kind", ["ddf_mm.DDFResNet", "ddf_mm.models.DDFResNet", DDFResNet])
 def test_a_name_with_a_scope_a_module_or_the_class(kind):
     pytest.importorskip("mmpretrain")
+    from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
+
     from ddf_mm.engine.launch import find_class
 
     cfg = classifier(3, kind)
+    cfg.model.type = ImageClassifier
+    cfg.model.neck.type, cfg.model.head.type = GlobalAveragePooling, LinearClsHead
+    cfg.default_scope = None  # no name needs one
     assert find_class(cfg, analysis.MODELS, cfg.model.backbone.type) is DDFResNet
     assert isinstance(analysis.build_model(cfg).backbone, DDFResNet)

@@ -12,6 +12,7 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from ddf_mm.engine import checkpoints, cli, launch
+from ddf_mm.utils import toolbox
 
 MARGIN = 8
 
@@ -19,7 +20,7 @@ MARGIN = 8
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="draw_predictions.py", description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser.add_argument("config", help="path of the config, or toolbox::path")
     parser.add_argument("checkpoint", help="path of the checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--num", type=int, default=8, help="images to draw; default: %(default)s")
@@ -111,7 +112,7 @@ def main() -> None:
             with torch.no_grad():
                 (sample,) = model.test_step(pseudo_collate([data]))
             picture = enlarge_maps(data["inputs"].flip(0), args.enlarge).permute(1, 2, 0)
-            options = {} if cfg.default_scope == "mmseg" else dict(pred_score_thr=args.score)
+            options = {} if toolbox(cfg) == "mmseg" else dict(pred_score_thr=args.score)
             runner.visualizer.add_datasample(
                 "prediction",
                 np.ascontiguousarray(picture),
