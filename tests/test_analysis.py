@@ -96,5 +96,5 @@ def test_a_name_with_a_scope_a_module_or_the_class(kind):
     cfg.model.type = ImageClassifier
     cfg.model.neck.type, cfg.model.head.type = GlobalAveragePooling, LinearClsHead
     cfg.default_scope = None  # no name needs one
-    assert find_class(cfg, analysis.MODELS, cfg.model.backbone.type) is DDFResNet
+    assert find_class(cfg, analysis.MODELS, cfg.model.backbone) is DDFResNet
     assert isinstance(analysis.build_model(cfg).backbone, DDFResNet)

@@ -38,7 +38,7 @@ _MASK_HEADS = ("mask_head", "semantic_head", "panoptic_head", "segm_head")
 
 def _parameters(cfg: Config, registry: Registry, component: dict) -> dict[str, inspect.Parameter]:
     """The constructor's parameters of the class that a component's config names."""
-    return dict(inspect.signature(find_class(cfg, registry, component["type"])).parameters)
+    return dict(inspect.signature(find_class(cfg, registry, component)).parameters)
 
 
 def enable_visualization(

@@ -20,6 +20,7 @@ from ddf_mm.contrib.whole_files import write_whole_files
 from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
 from ddf_mm.engine.cli import UserError, phase
 from ddf_mm.engine.phases import name_files, runner_with_phases
+from ddf_mm.registry import resolve
 from ddf_mm.utils import dicts_with, toolbox, type_name
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -88,17 +89,14 @@ def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
         raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
 
 
-def find_class(cfg: Config, registry: Registry, kind: str | type) -> type:
-    """The class of a ``type`` in a config: the class itself, its name, one with a scope or one with
-    its module. Refuses a name that is not registered."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(cfg.get("default_scope")) as scoped:
-        found = scoped.get(kind)
+def find_class(cfg: Config, registry: Registry, component: dict) -> type:
+    """The class that a component's ``type`` stands for, by itself or by any of its names. Refuses a
+    name that is not registered."""
+    found = resolve({"_scope_": cfg.get("default_scope"), **component}, registry)
     if found is None:
         raise UserError(
-            f"type {kind!r} in the config is not in the {registry.name} registry: check its "
-            "spelling, or name the module that registers it in custom_imports"
+            f"type {component.get('type')!r} in the config is not in the {registry.name} registry: "
+            "check its spelling, or name the module that registers it in custom_imports"
         )
     return found
 

@@ -52,8 +52,9 @@ def with_resnet(cfg: Config) -> Config | None:
     """The config with the ResNet of the same depth; None if it has no DDFResNet, or none of a
     depth that ResNet comes in."""
     backbone = cfg.model.get("backbone") or {}
-    kind = backbone.get("type") and launch.find_class(cfg, MODELS, backbone.type)
-    if kind is not DDFResNet or backbone.get("depth") not in (50, 101, 152):
+    if not backbone or launch.find_class(cfg, MODELS, backbone) is not DDFResNet:
+        return None
+    if backbone.get("depth") not in (50, 101, 152):
         return None
     twin = copy.deepcopy(cfg)
     twin.model.backbone.type = f"{toolbox(cfg)}.ResNet"
