@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
+from ddf_mm.ops import library
 
 _TO_THE_END = torch.iinfo(torch.int64).max
 
@@ -37,17 +36,7 @@ def onnx_translations() -> dict[Any, Callable]:
 def decompositions() -> dict[Any, Callable]:
     """How ``ExportedProgram.run_decompositions`` writes the compiled ops by the formula,
     in PyTorch's own operators; empty where there are none."""
-    if not hasattr(torch.ops.ddf_mm, "ddf"):
-        return {}
-
-    def formula(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        # A compiled op's last argument is `mul`.
-        return lambda *args: reference(*args[:-1], "mul" if args[-1] else "add")
-
-    return {
-        torch.ops.ddf_mm.ddf.default: formula(ddf_reference),
-        torch.ops.ddf_mm.ddf_up.default: formula(ddf_up_reference),
-    }
+    return {op.default: formula for op, formula in library.FORMULAS.items()}
 
 
 def _onnx_ddf(
