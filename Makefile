@@ -2,7 +2,9 @@
 #   make demo     train, evaluate and draw the digits recipe
 #   make demo-detection, make demo-segmentation
 #                 the same for small recipes on scenes of digits
-#   make test     the whole test suite (ARGS="-k name" selects)
+#   make test-fast
+#                 the ops, with torch alone, in under two minutes on two cores
+#   make test     the whole test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
 #                 archive and wheel, installed with other torches than they were compiled with
 #   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
@@ -13,6 +15,9 @@ PYTHON ?= python3
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2> /dev/null)
 VENV ?= .venv
 ARGS ?=
+# Processes that run tests beside each other.
+WORKERS ?= $(or $(shell nproc 2> /dev/null),2)
+export WORKERS
 
 STAMPS := $(VENV)/.stamps
 OTHER_TORCHES := oldest-torch newest-torch
@@ -20,24 +25,33 @@ INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 SCENE_DEMOS := demo-detection demo-segmentation
-.PHONY: demo $(SCENE_DEMOS) test $(OTHER_TORCHES:%=test-%) wheel docs lint format clean
+.PHONY: demo $(SCENE_DEMOS) test test-fast $(OTHER_TORCHES:%=test-%) wheel docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
-demo: $(STAMPS)/package
+demo: $(STAMPS)/classification $(STAMPS)/package
 	PYTHON="$(VENV)/bin/python" bash tools/demo.sh
 
-$(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection
+$(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/detection
 	PYTHON="$(VENV)/bin/python" bash tools/demo_scenes.sh $*
 
-test: $(STAMPS)/toolchain $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
-	"$(VENV)/bin/python" -m pytest $(ARGS)
+# A worker computes with one thread: those of several processes would wait for each other. A file
+# stays with one worker, which builds its fixtures once; tests/conftest.py orders the files.
+PYTEST := OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist loadfile \
+	--no-loadscope-reorder
+
+test: $(STAMPS)/toolchain $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/detection $(STAMPS)/dev
+	$(PYTEST) $(ARGS)
+
+# test_registry.py is skipped where mmcv is not installed.
+test-fast: $(STAMPS)/package $(STAMPS)/dev
+	$(PYTEST) -m "not slow" tests/ops tests/test_registry.py $(ARGS)
 
 # The script compiles the wheel in $(VENV), with its torch.
 $(OTHER_TORCHES:%=test-%): test-%: $(STAMPS)/package $(VENV)-%/.stamps/torch
 	VENV="$(VENV)" bash tests/test_installed.sh $* $(ARGS)
 
-wheel: $(STAMPS)/classification
+wheel: $(STAMPS)/build
 	DDF_MM_WITH_OPS=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=release \
 		"$(VENV)/bin/python" -m pip wheel -v --no-build-isolation --no-deps -w dist .
 
@@ -47,7 +61,7 @@ lint: $(STAMPS)/dev
 	$(if $(CPP),"$(VENV)/bin/clang-format" --dry-run -Werror $(CPP))
 
 # -W: a broken link or docstring is an error.
-docs: $(STAMPS)/package $(STAMPS)/dev
+docs: $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/dev
 	"$(VENV)/bin/python" -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
@@ -73,11 +87,15 @@ $(STAMPS)/dev: requirements/dev.txt requirements/docs.txt | $(STAMPS)/venv
 	$(INSTALL) dev
 	@touch $@
 
-$(STAMPS)/classification: requirements/build.txt requirements/classification.txt | $(STAMPS)/venv
+$(STAMPS)/build: requirements/build.txt | $(STAMPS)/venv
+	$(INSTALL) build
+	@touch $@
+
+$(STAMPS)/classification: requirements/classification.txt $(STAMPS)/build
 	$(INSTALL) classification
 	@touch $@
 
-$(STAMPS)/package: setup.py pyproject.toml $(CPP) $(STAMPS)/classification
+$(STAMPS)/package: setup.py pyproject.toml $(CPP) $(STAMPS)/build
 	$(INSTALL) package
 	@touch $@
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack; the Makefile says which and when.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
-# parts: venv toolchain classification package detection dev oldest-torch newest-torch
+# parts: venv toolchain build classification package detection dev oldest-torch newest-torch
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -55,7 +55,7 @@ install_classification() {
   # mmcv comes without its ops here: pip's isolated build sees no torch, and mmpretrain needs none.
   # Not from pip's cache, which may hold a build against another torch under the same name.
   pip_install --no-cache-dir --no-deps -c "$here/classification.txt" onedl-mmcv
-  pip_install -r "$here/build.txt" -r "$here/classification.txt"
+  pip_install -c "$here/build.txt" -r "$here/classification.txt"
   use_loadable_opencv
 }
 
@@ -156,12 +156,13 @@ install_detection() {
 
 install_other_torch() { # of the requirements $1
   make_venv
-  pip_install -r "$here/$1.txt" -c "$here/dev.txt" pytest hypothesis
+  pip_install -r "$here/$1.txt" -c "$here/dev.txt" pytest pytest-xdist hypothesis
 }
 
 case ${1:-} in
   venv) make_venv ;;
   toolchain) check_toolchain ;;
+  build) pip_install -r "$here/build.txt" ;;
   classification) install_classification ;;
   package) install_package ;;
   detection) install_detection ;;

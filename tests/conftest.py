@@ -27,11 +27,35 @@ with contextlib.suppress(ImportError):
     settings.load_profile("suite")
 
 
+# The files that take longest, longest first: started last, one would keep a worker busy alone.
+LONGEST = [
+    "test_sanitizers.py",
+    "test_kernels_on_host.py",
+    "test_train_test.py",
+    "test_other_toolboxes.py",
+    "test_imagenet_recipes.py",
+    "test_export.py",
+    "test_digits_recipe.py",
+    "test_digit_scenes_recipes.py",
+    "test_distributed.py",
+    "test_dist.py",
+    "test_compiled.py",
+    "test_up.py",
+    "test_sweep.py",
+]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: left out by `make test-fast`")
+    config.addinivalue_line(
+        "markers", "kernels: numbers of the compiled kernels, the same with every torch"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

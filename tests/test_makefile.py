@@ -60,9 +60,10 @@ def change(path: Path) -> None:
     os.utime(path, (later, later))
 
 
-DEMO = ["venv", "classification", "package"]
-SCENES = ["venv", "toolchain", "classification", "package", "detection"]
-TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
+PACKAGE = ["venv", "build", "package"]
+DEMO = ["venv", "build", "classification", "package"]
+SCENES = ["venv", "toolchain", "build", "classification", "package", "detection"]
+TEST = ["venv", "toolchain", "build", "classification", "package", "detection", "dev"]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,11 @@ TEST = ["venv", "toolchain", "classification", "package", "detection", "dev"]
         ("demo-detection", SCENES),
         ("demo-segmentation", SCENES),
         ("test", TEST),
-        ("test-oldest-torch", [*DEMO, "oldest-torch"]),
-        ("test-newest-torch", [*DEMO, "newest-torch"]),
-        ("wheel", ["venv", "classification"]),
+        ("test-fast", [*PACKAGE, "dev"]),
+        ("test-oldest-torch", [*PACKAGE, "oldest-torch"]),
+        ("test-newest-torch", [*PACKAGE, "newest-torch"]),
+        ("wheel", ["venv", "build"]),
+        ("docs", [*DEMO, "dev"]),
         ("lint", ["venv", "dev"]),
         ("format", ["venv", "dev"]),
     ],
@@ -92,8 +95,8 @@ def test_demo_then_test_installs_the_rest(checkout):
 @pytest.mark.parametrize(
     "changed, parts",
     [
-        ("requirements/build.txt", ["classification", "package", "detection"]),
-        ("requirements/classification.txt", ["classification", "package", "detection"]),
+        ("requirements/build.txt", ["build", "classification", "package", "detection"]),
+        ("requirements/classification.txt", ["classification", "detection"]),
         ("requirements/detection.txt", ["detection"]),
         ("requirements/dev.txt", ["dev"]),
         ("requirements/docs.txt", ["dev"]),

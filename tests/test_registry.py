@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+pytest.importorskip("mmcv")
 TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 
 

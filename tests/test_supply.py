@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Also what other tests write at the same time, which would vanish while it is copied.
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "*.so", "build", "dist", "work_dirs"
+    *(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "*.so"),
+    *("build", "dist", "work_dirs"),
 )
 
 SMOKE = """

@@ -218,6 +218,8 @@ def test_opcheck_of_pooling():
     torch.library.opcheck(torch.ops.ddf_mm.pointwise_pool.default, (*make_pool(size=(2, 3, 5)), 2))
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("isa", smaller_instruction_sets())
 def test_smaller_instruction_sets(isa):
     result = subprocess.run(

@@ -73,6 +73,7 @@ def test_equals_the_reference(case, layout, dtype, device):
         check_against_reference(tensors, (k, case["dilation"], stride, combine))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (7, 2)])
@@ -84,6 +85,7 @@ def test_every_width(k, stride, layout, dtype, device):
         check_against_reference([layout(t) for t in tensors], (k, 1, stride))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
@@ -102,6 +104,7 @@ def test_every_number_of_channels(k, stride, layout, dtype, device):
         check_against_reference([layout(t) for t in tensors], (k, 1, stride))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
 def test_planes_larger_than_a_block(k, stride, layout, device):
@@ -322,6 +325,7 @@ def test_compiles_in_one_graph(layout, dynamic, device):
             assert torch.equal(g, w) and g.stride() == w.stride()
 
 
+@pytest.mark.slow
 def test_compiles_with_the_default_backend(device):
     """Inductor may lay out anew what it hands to the op, and relies on the fake's strides."""
     torch._dynamo.reset()

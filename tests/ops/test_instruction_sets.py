@@ -13,6 +13,8 @@ from ddf_cases import require_compiled, smaller_instruction_sets
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", smaller_instruction_sets())
 def test_passes_the_same_tests(name):
     require_compiled("cpu")

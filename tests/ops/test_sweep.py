@@ -28,6 +28,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.kernels
+
 # Those with kernels of their own come first, and are drawn more often.
 FAST = [(3, 1, 1), (3, 1, 2), (5, 1, 1), (5, 1, 2), (7, 1, 1), (7, 1, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -114,6 +114,7 @@ def test_equals_the_reference(case, layout, dtype, device):
         assert layout(out).stride() == out.stride()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("scale", [2, 3])
@@ -124,6 +125,7 @@ def test_sizes_around_whole_vectors(scale, layout, dtype, device):
         check(tensors, (3, scale))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 def test_planes_larger_than_a_block(layout, device):
     tensors = make(1, 9, (41, 131), dtype=torch.float32, device=device)
@@ -197,6 +199,8 @@ def test_result_does_not_depend_on_the_number_of_threads(layout):
         assert all(map(torch.equal, found[0], others))
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("isa", smaller_instruction_sets())
 def test_smaller_instruction_sets(isa):
     name = "test_sizes_around_whole_vectors or test_each_gradient_alone"
