@@ -50,9 +50,10 @@ from ddf_mm.ops import backend_info
 print(f"ddf_mm: {ddf_mm.__file__}, Python {platform.python_version()}, torch {torch.__version__}")
 assert backend_info()["cpu"] == "compiled", backend_info()
 END
-# Another torch calls the same library, so that these tests look for what it does otherwise:
-# dispatch, autograd, the compiler, and what of PyTorch the formula uses, with every layout, dtype and
-# direction. The file left out looks at the library in the checkout. A worker computes with one thread, as in `make test`.
+# Another torch calls the same library, so these tests look for what it does otherwise: dispatch,
+# autograd, the compiler, and what of PyTorch the formula uses, with every dtype, layout and
+# direction. The file left out looks at the library in the checkout. A worker computes with one
+# thread, as in `make test`.
 DDF_MM_REQUIRE_OPS=1 OMP_NUM_THREADS=1 "$python" -m pytest -c "$root/pyproject.toml" \
   -p no:cacheprovider -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
   "$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py" \
