@@ -151,6 +151,7 @@ def finite_terms(tensors: list[Tensor | None], grad: Tensor, case: Case) -> list
     return counts
 
 
+@pytest.mark.slow
 @given(
     case=cases(least_batch=1),
     where=st.sampled_from(PLACES),
@@ -188,6 +189,7 @@ def compiled_for_the_cpu() -> None:
     require_compiled("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_for_the_cpu")
 @given(case=cases(least_batch=1))
 def test_any_number_of_threads_gives_the_same_bits(case):
