@@ -604,8 +604,8 @@ def changed(folder: Path, file: str, old: str, new: str) -> Host:
 @pytest.mark.parametrize("at_once", [7, 50, 130])
 def test_results_of_several_launches(tmp_path, at_once):
     """What is done for 2**31 elements and more, with a smaller number."""
-    old = "kMaxElements = INT32_MAX"
-    host = changed(tmp_path, "generic.cuh", old, f"kMaxElements = {at_once}")
+    old = "kMaxElements32 = INT32_MAX"
+    host = changed(tmp_path, "arguments.cuh", old, f"kMaxElements32 = {at_once}")
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
         for name in PASSES:
