@@ -90,9 +90,11 @@ def test_biases_may_be_missing(without):
     check([None if i in without else t for i, t in enumerate(make())])
 
 
-@pytest.mark.parametrize("size", [(0, 4, 5), (1, 0, 5), (1, 4, 0)])
-def test_empty(size):
-    assert run(make(size=size)).shape == (size[0], 36, *size[1:])
+def test_only_the_batch_may_be_empty():
+    assert run(make(size=(0, 4, 5))).shape == (0, 36, 4, 5)
+    for size in ((1, 0, 5), (1, 4, 0)):
+        with pytest.raises(RuntimeError, match="at least one channel, row and column"):
+            run(make(size=size))
 
 
 def test_strided_inputs():
@@ -132,7 +134,7 @@ def test_threads_change_nothing():
         (1, torch.zeros(81, 1, 3, 3), "depthwise must have a multiple of 20 filters, got 81"),
         (1, torch.zeros(80, 1, 4, 4), "depthwise must have an odd size, got 4"),
         (1, torch.zeros(80, 1, 3, 5), "depthwise must have size 3 in dimension 3, got 5"),
-        (1, torch.zeros(80, 1, 3, 3).double(), "depthwise must have the dtype of features"),
+        (1, torch.zeros(80, 1, 3, 3).double(), "depthwise must have the dtype of the first"),
         (2, torch.zeros(79), "depthwise_bias must have size 80 in dimension 0, got 79"),
         (3, torch.zeros(35, 20, 1, 1), "pointwise must have a multiple of 4 filters, got 35"),
         (3, torch.zeros(36, 19, 1, 1), "pointwise must have size 20 in dimension 1, got 19"),
@@ -199,10 +201,10 @@ def test_pooling_keeps_a_nan_in_its_pixel_and_channel():
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (0, torch.zeros(2, 20, 0, 4), "features must have a channel, a row and a column"),
+        (0, torch.zeros(2, 20, 0, 4), "features must have at least one channel, row and"),
         (1, torch.zeros(9, 19, 1, 1), "weight must have size 20 in dimension 1, got 19"),
-        (1, torch.zeros(0, 20, 1, 1), "weight an output"),
-        (1, torch.zeros(9, 20, 1, 1).double(), "weight must have the dtype of features"),
+        (1, torch.zeros(0, 20, 1, 1), "weight must have at least one output"),
+        (1, torch.zeros(9, 20, 1, 1).double(), "weight must have the dtype of the first"),
         (2, torch.zeros(8), "bias must have size 9 in dimension 0, got 8"),
         (3, 0, "stride must be at least 1, got 0"),
     ],

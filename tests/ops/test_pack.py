@@ -175,10 +175,12 @@ def test_nan_and_inf_stay_where_they_are(k, dilation, layout, poisoned, value, d
         assert torch.equal(got.isinf(), want.isinf())
 
 
-@pytest.mark.parametrize("shape", [dict(batch=0), dict(size=(0, 4)), dict(size=(4, 0))], ids=str)
-def test_empty(shape, device):
-    tensors = make(**shape, device=device)
+def test_only_the_batch_may_be_empty(device):
+    tensors = make(batch=0, device=device)
     assert run(tensors).shape == tensors[0].shape
+    for size in ((0, 4), (4, 0)):
+        with pytest.raises(RuntimeError, match="at least one channel, row and column"):
+            run(make(size=size, device=device))
 
 
 def test_bad_arguments_are_refused(device):
@@ -187,11 +189,14 @@ def test_bad_arguments_are_refused(device):
         ([x, raw_channel[:, 1:], raw_spatial, std, bias], "channel_filter must have size 16"),
         ([x, raw_channel, raw_spatial[:, 1:], std, bias], "spatial_filter has 17 channels"),
         ([x, raw_channel, raw_spatial[:, :, 1:], std, bias], "spatial_filter has 4 rows"),
-        ([x, raw_channel.double(), raw_spatial, std, bias], "must have the dtype of features"),
+        ([x, raw_channel.double(), raw_spatial, std, bias], "must have the dtype of the first"),
         ([x, raw_channel, raw_spatial, std[1:], bias], "channel_std must have one dimension of"),
         ([x, raw_channel, raw_spatial, std, bias[1:]], "bias must have one dimension of 16"),
-        ([x, raw_channel, raw_spatial, std.double(), bias], "channel_std must be float64 for"),
-        ([x, raw_channel, raw_spatial, std, bias.to(x.dtype).half()], "bias must be float64 for"),
+        ([x, raw_channel, raw_spatial, std.double(), bias], "channel_std must be float64 beside"),
+        (
+            [x, raw_channel, raw_spatial, std, bias.to(x.dtype).half()],
+            "bias must be float64 beside",
+        ),
     ]
     for tensors, message in wrong:
         with pytest.raises(RuntimeError, match=message):
