@@ -39,6 +39,7 @@ LONGEST = [
     "test_digit_scenes_recipes.py",
     "test_distributed.py",
     "test_dist.py",
+    "test_registry.py",
     "test_compiled.py",
     "test_up.py",
     "test_sweep.py",
