@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.model import BaseModel, PretrainedInit, revert_sync_batchnorm
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, init_default_scope
 from mmengine.structures import PixelData
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddf_mm.engine import launch
 from ddf_mm.engine.cli import UserError
 from ddf_mm.ops import backend_info
-from ddf_mm.utils import dicts_with, toolbox, type_name
+from ddf_mm.registry import resolve
+from ddf_mm.utils import dicts_with, toolbox
 
 # Height and width of the image that each toolbox's results are usually given for.
 SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 1024))
@@ -68,8 +69,8 @@ def without_weights(node: object) -> None:
     for part in dicts_with(node, "init_cfg"):
         several = isinstance(part["init_cfg"], (list, tuple))
         steps = part["init_cfg"] if several else [part["init_cfg"]]
-        loads = ("Pretrained", "PretrainedInit")
-        steps = [step for step in steps if step and type_name(step) not in loads]
+        loads = [bool(s) and resolve(s, WEIGHT_INITIALIZERS) is PretrainedInit for s in steps]
+        steps = [s for s, is_load in zip(steps, loads, strict=True) if s and not is_load]
         part["init_cfg"] = steps if several else next(iter(steps), None)
 
 

@@ -165,19 +165,17 @@ DDF_INLINE void store(T* to, Vector<Sum<T>, N> v) {
   }
 }
 
+// A mask of the first count lanes.
+template <class A, int N>
+DDF_INLINE auto first_lanes(int64_t count) {
+  Vector<A, N> index{};
+  for (int i = 0; i < N; ++i) index[i] = static_cast<A>(i);
+  return index < splat<A, N>(static_cast<A>(count));
+}
+
 #if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
 // The first count bits.
 DDF_INLINE uint32_t first_bits(int64_t count) { return (uint32_t{1} << count) - 1; }
-#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
-// A mask of the first count lanes of kBytes bytes.
-template <int kBytes>
-DDF_INLINE __m256i first_lanes_mask(int64_t count) {
-  constexpr int kN = 32 / kBytes;
-  using I = IntegerOf<kBytes>;
-  Vector<I, kN> index{};
-  for (int i = 0; i < kN; ++i) index[i] = static_cast<I>(i);
-  return bit_cast<__m256i>(index < splat<I, kN>(static_cast<I>(count)));
-}
 #endif
 
 // Copies the first count < N elements, in pieces of a power of two.
@@ -212,9 +210,11 @@ DDF_INLINE Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
   }
 #elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
   if constexpr (std::is_same_v<T, float> && N == 8)
-    return bit_cast<Vector<float, N>>(_mm256_maskload_ps(from, first_lanes_mask<4>(count)));
+    return bit_cast<Vector<float, N>>(
+        _mm256_maskload_ps(from, bit_cast<__m256i>(first_lanes<float, N>(count))));
   else if constexpr (std::is_same_v<T, double> && N == 4)
-    return bit_cast<Vector<double, N>>(_mm256_maskload_pd(from, first_lanes_mask<8>(count)));
+    return bit_cast<Vector<double, N>>(
+        _mm256_maskload_pd(from, bit_cast<__m256i>(first_lanes<double, N>(count))));
 #endif
   T values[N] = {};
   copy_some<N>(values, from, count);
@@ -232,9 +232,11 @@ DDF_INLINE void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
                                  bit_cast<__m512d>(v));
 #elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
   if constexpr (std::is_same_v<T, float> && N == 8)
-    return _mm256_maskstore_ps(to, first_lanes_mask<4>(count), bit_cast<__m256>(v));
+    return _mm256_maskstore_ps(to, bit_cast<__m256i>(first_lanes<float, N>(count)),
+                               bit_cast<__m256>(v));
   else if constexpr (std::is_same_v<T, double> && N == 4)
-    return _mm256_maskstore_pd(to, first_lanes_mask<8>(count), bit_cast<__m256d>(v));
+    return _mm256_maskstore_pd(to, bit_cast<__m256i>(first_lanes<double, N>(count)),
+                               bit_cast<__m256d>(v));
 #endif
   T values[N];
   store<N>(values, v);
@@ -253,14 +255,6 @@ DDF_INLINE void store_first(T* to, Vector<Sum<T>, N> v, int64_t count) {
     store<N>(to, v);
   else
     store_some<N>(to, v, count);
-}
-
-// A mask of the first count lanes.
-template <class A, int N>
-DDF_INLINE auto first_lanes(int64_t count) {
-  Vector<A, N> index{};
-  for (int i = 0; i < N; ++i) index[i] = static_cast<A>(i);
-  return index < splat<A, N>(static_cast<A>(count));
 }
 
 // Lane i is a's where bit H of i is not set and b's where it is, of index i with that bit cleared

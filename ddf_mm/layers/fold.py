@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ddf_mm.layers.conv import DDFConv2d
 from ddf_mm.layers.filter_norm import FilterNorm
-from ddf_mm.layers.pack import DDFPack
+from ddf_mm.layers.pack import DDFPack, has_own_filters
 from ddf_mm.layers.shift import Shift
 from ddf_mm.layers.unmodified import is_observed, is_unmodified, layers_of
 
@@ -151,8 +151,7 @@ def _obstacle(pair: _Pair, uses: Counter[nn.Module]) -> str | None:
     channel_norm = layers_of(pack.channel_branch)[-1]
     if (
         not _is_plain(pack, DDFPack.forward, DDFConv2d.forward)
-        or type(pack).generate_filters is not DDFPack.generate_filters
-        or "generate_filters" in pack.__dict__
+        or not has_own_filters(pack)
         or not is_unmodified(pack.output, nn.Identity)
         or not is_unmodified(channel_norm, FilterNorm)
     ):

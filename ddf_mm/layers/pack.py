@@ -108,10 +108,7 @@ def _check_placement(name: str, x: Tensor, branch: nn.Module) -> None:
             f"{name} must be on the device of the layer's parameters, {weight.device}, got "
             f"{x.device}"
         )
-    if x.dtype == weight.dtype:
-        return
-    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    if not casts or torch.float64 in (x.dtype, weight.dtype):
+    if weight.dtype not in Placement.of(x).dtypes:
         raise TypeError(
             f"{name} must have the dtype of the layer's parameters, {weight.dtype}, got {x.dtype} "
             f"({AUTOCAST_RULE})"
@@ -236,17 +233,14 @@ class DDFPack(BaseModule):
         return self.kernel_size, self.dilation, self.stride, self.kernel_combine
 
     def _fused_arguments(self, x: Tensor) -> tuple[PackWeights, PackOptions] | None:
-        """Arguments of :func:`fused_pack`, if it computes all that the branches would for x."""
+        """Arguments of :func:`fused_pack`, if it computes all that the branches would for x, a
+        batch that forward has checked."""
         if is_observed() or not (
             type(x) in (Tensor, nn.Parameter)
-            and x.layout is torch.strided
-            and x.dim() == 4
-            and x.shape[1] == self.in_channels
             and x.numel() > 0
             and library.serves(x)
             and self.kernel_combine in COMBINES
-            and type(self).generate_filters is _GENERATE_FILTERS
-            and "generate_filters" not in self.__dict__
+            and has_own_filters(self)
         ):
             return None
         spatial, channel = layers_of(self.spatial_branch), layers_of(self.channel_branch)
@@ -298,6 +292,13 @@ class DDFPack(BaseModule):
 
 
 _GENERATE_FILTERS = DDFPack.generate_filters
+
+
+def has_own_filters(pack: DDFPack) -> bool:
+    """Whether the filters that a pack applies are those of :meth:`DDFPack.generate_filters`."""
+    return (
+        type(pack).generate_filters is _GENERATE_FILTERS and "generate_filters" not in pack.__dict__
+    )
 
 
 def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor], kernel_size: int) -> Tensor:
@@ -357,7 +358,6 @@ def _convolve_together(layers: list[list[nn.Module]], inputs: list[Tensor]) -> T
     x = inputs[0]
     if (
         torch.is_grad_enabled()
-        or type(x) is not Tensor
         or x.device.type != "cpu"
         or any(value is not x for value in inputs)
         or not library.serves(x)
