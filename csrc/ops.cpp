@@ -5,11 +5,11 @@
 STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "ddf(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
-      "int kernel_size, int dilation, int stride, bool mul) -> Tensor");
+      "int kernel_size, int dilation, int stride, str kernel_combine) -> Tensor");
   // A gradient that is not needed, or whose filter is None, is an empty tensor.
   m.def(
       "ddf_backward(Tensor grad, Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
-      "int kernel_size, int dilation, int stride, bool mul, "
+      "int kernel_size, int dilation, int stride, str kernel_combine, "
       "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
   // x is [B, filters * taps, ...]; std and mean are [filters * taps], in the dtype of the sums.
   m.def(
@@ -23,25 +23,15 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "ddf_pack(Tensor features, Tensor raw_channel, Tensor raw_spatial, Tensor? channel_std, "
       "float channel_scale, float spatial_scale, float eps, Tensor? bias, bool relu, "
-      "int kernel_size, int dilation, int stride, bool mul) -> Tensor");
-  // Depthwise convolutions [n * C, 1, k, k] of the same features, each followed by a 1x1
-  // convolution, [n * outputs, C, 1, 1] together: [B, n * outputs, H, W]; on a CPU, for the forward
-  // pass only.
-  m.def(
-      "depthwise_pointwise(Tensor features, Tensor depthwise, Tensor? depthwise_bias, "
-      "Tensor pointwise, Tensor? pointwise_bias) -> Tensor");
-  // A 1x1 convolution [outputs, C, 1, 1] of stride `stride`, and the mean [B, C] of all pixels of
-  // the same channels_last features; on a CPU, for the forward pass only.
-  m.def(
-      "pointwise_pool(Tensor features, Tensor weight, Tensor? bias, int stride) "
-      "-> (Tensor, Tensor)");
+      "int kernel_size, int dilation, int stride, str kernel_combine) -> Tensor");
   // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
   // W].
   m.def(
       "ddf_up(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
-      "int kernel_size, int scale_factor, int dilation, bool mul) -> Tensor");
+      "int kernel_size, int scale_factor, int dilation, str kernel_combine) -> Tensor");
   m.def(
       "ddf_up_backward(Tensor grad, Tensor features, Tensor? channel_filter, "
-      "Tensor? spatial_filter, int kernel_size, int scale_factor, int dilation, bool mul, "
+      "Tensor? spatial_filter, int kernel_size, int scale_factor, int dilation, str "
+      "kernel_combine, "
       "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
 }

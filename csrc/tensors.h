@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "geometry.h"
@@ -81,6 +82,13 @@ inline void check_features(const Tensor& features) {
   for (int i = 1; i < 4; ++i)
     STD_TORCH_CHECK(features.size(i) >= 1,
                     "ddf_mm: features must have at least one channel, row and column");
+}
+
+// Whether the two filters are multiplied, not added.
+inline bool is_mul(const std::string& kernel_combine) {
+  STD_TORCH_CHECK(kernel_combine == "mul" || kernel_combine == "add",
+                  "ddf_mm: kernel_combine must be 'mul' or 'add', got '", kernel_combine, "'");
+  return kernel_combine == "mul";
 }
 
 inline int64_t ceil_of_quotient(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }

@@ -605,7 +605,7 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
     class ByModules(DDFPack):
         """The layer as its modules one after the other."""
 
-        def _fused_arguments(self, x: Tensor) -> None:
+        def _norms_to_fuse(self, x: Tensor) -> None:
             return None
 
     return {

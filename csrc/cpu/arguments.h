@@ -102,39 +102,12 @@ struct NormBackward {
   void* grad_mean;
 };
 
-// Depthwise convolutions of stride 1 of the same features, each followed by a 1x1 convolution.
-struct Branches {
-  int64_t batch, channels, height, width;
-  int64_t branches, kernel, outputs;  // outputs of each branch
-  DType dtype;
-  const void* x;               // channels_last
-  const void* depthwise;       // [branches, C, kernel, kernel]
-  const void* depthwise_bias;  // [branches, C]; null if there is none
-  const void* pointwise;       // [branches, outputs, C]
-  const void* pointwise_bias;  // [branches, outputs]; null if there is none
-  void* output;                // [B, branches * outputs, H, W], channels_last
-};
-
-// A 1x1 convolution, and the mean of each channel.
-struct Project {
-  int64_t batch, channels, height, width;
-  int64_t outputs, stride;
-  DType dtype;
-  const void* x;       // channels_last
-  const void* weight;  // [outputs, C]
-  const void* bias;    // [outputs]; null if there is none
-  void* output;        // [B, outputs, ceil(H / stride), ceil(W / stride)], channels_last
-  void* mean;          // [B, C]
-};
-
 // The kernels compiled for one instruction set.
 struct Kernels {
   void (*forward)(const Forward&, ParallelFor);
   void (*backward)(const Backward&, ParallelFor);
   void (*norm)(const Norm&, ParallelFor);
   void (*norm_backward)(const NormBackward&, ParallelFor);
-  void (*branches)(const Branches&, ParallelFor);
-  void (*project)(const Project&, ParallelFor);
 };
 
 extern const Kernels baseline_kernels;

@@ -1,7 +1,6 @@
 // All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included
 // once by each kernels_*.cpp.
 #pragma once
-#include "cpu/branches.h"
 #include "cpu/norm.h"
 #include "cpu/pixels.h"
 #include "cpu/planes.h"
@@ -71,20 +70,13 @@ void norm_backward(const NormBackward& n, ParallelFor run) {
     if (n.grad_std || n.grad_mean) norm_grad_parameters<T>(n, run);
   });
 }
-void branches(const Branches& b, ParallelFor run) {
-  with_type(b.dtype, [&](auto element) { branches<decltype(element)>(b, run); });
-}
-void project(const Project& p, ParallelFor run) {
-  with_type(p.dtype, [&](auto element) { project<decltype(element)>(p, run); });
-}
 
 }  // namespace
 }  // namespace DDF_ISA
 
 #define DDF_JOIN_(a, b) a##b
 #define DDF_JOIN(a, b) DDF_JOIN_(a, b)
-extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward,  DDF_ISA::backward,
-                                                    DDF_ISA::norm,     DDF_ISA::norm_backward,
-                                                    DDF_ISA::branches, DDF_ISA::project};
+extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward, DDF_ISA::backward,
+                                                    DDF_ISA::norm, DDF_ISA::norm_backward};
 
 }  // namespace ddf::cpu

@@ -180,150 +180,63 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
   return {to.x, to.std, to.mean};
 }
 
-Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
-               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
-               int64_t stride, bool mul) {
+Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
+           const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
+           int64_t stride, const std::string& kernel_combine) {
   return forward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride),
-      features, channel_filter, spatial_filter, mul);
+      features, channel_filter, spatial_filter, is_mul(kernel_combine));
 }
 
-Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
-                  int64_t dilation, bool mul) {
+Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
+              const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+              int64_t dilation, const std::string& kernel_combine) {
   return forward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      features, channel_filter, spatial_filter, mul);
+      features, channel_filter, spatial_filter, is_mul(kernel_combine));
 }
 
-Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
-            const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
-            double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
-            int64_t dilation, int64_t stride, bool mul) {
+Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
+                const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
+                double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
+                int64_t dilation, int64_t stride, const std::string& kernel_combine) {
   const Geometry g = pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
                                       kernel_size, dilation, stride);
   const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
-  return forward_of(g, features, raw_channel, raw_spatial, mul,
+  return forward_of(g, features, raw_channel, raw_spatial, is_mul(kernel_combine),
                     {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});
 }
 
-Tensor depthwise_pointwise(const Tensor& features, const Tensor& depthwise,
-                           const OptionalTensor& depthwise_bias, const Tensor& pointwise,
-                           const OptionalTensor& pointwise_bias) {
-  check_features(features);
-  check_kind(depthwise, features, "depthwise", 4);
-  check_kind(pointwise, features, "pointwise", 4);
-  Branches b{};
-  b.batch = features.size(0);
-  b.channels = features.size(1);
-  b.height = features.size(2);
-  b.width = features.size(3);
-  b.kernel = depthwise.size(2);
-  const int64_t filters = depthwise.size(0), outputs = pointwise.size(0);
-  STD_TORCH_CHECK(filters >= 1 && filters % b.channels == 0,
-                  "ddf_mm: depthwise must have a multiple of ", b.channels, " filters, got ",
-                  filters);
-  b.branches = filters / b.channels;
-  STD_TORCH_CHECK(b.kernel % 2 == 1, "ddf_mm: depthwise must have an odd size, got ", b.kernel);
-  check_like(depthwise, features, "depthwise", {filters, 1, b.kernel, b.kernel});
-  STD_TORCH_CHECK(outputs >= 1 && outputs % b.branches == 0,
-                  "ddf_mm: pointwise must have a multiple of ", b.branches, " filters, got ",
-                  outputs);
-  check_like(pointwise, features, "pointwise", {outputs, b.channels, 1, 1});
-  b.outputs = outputs / b.branches;
-  check_like(depthwise_bias, features, "depthwise_bias", {filters});
-  check_like(pointwise_bias, features, "pointwise_bias", {outputs});
-  check_elements(is_product_within(kMaxElements, b.kernel, b.kernel, filters) &&
-                 is_product_within(kMaxElements, outputs, b.channels) &&
-                 is_product_within(kMaxElements, b.batch, outputs, b.height, b.width) &&
-                 is_product_within(kMaxElements, b.batch, b.channels, b.height + b.kernel,
-                                   b.width + b.kernel));
-  b.dtype = dtype_of(features);
-  const Tensor output = empty(features, {b.batch, outputs, b.height, b.width}, true);
-  if (b.batch == 0) return output;
-  const Tensor x = in_layout(features, true);
-  const Tensor dw = in_layout(depthwise, false), pw = in_layout(pointwise, false);
-  const OptionalTensor dw_bias = contiguous(depthwise_bias), pw_bias = contiguous(pointwise_bias);
-  b.x = x.const_data_ptr();
-  b.depthwise = dw.const_data_ptr();
-  b.depthwise_bias = data_of(dw_bias);
-  b.pointwise = pw.const_data_ptr();
-  b.pointwise_bias = data_of(pw_bias);
-  b.output = output.mutable_data_ptr();
-  run(kernels().branches, b);
-  return output;
-}
-
-std::tuple<Tensor, Tensor> pointwise_pool(const Tensor& features, const Tensor& weight,
-                                          const OptionalTensor& bias, int64_t stride) {
-  check_features(features);
-  check_kind(weight, features, "weight", 4);
-  STD_TORCH_CHECK(stride >= 1, "ddf_mm: stride must be at least 1, got ", stride);
-  Project p{};
-  p.batch = features.size(0);
-  p.channels = features.size(1);
-  p.height = features.size(2);
-  p.width = features.size(3);
-  p.outputs = weight.size(0);
-  STD_TORCH_CHECK(p.outputs >= 1, "ddf_mm: weight must have at least one output");
-  check_like(weight, features, "weight", {p.outputs, p.channels, 1, 1});
-  check_like(bias, features, "bias", {p.outputs});
-  check_elements(is_product_within(kMaxElements, p.batch, p.channels, p.height, p.width) &&
-                 is_product_within(kMaxElements, p.batch, p.outputs, p.height, p.width) &&
-                 is_product_within(kMaxElements, p.outputs, p.channels));
-  p.dtype = dtype_of(features);
-  const Tensor output = empty(
-      features,
-      {p.batch, p.outputs, ceil_of_quotient(p.height, stride), ceil_of_quotient(p.width, stride)},
-      true);
-  const Tensor mean = empty(features, {p.batch, p.channels}, false);
-  if (p.batch == 0) return {output, mean};
-  p.stride = std::min(stride, std::max(p.height, p.width));
-  const Tensor x = in_layout(features, true), w = in_layout(weight, false);
-  const OptionalTensor b = contiguous(bias);
-  p.x = x.const_data_ptr();
-  p.weight = w.const_data_ptr();
-  p.bias = data_of(b);
-  p.output = output.mutable_data_ptr();
-  p.mean = mean.mutable_data_ptr();
-  run(kernels().project, p);
-  return {output, mean};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
-                                            const OptionalTensor& channel_filter,
-                                            const OptionalTensor& spatial_filter,
-                                            int64_t kernel_size, int64_t dilation, int64_t stride,
-                                            bool mul, bool need_features, bool need_channel,
-                                            bool need_spatial) {
+std::tuple<Tensor, Tensor, Tensor> ddf_backward(
+    const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
+    const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation, int64_t stride,
+    const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
   return backward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride), grad,
-      features, channel_filter, spatial_filter, mul, need_features, need_channel, need_spatial);
+      features, channel_filter, spatial_filter, is_mul(kernel_combine), need_features, need_channel,
+      need_spatial);
 }
 
-std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& features,
-                                               const OptionalTensor& channel_filter,
-                                               const OptionalTensor& spatial_filter,
-                                               int64_t kernel_size, int64_t scale_factor,
-                                               int64_t dilation, bool mul, bool need_features,
-                                               bool need_channel, bool need_spatial) {
+std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
+    const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
+    const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+    int64_t dilation, const std::string& kernel_combine, bool need_features, bool need_channel,
+    bool need_spatial) {
   return backward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      grad, features, channel_filter, spatial_filter, mul, need_features, need_channel,
-      need_spatial);
+      grad, features, channel_filter, spatial_filter, is_mul(kernel_combine), need_features,
+      need_channel, need_spatial);
 }
 
 }  // namespace
 }  // namespace ddf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
-  m.impl("ddf", TORCH_BOX(&ddf::cpu::forward));
-  m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::backward));
+  m.impl("ddf", TORCH_BOX(&ddf::cpu::ddf));
+  m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::ddf_backward));
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
-  m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::pack));
-  m.impl("pointwise_pool", TORCH_BOX(&ddf::cpu::pointwise_pool));
-  m.impl("depthwise_pointwise", TORCH_BOX(&ddf::cpu::depthwise_pointwise));
-  m.impl("ddf_up", TORCH_BOX(&ddf::cpu::up_forward));
-  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::up_backward));
+  m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::ddf_pack));
+  m.impl("ddf_up", TORCH_BOX(&ddf::cpu::ddf_up));
+  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::ddf_up_backward));
 }

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -102,9 +103,10 @@ Arguments<T> arguments_of(const Geometry& geometry, bool mul, const Tensor& feat
   return a;
 }
 
-Tensor forward(const Tensor& features, const OptionalTensor& channel_filter,
-               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
-               int64_t stride, bool mul) {
+Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
+           const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
+           int64_t stride, const std::string& kernel_combine) {
+  const bool mul = is_mul(kernel_combine);
   const Geometry g =
       served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -124,12 +126,11 @@ View<T> view_if(bool is_needed, const Tensor& t) {
   return is_needed ? writable_view_of<T>(t) : View<T>{};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& features,
-                                            const OptionalTensor& channel_filter,
-                                            const OptionalTensor& spatial_filter,
-                                            int64_t kernel_size, int64_t dilation, int64_t stride,
-                                            bool mul, bool need_features, bool need_channel,
-                                            bool need_spatial) {
+std::tuple<Tensor, Tensor, Tensor> ddf_backward(
+    const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
+    const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation, int64_t stride,
+    const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
+  const bool mul = is_mul(kernel_combine);
   const Geometry g =
       served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -172,8 +173,8 @@ NormArguments<T> arguments_of(const NormFilters& of, const Tensor& x, const Opti
   return a;
 }
 
-Tensor norm(const Tensor& x, int64_t filters, const OptionalTensor& std, const OptionalTensor& mean,
-            double scale, double eps) {
+Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
+                   const OptionalTensor& mean, double scale, double eps) {
   const NormFilters of = served(NormFilters(x, filters, std));
   check_parameter(mean, x, x.size(1), "mean");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -191,10 +192,10 @@ Tensor norm(const Tensor& x, int64_t filters, const OptionalTensor& std, const O
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
-                                                 int64_t filters, const OptionalTensor& std,
-                                                 double scale, double eps, bool need_x,
-                                                 bool need_std, bool need_mean) {
+std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, const Tensor& x,
+                                                        int64_t filters, const OptionalTensor& std,
+                                                        double scale, double eps, bool need_x,
+                                                        bool need_std, bool need_mean) {
   const NormFilters of = served(NormFilters(x, filters, std));
   check_like(grad, x, "grad", size_of(x));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -215,10 +216,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   return {to.x, to.std, to.mean};
 }
 
-Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
-            const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
-            double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
-            int64_t dilation, int64_t stride, bool mul) {
+Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
+                const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
+                double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
+                int64_t dilation, int64_t stride, const std::string& kernel_combine) {
+  const bool mul = is_mul(kernel_combine);
   const Geometry g = served(pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
                                              kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -246,9 +248,10 @@ Tensor pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw
 
 int64_t subpixel_stride(const OptionalTensor& filter) { return filter ? filter->stride(1) : 0; }
 
-Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
-                  int64_t dilation, bool mul) {
+Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
+              const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+              int64_t dilation, const std::string& kernel_combine) {
+  const bool mul = is_mul(kernel_combine);
   const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
                                         dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -267,12 +270,12 @@ Tensor up_forward(const Tensor& features, const OptionalTensor& channel_filter,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& features,
-                                               const OptionalTensor& channel_filter,
-                                               const OptionalTensor& spatial_filter,
-                                               int64_t kernel_size, int64_t scale_factor,
-                                               int64_t dilation, bool mul, bool need_features,
-                                               bool need_channel, bool need_spatial) {
+std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
+    const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
+    const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
+    int64_t dilation, const std::string& kernel_combine, bool need_features, bool need_channel,
+    bool need_spatial) {
+  const bool mul = is_mul(kernel_combine);
   const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
                                         dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -309,11 +312,11 @@ std::tuple<Tensor, Tensor, Tensor> up_backward(const Tensor& grad, const Tensor&
 }  // namespace ddf::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
-  m.impl("ddf", TORCH_BOX(&ddf::cuda::forward));
-  m.impl("ddf_backward", TORCH_BOX(&ddf::cuda::backward));
-  m.impl("filter_norm", TORCH_BOX(&ddf::cuda::norm));
-  m.impl("filter_norm_backward", TORCH_BOX(&ddf::cuda::norm_backward));
-  m.impl("ddf_pack", TORCH_BOX(&ddf::cuda::pack));
-  m.impl("ddf_up", TORCH_BOX(&ddf::cuda::up_forward));
-  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::up_backward));
+  m.impl("ddf", TORCH_BOX(&ddf::cuda::ddf));
+  m.impl("ddf_backward", TORCH_BOX(&ddf::cuda::ddf_backward));
+  m.impl("filter_norm", TORCH_BOX(&ddf::cuda::filter_norm));
+  m.impl("filter_norm_backward", TORCH_BOX(&ddf::cuda::filter_norm_backward));
+  m.impl("ddf_pack", TORCH_BOX(&ddf::cuda::ddf_pack));
+  m.impl("ddf_up", TORCH_BOX(&ddf::cuda::ddf_up));
+  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::ddf_up_backward));
 }

@@ -10,18 +10,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ddf_mm.layers.filter_norm import FilterNorm
-from ddf_mm.layers.fused import PackOptions, PackWeights, fused_pack
 from ddf_mm.layers.shift import Shift
-from ddf_mm.layers.unmodified import (
-    Placement,
-    is_conv,
-    is_filter_norm,
-    is_global_pooling,
-    is_observed,
-    is_unmodified,
-    layers_of,
-)
-from ddf_mm.ops import ddf, ddf_up, filter_norm, library
+from ddf_mm.layers.unmodified import is_filter_norm, is_observed, is_unmodified, layers_of
+from ddf_mm.ops import ddf, ddf_up, library
 from ddf_mm.ops.checks import (
     AUTOCAST_RULE,
     COMBINES,
@@ -33,6 +24,8 @@ from ddf_mm.ops.checks import (
     check_tensor,
     shape_of,
 )
+from ddf_mm.ops.filter_norm import EPS
+from ddf_mm.ops.reference import accumulate_dtype
 from ddf_mm.registry import name_pretrained
 
 
@@ -108,11 +101,19 @@ def _check_placement(name: str, x: Tensor, branch: nn.Module) -> None:
             f"{name} must be on the device of the layer's parameters, {weight.device}, got "
             f"{x.device}"
         )
-    if weight.dtype not in Placement.of(x).dtypes:
+    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if weight.dtype != x.dtype and not (casts and torch.float64 not in (x.dtype, weight.dtype)):
         raise TypeError(
             f"{name} must have the dtype of the layer's parameters, {weight.dtype}, got {x.dtype} "
             f"({AUTOCAST_RULE})"
         )
+
+
+def _run_all_but_last(branch: nn.Sequential, x: Tensor) -> Tensor:
+    *layers, _ = branch._modules.values()
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _spatial_branch(
@@ -220,54 +221,90 @@ class DDFPack(BaseModule):
         """
         if _is_unbatched(x, self.in_channels):
             return DDFPack.forward(self, x[None])[0]
-        fused = self._fused_arguments(x)
-        if fused is None:
+        norms = self._norms_to_fuse(x)
+        if norms is None:
             return self.output(ddf(x, *self.generate_filters(x), *self._filter_arguments))
-        if is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
-            return fused_pack(x, *fused, self.output.bias, self.output.relu)
-        return self.output(fused_pack(x, *fused))
+        try:
+            raw_channel = _run_all_but_last(self.channel_branch, x)
+            raw_spatial = _run_all_but_last(self.spatial_branch, x)
+        except RuntimeError:
+            self._check_placement(x)  # a better message, and 10 us only where there is an error
+            raise
+        return self._filter_by_raw(x, raw_channel, raw_spatial, *norms)
 
     @property
     def _filter_arguments(self) -> tuple[int, int, int, str]:
         """The last arguments of :func:`~ddf_mm.ops.ddf`."""
         return self.kernel_size, self.dilation, self.stride, self.kernel_combine
 
-    def _fused_arguments(self, x: Tensor) -> tuple[PackWeights, PackOptions] | None:
-        """Arguments of :func:`fused_pack`, if it computes all that the branches would for x, a
-        batch that forward has checked."""
+    def _norms_to_fuse(self, x: Tensor) -> tuple[FilterNorm, FilterNorm] | None:
+        """FilterNorm of the channel and of the spatial filters, if ``ddf_pack`` computes for a
+        batch x all that they would."""
         if is_observed() or not (
             type(x) in (Tensor, nn.Parameter)
             and x.numel() > 0
             and library.serves(x)
-            and self.kernel_combine in COMBINES
             and has_own_filters(self)
+            and is_unmodified(self.channel_branch, nn.Sequential)
+            and is_unmodified(self.spatial_branch, nn.Sequential)
         ):
             return None
-        spatial, channel = layers_of(self.spatial_branch), layers_of(self.channel_branch)
-        if len(spatial) != 2 or len(channel) != 5:
-            return None
-        project, spatial_norm = spatial
-        pool, squeeze, relu, expand, channel_norm = channel
-        kernel_size, dilation, stride, combine = self._filter_arguments
-        channels, head, taps = self.in_channels, self.head, kernel_size**2
-        width = getattr(squeeze, "out_channels", 0)
-        at = Placement.of(x)
+        kernel_size, *options, combine = self._filter_arguments
+        if combine not in COMBINES or not all(type(n) is int and n > 0 for n in options):
+            return None  # ddf tells what is wrong
+        taps = kernel_size**2
+        channel_norm = next(reversed(self.channel_branch._modules.values()), None)
+        spatial_norm = next(reversed(self.spatial_branch._modules.values()), None)
+        if is_filter_norm(
+            channel_norm, x.device, self.in_channels, "channel", taps
+        ) and is_filter_norm(spatial_norm, x.device, self.head, "spatial", taps):
+            return channel_norm, spatial_norm
+        return None
+
+    def _filter_by_raw(
+        self,
+        x: Tensor,
+        raw_channel: Tensor,
+        raw_spatial: Tensor,
+        channel_norm: FilterNorm,
+        spatial_norm: FilterNorm,
+    ) -> Tensor:
+        """Filters x by the filters as they are before their norms, in one call of ``ddf_pack``."""
+        k, *options = self._filter_arguments
+        shape = x.shape[0], self.in_channels, k, k
+        features, channel, spatial = library.autocast_inputs(x, raw_channel, raw_spatial)
         if not (
-            type(dilation) is int
-            and dilation > 0
-            and is_conv(project, at, (head * taps, channels, 1, 1), stride)
-            and is_filter_norm(spatial_norm, at, head, "spatial", taps)
-            and is_global_pooling(pool)
-            and is_conv(squeeze, at, (width, channels, 1, 1))
-            and is_unmodified(relu, nn.ReLU)
-            and is_conv(expand, at, (channels * taps, width, 1, 1))
-            and is_filter_norm(channel_norm, at, channels, "channel", taps)
-        ):
-            return None
-        convs = (conv._parameters for conv in (project, squeeze, expand))
-        tensors = (t for own in convs for t in (own["weight"], own["bias"]))
-        options = PackOptions(kernel_size, dilation, stride, combine, head, spatial_norm.std)
-        return PackWeights(*tensors, channel_norm._parameters["std"]), options
+            type(channel) is type(spatial) is Tensor
+            and features.dtype == channel.dtype == spatial.dtype
+            and features.device == channel.device == spatial.device
+            and channel.shape[:2] == (shape[0], math.prod(shape[1:]))
+            and channel.numel() == math.prod(shape)
+            and spatial.dim() == 4
+        ):  # layers before the norms were replaced
+            channel = channel_norm(raw_channel).reshape(-1, *shape[1:])
+            return self.output(ddf(x, channel, spatial_norm(raw_spatial), k, *options))
+        std = channel_norm.std.to(accumulate_dtype(features.dtype))
+        bias, relu = None, False
+        if folds := is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
+            bias, relu = self.output.bias.to(std.dtype), self.output.relu
+        out = torch.ops.ddf_mm.ddf_pack(
+            features,
+            channel.view(shape),
+            spatial,
+            std,
+            1.0,
+            spatial_norm.std,
+            EPS,
+            bias,
+            relu,
+            k,
+            *options,
+        )
+        return out if folds else self.output(out)
+
+    def _check_placement(self, x: Tensor) -> None:
+        for branch in (self.channel_branch, self.spatial_branch):
+            _check_placement("x", x, branch)
 
     def generate_filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies to features ``Tensor[B, C, H, W]``.
@@ -278,8 +315,7 @@ class DDFPack(BaseModule):
             takes them.
         """
         _check_batch(x, self.in_channels)
-        for branch in (self.channel_branch, self.spatial_branch):
-            _check_placement("x", x, branch)
+        self._check_placement(x)
         k, *_ = self._filter_arguments
         channel_filter = self.channel_branch(x).reshape(-1, self.in_channels, k, k)
         return channel_filter, self.spatial_branch(x)
@@ -301,88 +337,9 @@ def has_own_filters(pack: DDFPack) -> bool:
     )
 
 
-def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor], kernel_size: int) -> Tensor:
-    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``.
-
-    Unmodified branches pool the input that they share once and normalize in one call.
-    """
-    # The compiler cannot read through layers_of.
-    layers = [] if is_observed() else [layers_of(branch) for branch in branches]
-    if not layers or not _share_one_norm(layers, inputs[0], kernel_size**2):
-        return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
-    *_, norm = layers[0]
-    count = len(branches)
-    stacked = _convolve_together([branch[:-1] for branch in layers], inputs)
-    if stacked is None:
-        pooled = None
-        raw = []
-        for (*others, _), value in zip(layers, inputs, strict=True):
-            # A convolution leaves what others read as it is.
-            is_shared = value is inputs[0] and nn.Conv2d in map(type, others[1:2])
-            if is_shared and is_global_pooling(others[0]):
-                pool, *others = others
-                pooled = pool(value) if pooled is None else pooled
-                value = pooled
-            for layer in others:
-                value = layer(value)
-            raw.append(value)
-        stacked = torch.stack(raw, dim=1).flatten(1, 2)
-    std = norm.std
-    if norm.filter_type == "channel":
-        std = torch.cat([branch[-1].std for branch in layers])
-    filters = filter_norm(stacked, count * norm.in_channels, norm.filter_type, std)
-    return filters.unflatten(1, (count, -1))
-
-
-def _share_one_norm(layers: list[list[nn.Module]], x: Tensor, taps: int) -> bool:
-    """Whether one call can take the place of the FilterNorms that end all these branches."""
-    if type(x) not in (Tensor, nn.Parameter) or min(map(len, layers)) < 2:
-        return False
-    at, first = Placement.of(x), layers[0][-1]
-    return type(first) is FilterNorm and all(
-        is_filter_norm(norm, at, first.in_channels, first.filter_type, taps)
-        and (norm.filter_type == "channel" or norm.std == first.std)
-        and all(
-            is_unmodified(layer, nn.Conv2d)
-            or is_unmodified(layer, nn.ReLU)
-            or is_global_pooling(layer)
-            for layer in others
-        )
-        for *others, norm in layers
-    )
-
-
-def _convolve_together(layers: list[list[nn.Module]], inputs: list[Tensor]) -> Tensor | None:
-    """What the branches' convolutions make of the input that they share, depthwise and 1x1 of all
-    in one pass: ``Tensor[B, branches * outputs, H, W]``; ``None`` where that is not possible."""
-    x = inputs[0]
-    if (
-        torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or any(value is not x for value in inputs)
-        or not library.serves(x)
-        or any(len(convs) != 2 for convs in layers)
-    ):
-        return None
-    depthwise, pointwise = zip(*layers, strict=True)
-    channels, size = x.shape[1], getattr(depthwise[0], "kernel_size", (0,))[0]
-    outputs = getattr(pointwise[0], "out_channels", 0)
-    at = Placement.of(x)
-    if not all(
-        size % 2
-        and is_conv(spread, at, (channels, 1, size, size), 1, size // 2, channels)
-        and is_conv(mix, at, (outputs, channels, 1, 1))
-        for spread, mix in layers
-    ):
-        return None
-    tensors = library.autocast_inputs(
-        x,
-        torch.cat([conv.weight for conv in depthwise]),
-        torch.cat([conv.bias for conv in depthwise]),
-        torch.cat([conv.weight for conv in pointwise]),
-        torch.cat([conv.bias for conv in pointwise]),
-    )
-    return torch.ops.ddf_mm.depthwise_pointwise(*tensors)
+def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
+    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``."""
+    return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
 
 
 # torch.fx records it as one call: it goes by sizes, which are there only when the graph runs.
@@ -400,11 +357,6 @@ def _guides(
                 f"joint_channels is {joint_channels} and in_channels {channels}"
             )
         joint_x = x
-        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        if is_eager and x.device.type == "cpu" and not torch.is_grad_enabled():
-            # oneDNN takes half as long for depthwise convolutions of this layout, and all
-            # branches share the copy.
-            joint_x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = shape_of(x)
     given = shape_of(joint_x)
     own = (batch, joint_channels, height, width)
@@ -547,8 +499,6 @@ class DDFUpPack(BaseModule):
     def generate_filters(self, x: Tensor, joint_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The filters that the layer applies, for the arguments of :meth:`forward`.
 
-        Branches that nobody modified share one pooling of x and one normalization.
-
         Returns:
             The channel filters ``Tensor[B, s*s, C, k, k]`` and the spatial filters
             ``Tensor[B, s*s, head*k*k, H, W]``, as :func:`~ddf_mm.ops.ddf_up` takes them.
@@ -560,10 +510,10 @@ class DDFUpPack(BaseModule):
             _check_placement("joint_x", joint_x, self.spatial_branch[0])
         k, count = self.kernel_size, len(self.spatial_branch)
         guides = _guides(x, joint_x, self.scale_factor, self.joint_channels)
-        channel_filter = _stack_filters(self.channel_branch, [x] * count, k)
+        channel_filter = _stack_filters(self.channel_branch, [x] * count)
         return (
             channel_filter.reshape(-1, count, self.in_channels, k, k),
-            _stack_filters(self.spatial_branch, [guides[r] for r in range(count)], k),
+            _stack_filters(self.spatial_branch, [guides[r] for r in range(count)]),
         )
 
     def extra_repr(self) -> str:

@@ -7,8 +7,6 @@ Every fused path of the layers asks here; where the answer is no, it runs the mo
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -28,7 +26,6 @@ def _methods() -> tuple[object, ...]:
         conv._conv_forward,
         nn.Sequential.forward,
         nn.Sequential.__iter__,
-        nn.AdaptiveAvgPool2d.forward,
         nn.ReLU.forward,
         nn.Identity.forward,
         nn.modules.batchnorm._BatchNorm.forward,
@@ -41,7 +38,6 @@ def _methods() -> tuple[object, ...]:
 _METHODS = _methods()
 # Attributes of an instance that take the place of these methods.
 _OVERRIDES = frozenset({"forward", "_conv_forward", "_call_impl", "_compiled_call_impl"})
-_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_observed() -> bool:
@@ -87,65 +83,8 @@ def layers_of(branch: nn.Module) -> list[nn.Module]:
     return layers
 
 
-class Placement(NamedTuple):
-    """Where and in which dtypes a layer's parameters can be for some features."""
-
-    device: torch.device
-    dtypes: tuple[torch.dtype, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Placement:
-        """The features' device and dtype, or the dtypes that autocast makes one."""
-        device, dtype = x.device, x.dtype
-        # The meta device has no autocast, and PyTorch raises when asked.
-        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
-        if casts and dtype in _AUTOCAST_DTYPES:
-            return cls(device, _AUTOCAST_DTYPES)
-        return cls(device, (dtype,))
-
-    def has(self, tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
-        """Whether ``tensor`` is an ordinary one of this shape there."""
-        return (
-            type(tensor) in (nn.Parameter, Tensor)
-            and tensor.shape == shape
-            and tensor.dtype in self.dtypes
-            and tensor.device == self.device
-            and tensor.layout is torch.strided
-        )
-
-
-def is_conv(
-    module: nn.Module,
-    placement: Placement,
-    weight_shape: tuple[int, ...],
-    stride: int = 1,
-    padding: int = 0,
-    groups: int = 1,
-) -> bool:
-    """Whether ``module`` is an unmodified ``Conv2d`` with a bias and without dilation of this
-    geometry."""
-    if not is_unmodified(module, nn.Conv2d):
-        return False
-    own = module.__dict__
-    parameters = own["_parameters"]
-    return (
-        placement.has(parameters.get("weight"), weight_shape)
-        and placement.has(parameters.get("bias"), weight_shape[:1])
-        and own["stride"] == (stride, stride)
-        and own["padding"] == (padding, padding)
-        and own["dilation"] == (1, 1)
-        and own["groups"] == groups
-        and own["padding_mode"] == "zeros"
-    )
-
-
-def is_global_pooling(module: nn.Module) -> bool:
-    """Whether ``module`` is an unmodified average pooling of all pixels."""
-    return is_unmodified(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-
-
 def is_filter_norm(
-    module: nn.Module, placement: Placement, filters: int, filter_type: str, taps: int
+    module: nn.Module | None, device: torch.device, filters: int, filter_type: str, taps: int
 ) -> bool:
     """Whether ``module`` is an unmodified FilterNorm of this geometry without a learned mean,
     whose scale is learned for channel filters and a number for spatial ones."""
@@ -166,5 +105,5 @@ def is_filter_norm(
         type(std) in (nn.Parameter, Tensor)
         and std.shape == (filters * taps,)
         and std.dtype.is_floating_point
-        and std.device == placement.device
+        and std.device == device
     )

@@ -20,16 +20,24 @@ AUTOCAST_RULE = "torch.autocast casts the tensors of a call where none of them i
 
 
 class Geometry(NamedTuple):
-    """Sizes of a call that its checks find out.
+    """A call of ddf, or of one subpixel of ddf_up: its options, and the sizes they lead to.
 
-    Rows and columns of the output, and how the channels C share the spatial filters:
-    C = groups * group_channels.
+    The channels C share the spatial filters: C = groups * group_channels.
     """
 
-    height: int
+    kernel_size: int
+    dilation: int
+    stride: int
+    kernel_combine: str
+    height: int  # of the output; of ddf_up, over scale_factor
     width: int
     groups: int
     group_channels: int
+    scale_factor: int = 1
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return self.scale_factor * self.height, self.scale_factor * self.width
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -169,7 +177,7 @@ def check_groups(spatial_channels: int, kernel_size: int, channels: int, name: s
 
 
 @untraced
-def check_ddf_arguments(
+def check_ddf(
     features: Tensor,
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
@@ -188,13 +196,14 @@ def check_ddf_arguments(
     check_int("dilation", dilation, 1)
     check_int("stride", stride, 1)
     check_combine(kernel_combine)
+    options = kernel_size, dilation, stride, kernel_combine
     check_features(features)
     _, channels, height, width = features.shape
     # Written as a convolution's output size is, so that symbolic sizes compare without a guard.
     ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
-        return Geometry(ceil_h, ceil_w, groups, channels // groups)
+        return Geometry(*options, ceil_h, ceil_w, groups, channels // groups)
 
     out_h, out_w = spatial_filter.shape[2:]
     # The floor is what the official op takes; it drops the last window of an odd size.
@@ -206,11 +215,11 @@ def check_ddf_arguments(
         )
     if 0 in (out_h, out_w):
         raise ValueError(f"spatial_filter must have at least one pixel, got {out_h}x{out_w}")
-    return Geometry(out_h, out_w, groups, channels // groups)
+    return Geometry(*options, out_h, out_w, groups, channels // groups)
 
 
 @untraced
-def check_ddf_up_arguments(
+def check_ddf_up(
     features: Tensor,
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
@@ -220,9 +229,6 @@ def check_ddf_up_arguments(
     kernel_combine: str,
 ) -> Geometry:
     """Checks the arguments of :func:`ddf_mm.ops.ddf_up`.
-
-    Returns:
-        The geometry of one subpixel.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -240,7 +246,8 @@ def check_ddf_up_arguments(
             f"spatial_filter must have the {height}x{width} pixels of features, got "
             f"{spatial_filter.shape[3]}x{spatial_filter.shape[4]}"
         )
-    return Geometry(height, width, groups, channels // groups)
+    options = kernel_size, dilation, 1, kernel_combine
+    return Geometry(*options, height, width, groups, channels // groups, scale_factor)
 
 
 def _check_filters(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_ddf_arguments, check_ddf_up_arguments
+from ddf_mm.ops.checks import check_ddf, check_ddf_up
 from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
@@ -64,16 +65,15 @@ def ddf(
         torch.Size([2, 16, 8, 10])
     """
     tensors = features, channel_filter, spatial_filter
+    options = kernel_size, dilation, stride, kernel_combine
     if has_torch_function_variadic(*tensors):  # torch.fx records the call
-        options = kernel_size, dilation, stride, kernel_combine
         return handle_torch_function(ddf, tensors, *tensors, *options)
     tensors = library.autocast_inputs(*tensors)
-    geometry = check_ddf_arguments(*tensors, kernel_size, dilation, stride, kernel_combine)
+    geometry = check_ddf(*tensors, *options)
     if library.serves(tensors[0]):
-        mul = kernel_combine == "mul"
-        return library.run_ddf(*tensors, kernel_size, dilation, stride, mul)
+        return torch.ops.ddf_mm.ddf(*tensors, *options)
     library.warn_about_reference(tensors[0].device.type)
-    return ddf_formula(*tensors, kernel_size, dilation, stride, kernel_combine, geometry)
+    return ddf_formula(*tensors, geometry)
 
 
 def ddf_up(
@@ -113,13 +113,12 @@ def ddf_up(
         torch.Size([2, 16, 14, 10])
     """
     tensors = features, channel_filter, spatial_filter
+    options = kernel_size, scale_factor, dilation, kernel_combine
     if has_torch_function_variadic(*tensors):
-        options = kernel_size, scale_factor, dilation, kernel_combine
         return handle_torch_function(ddf_up, tensors, *tensors, *options)
     tensors = library.autocast_inputs(*tensors)
-    geometry = check_ddf_up_arguments(*tensors, kernel_size, scale_factor, dilation, kernel_combine)
+    geometry = check_ddf_up(*tensors, *options)
     if library.serves(tensors[0]):
-        mul = kernel_combine == "mul"
-        return library.run_ddf_up(*tensors, kernel_size, scale_factor, dilation, mul)
+        return torch.ops.ddf_mm.ddf_up(*tensors, *options)
     library.warn_about_reference(tensors[0].device.type)
-    return ddf_up_formula(*tensors, kernel_size, scale_factor, dilation, kernel_combine, geometry)
+    return ddf_up_formula(*tensors, geometry)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddf_mm.ops import library
+from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
 
 _TO_THE_END = torch.iinfo(torch.int64).max
 
@@ -25,7 +26,7 @@ def onnx_translations() -> dict[Any, Callable]:
     Raises:
         ModuleNotFoundError: onnxscript is not installed.
     """
-    if not hasattr(torch.ops.ddf_mm, "ddf"):
+    if not library.COMPILED:
         return {}
     return {
         torch.ops.ddf_mm.ddf.default: _onnx_ddf,
@@ -36,7 +37,10 @@ def onnx_translations() -> dict[Any, Callable]:
 def decompositions() -> dict[Any, Callable]:
     """How ``ExportedProgram.run_decompositions`` writes the compiled ops by the formula,
     in PyTorch's own operators; empty where there are none."""
-    return {op.default: formula for op, formula in library.FORMULAS.items()}
+    if not library.COMPILED:
+        return {}
+    ops = torch.ops.ddf_mm
+    return {ops.ddf.default: ddf_reference, ops.ddf_up.default: ddf_up_reference}
 
 
 def _onnx_ddf(
@@ -46,15 +50,15 @@ def _onnx_ddf(
     kernel_size: int = 3,
     dilation: int = 1,
     stride: int = 1,
-    mul: bool = True,
+    kernel_combine: str = "mul",
 ):
     groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
     filters = (channel_filter, spatial_filter)
-    return _onnx_taps(features, *filters, kernel_size, dilation, stride, mul, groups)
+    return _onnx_taps(features, *filters, kernel_size, dilation, stride, kernel_combine, groups)
 
 
 def _onnx_taps(
-    features, channel_filter, spatial_filter, kernel_size, dilation, stride, mul, groups
+    features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine, groups
 ):
     from onnxscript import opset18 as op
 
@@ -99,7 +103,7 @@ def _onnx_taps(
             last = constant(*(n - 2 * before or _TO_THE_END for n in first))
         term = op.Slice(padded, constant(*first), last, constant(2, 3), constant(stride, stride))
         given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
-        if mul or len(given) == 1:
+        if kernel_combine == "mul" or len(given) == 1:
             for weight in given:
                 term = op.Mul(term, weight)
         else:
@@ -117,7 +121,7 @@ def _onnx_ddf_up(
     kernel_size: int = 3,
     scale_factor: int = 2,
     dilation: int = 1,
-    mul: bool = True,
+    kernel_combine: str = "mul",
 ):
     from onnxscript import opset18 as op
 
@@ -133,7 +137,7 @@ def _onnx_ddf_up(
             kernel_size,
             dilation,
             1,
-            mul,
+            kernel_combine,
             groups,
         )
         for r in range(scale_factor**2)

@@ -11,6 +11,7 @@ from ddf_mm.ops.checks import check_int, check_number, check_tensor, shape_of, u
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
 
 FILTER_TYPES = ("spatial", "channel")
+EPS = 1e-10  # of the official layer
 
 
 def filter_norm(
@@ -19,7 +20,7 @@ def filter_norm(
     filter_type: str,
     std: float | Tensor = 1.0,
     mean: float | Tensor | None = None,
-    eps: float = 1e-10,
+    eps: float = EPS,
 ) -> Tensor:
     r"""Standardizes every generated filter over its taps, then scales and shifts it.
 
@@ -65,8 +66,17 @@ def filter_norm(
     mean = None if mean is None else _as_parameter("mean", mean, x)
     # A compiler fuses the formula with its surroundings, and tracers record it.
     if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return library.run_filter_norm(x, in_channels, std, mean, eps)
+        return _run_op(x, in_channels, std, mean, eps)
     return filter_norm_reference(x, in_channels, std, mean, eps)
+
+
+def _run_op(
+    x: Tensor, filters: int, std: float | Tensor, mean: float | Tensor | None, eps: float
+) -> Tensor:
+    scale, factors = (1.0, std) if isinstance(std, Tensor) else (std, None)
+    if mean is not None and not isinstance(mean, Tensor):
+        mean = x.new_full((x.shape[1],), mean, dtype=accumulate_dtype(x.dtype))
+    return torch.ops.ddf_mm.filter_norm(x, filters, factors, mean, scale, eps)
 
 
 @untraced

@@ -36,28 +36,14 @@ def _backward_flops(grad, features, channel, spatial, kernel_size, *args, **kwar
 
 
 def _pack_flops(features, channel, spatial, *args, out_shape, **kwargs) -> int:
-    # The last options are kernel_size, dilation, stride and mul.
+    # The last options are kernel_size, dilation, stride and kernel_combine.
     return 2 * count_taps(out_shape, args[-4])
-
-
-def _depthwise_pointwise_flops(
-    features, depthwise, depthwise_bias, pointwise, *args, out_shape, **kwargs
-) -> int:
-    batch, _, height, width = out_shape
-    return 2 * batch * height * width * (math.prod(depthwise) + math.prod(pointwise))
-
-
-def _pointwise_pool_flops(features, weight, *args, out_shape, **kwargs) -> int:
-    (batch, _, height, width), _ = out_shape
-    return 2 * batch * height * width * math.prod(weight)
 
 
 def register() -> None:
     """Tell the counter about the ops, if they are there."""
     if library.COMPILED:
-        for forward, backward in library.OPS.items():
-            register_flop_formula(forward)(_forward_flops)
-            register_flop_formula(backward)(_backward_flops)
-        register_flop_formula(torch.ops.ddf_mm.ddf_pack)(_pack_flops)
-        register_flop_formula(torch.ops.ddf_mm.pointwise_pool)(_pointwise_pool_flops)
-        register_flop_formula(torch.ops.ddf_mm.depthwise_pointwise)(_depthwise_pointwise_flops)
+        ops = torch.ops.ddf_mm
+        register_flop_formula([ops.ddf, ops.ddf_up])(_forward_flops)
+        register_flop_formula([ops.ddf_backward, ops.ddf_up_backward])(_backward_flops)
+        register_flop_formula(ops.ddf_pack)(_pack_flops)

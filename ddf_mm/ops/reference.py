@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops.checks import (
-    Geometry,
-    check_ddf_arguments,
-    check_ddf_up_arguments,
-    shape_of,
-)
+from ddf_mm.ops.checks import Geometry, check_ddf, check_ddf_up, shape_of
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,29 +45,16 @@ def ddf_reference(
     Takes the arguments of :func:`ddf_mm.ops.ddf`, has its semantics and raises its errors; runs
     on every device and supports any order of differentiation. It reads no autocast state.
     """
-    geometry = check_ddf_arguments(
+    geometry = check_ddf(
         features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
     )
-    return ddf_formula(
-        features,
-        channel_filter,
-        spatial_filter,
-        kernel_size,
-        dilation,
-        stride,
-        kernel_combine,
-        geometry,
-    )
+    return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
 
 def ddf_formula(
     features: Tensor,
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
-    kernel_combine: str,
     geometry: Geometry,
 ) -> Tensor:
     """:func:`ddf_reference` of arguments whose check gave ``geometry``.
@@ -81,8 +63,8 @@ def ddf_formula(
     constants, and what depends on a size is computed from that tensor's shape. It has calls only
     that ONNX has, in opset 11 too.
     """
-    taps = kernel_size**2
-    groups, group_channels = geometry.groups, geometry.group_channels
+    kernel_size, dilation, stride = geometry.kernel_size, geometry.dilation, geometry.stride
+    taps, groups, group_channels = kernel_size**2, geometry.groups, geometry.group_channels
     dtype = accumulate_dtype(features.dtype)
     sizes = features.shape[2:]
     # From there on no tap but the centre reaches the features: padding by more has no effect.
@@ -122,7 +104,7 @@ def ddf_formula(
     for window, of_channel, of_pixel in zip(product(*windows), per_channel, per_pixel, strict=True):
         weight = of_pixel if of_channel is None else of_channel
         if of_channel is not None and of_pixel is not None:
-            weight = weight * of_pixel if kernel_combine == "mul" else weight + of_pixel
+            weight = weight * of_pixel if geometry.kernel_combine == "mul" else weight + of_pixel
         term = padded[(..., *window)] * weight
         out = term if out is None else out + term
 
@@ -181,7 +163,7 @@ def ddf_up_reference(
     Takes the arguments of :func:`ddf_mm.ops.ddf_up` and is to it what :func:`ddf_reference` is to
     :func:`ddf_mm.ops.ddf`.
     """
-    geometry = check_ddf_up_arguments(
+    geometry = check_ddf_up(
         features,
         channel_filter,
         spatial_filter,
@@ -190,26 +172,13 @@ def ddf_up_reference(
         dilation,
         kernel_combine,
     )
-    return ddf_up_formula(
-        features,
-        channel_filter,
-        spatial_filter,
-        kernel_size,
-        scale_factor,
-        dilation,
-        kernel_combine,
-        geometry,
-    )
+    return ddf_up_formula(features, channel_filter, spatial_filter, geometry)
 
 
 def ddf_up_formula(
     features: Tensor,
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
-    kernel_size: int,
-    scale_factor: int,
-    dilation: int,
-    kernel_combine: str,
     geometry: Geometry,
 ) -> Tensor:
     """:func:`ddf_up_reference` of arguments whose check gave ``geometry``."""
@@ -218,13 +187,9 @@ def ddf_up_formula(
             features,
             None if channel_filter is None else channel_filter[:, r],
             None if spatial_filter is None else spatial_filter[:, r],
-            kernel_size,
-            dilation,
-            1,
-            kernel_combine,
             geometry,
         )
-        for r in range(scale_factor * scale_factor)
+        for r in range(geometry.scale_factor**2)
     ]
-    out = F.pixel_shuffle(torch.stack(subpixels, dim=2).flatten(1, 2), scale_factor)
+    out = F.pixel_shuffle(torch.stack(subpixels, dim=2).flatten(1, 2), geometry.scale_factor)
     return out.contiguous(memory_format=layout_of(features))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ddf_cases import require_compiled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,59 +191,6 @@ def test_hooks_of_the_branches_are_called(name):
     assert len(seen) == 1
 
 
-def predict(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, set[str]]:
-    """The output without gradients, and the operators that made it."""
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        out = layer(x)
-    return out, {event.key for event in profile.key_averages()}
-
-
-CONVOLVE = "ddf_mm::depthwise_pointwise"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dw_kernel_size", [1, 3, 5])
-def test_up_pack_predicts_with_convolutions_in_one_pass(dw_kernel_size, dtype):
-    require_compiled("cpu")
-    up = DDFUpPack(12, dw_kernel_size=dw_kernel_size, head=2).to(dtype)
-    x = torch.randn(2, 12, 9, 11, dtype=dtype)
-    found, called = predict(up, x)
-    assert CONVOLVE in called
-    rtol = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(found, up(x).detach(), rtol=rtol, atol=rtol)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, called = predict(up.float(), x.float())
-    assert CONVOLVE in called and found.dtype == torch.bfloat16
-
-
-def test_branches_that_were_changed_are_heeded_in_prediction():
-    x = torch.randn(1, 8, 6, 7)
-
-    def unlike(change) -> torch.Tensor:
-        up = DDFUpPack(8)
-        change(up.spatial_branch)
-        out, called = predict(up, x)
-        assert CONVOLVE not in called
-        torch.testing.assert_close(out, up(x).detach())
-        return out
-
-    class Zero(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * 0
-
-    def set_convolution(branches, convolution, place=0):
-        branches[1][place] = convolution
-
-    kept = dict(padding=1, groups=8)
-    assert (unlike(lambda b: set_convolution(b, Zero(8, 8, 3, **kept)))).isfinite().all()
-    unlike(lambda b: b[0][0].register_forward_hook(lambda *args: args[-1] * 2))
-    unlike(lambda b: set_convolution(b, nn.Conv2d(8, 8, 3, padding=1)))
-    unlike(lambda b: set_convolution(b, nn.Conv2d(8, 8, 5, padding=2, groups=8)))
-    unlike(lambda b: set_convolution(b, nn.Conv2d(8, 8, 3, padding_mode="reflect", **kept)))
-    unlike(lambda b: set_convolution(b, nn.Identity()))
-    unlike(lambda b: b[2].insert(1, nn.ReLU()))
-
-
 def test_filter_norms_of_different_scales_stay_apart():
     up = DDFUpPack(8).double()
     up.spatial_branch[3][1][1].std *= 2
@@ -368,7 +314,7 @@ def test_filter_norm_layer():
 def by_modules(monkeypatch, call):
     """What ``call`` returns where the pack runs its modules one after the other."""
     with monkeypatch.context() as patch:
-        patch.setattr(DDFPack, "_fused_arguments", lambda pack, x: None)
+        patch.setattr(DDFPack, "_norms_to_fuse", lambda pack, x: None)
         return call()
 
 
@@ -384,7 +330,7 @@ def test_pack_as_one_function_equals_its_modules(
     pack = DDFPack(16, k, stride, head=head, kernel_combine=combine).to(dtype)
     x = torch.randn(3, 16, 11, 9, dtype=dtype).contiguous(memory_format=layout)
     x.requires_grad_()
-    assert pack._fused_arguments(x) is not None
+    assert pack._norms_to_fuse(x) is not None
     grad = torch.randn_like(pack(x))
 
     def run():

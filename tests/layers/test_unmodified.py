@@ -535,7 +535,7 @@ def test_the_mode_of_a_device_keeps_the_fused_path():
     require_compiled("cpu")
     pack, x = DDFPack(CHANNELS), torch.randn(1, CHANNELS, 6, 7)
     with torch.device("cpu"):
-        assert pack._fused_arguments(x) is not None
+        assert pack._norms_to_fuse(x) is not None
 
 
 def test_attributes_of_the_layer_are_read_in_each_call():

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ddf_cases import require_compiled
 from torch._subclasses import FakeTensorMode
 
@@ -40,7 +39,7 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
         kernel_size=3,
         dilation=1,
         stride=2,
-        mul=True,
+        kernel_combine="mul",
     )
     up = dict(
         features=random(4, 3, 4),
@@ -49,7 +48,7 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
         kernel_size=3,
         scale_factor=2,
         dilation=1,
-        mul=True,
+        kernel_combine="mul",
     )
     norm = dict(x=random(18, 3, 4), filters=2, std=torch.rand(18))
     needs = dict(need_features=True, need_channel=True, need_spatial=True)
@@ -71,7 +70,7 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
             kernel_size=3,
             dilation=1,
             stride=1,
-            mul=True,
+            kernel_combine="mul",
         ),
         filter_norm=dict(**norm, mean=torch.randn(18), scale=1.5, eps=1e-10),
         filter_norm_backward=dict(
@@ -83,16 +82,6 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
             need_std=True,
             need_mean=True,
         ),
-        pointwise_pool=dict(
-            features=random(4, 5, 6), weight=torch.randn(9, 4, 1, 1), bias=torch.randn(9), stride=2
-        ),
-        depthwise_pointwise=dict(
-            features=random(4, 5, 6),
-            depthwise=torch.randn(8, 1, 3, 3),
-            depthwise_bias=torch.randn(8),
-            pointwise=torch.randn(6, 4, 1, 1),
-            pointwise_bias=torch.randn(6),
-        ),
     )
 
 
@@ -100,9 +89,8 @@ def formula(name: str, call: dict) -> list[torch.Tensor]:
     """What the op ``name`` is to return, in float64."""
     call = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     if name in ("ddf", "ddf_up"):
-        *args, mul = call.values()
         function = ddf_reference if name == "ddf" else ddf_up_reference
-        return [function(*args, "mul" if mul else "add")]
+        return [function(*call.values())]
     if name == "filter_norm":
         std = call["scale"] if call["std"] is None else call["scale"] * call["std"]
         return [filter_norm_reference(call["x"], call["filters"], std, call["mean"], call["eps"])]
@@ -133,29 +121,17 @@ def formula(name: str, call: dict) -> list[torch.Tensor]:
             for t, g, need in zip(of, all_grads, needed, strict=True)
         ]
     x = call["features"]
-    if name == "ddf_pack":
-        taps = call["kernel_size"] ** 2
-        channels, groups = x.shape[1], call["raw_spatial"].shape[1] // taps
-        std = call["channel_scale"]
-        std = std if call["channel_std"] is None else std * call["channel_std"]
-        per_channel = filter_norm_reference(call["raw_channel"].flatten(1), channels, std)
-        per_pixel = filter_norm_reference(call["raw_spatial"], groups, call["spatial_scale"])
-        options = [call[k] for k in ("kernel_size", "dilation", "stride")]
-        combine = "mul" if call["mul"] else "add"
-        per_channel = per_channel.view_as(call["raw_channel"])
-        out = ddf_reference(x, per_channel, per_pixel, *options, combine)
-        out = out if call["bias"] is None else out + call["bias"].view(1, -1, 1, 1)
-        return [out.relu() if call["relu"] else out]
-    if name == "pointwise_pool":
-        stride = min(call["stride"], 100)
-        return [F.conv2d(x, call["weight"], call["bias"], stride), x.mean((2, 3))]
-    branches = call["depthwise"].shape[0] // x.shape[1]
-    pad = call["depthwise"].shape[2] // 2
-    repeated = x.repeat(1, branches, 1, 1)
-    between = F.conv2d(
-        repeated, call["depthwise"], call["depthwise_bias"], 1, pad, 1, repeated.shape[1]
-    )
-    return [F.conv2d(between, call["pointwise"], call["pointwise_bias"], groups=branches)]
+    taps = call["kernel_size"] ** 2
+    channels, groups = x.shape[1], call["raw_spatial"].shape[1] // taps
+    std = call["channel_scale"]
+    std = std if call["channel_std"] is None else std * call["channel_std"]
+    per_channel = filter_norm_reference(call["raw_channel"].flatten(1), channels, std)
+    per_pixel = filter_norm_reference(call["raw_spatial"], groups, call["spatial_scale"])
+    options = [call[k] for k in ("kernel_size", "dilation", "stride", "kernel_combine")]
+    per_channel = per_channel.view_as(call["raw_channel"])
+    out = ddf_reference(x, per_channel, per_pixel, *options)
+    out = out if call["bias"] is None else out + call["bias"].view(1, -1, 1, 1)
+    return [out.relu() if call["relu"] else out]
 
 
 def listed(result) -> list[torch.Tensor]:
@@ -217,7 +193,7 @@ def test_absurd_integers(name):
                     if "grad" in call and key == "stride" and absurd > 2:
                         without["grad"] = call["grad"][..., :1, :1]
                     served += check(name, without)
-    assert served or name in ("filter_norm", "filter_norm_backward", "depthwise_pointwise")
+    assert served or name in ("filter_norm", "filter_norm_backward")
 
 
 def test_a_stride_beyond_the_features_leaves_one_window():
@@ -317,18 +293,16 @@ def test_sizes_beyond_memory():
     huge = one.expand(1, 1, 2**31, 2**31)
     filters = torch.ones(1, 1, 3, 3)
     calls = [
-        ("ddf", (huge, filters, None, 3, 1, 1, True)),
-        ("ddf", (huge, filters, None, 3, 2**63 - 1, 2**63 - 1, True)),
-        ("ddf", (one.expand(0, 1, 2**40, 2**40), filters[:0], None, 3, 1, 1, True)),
-        ("ddf", (one.expand(1, 1, 1, 2**40), filters, None, 3, 2**40, 1, True)),
+        ("ddf", (huge, filters, None, 3, 1, 1, "mul")),
+        ("ddf", (huge, filters, None, 3, 2**63 - 1, 2**63 - 1, "mul")),
+        ("ddf", (one.expand(0, 1, 2**40, 2**40), filters[:0], None, 3, 1, 1, "mul")),
+        ("ddf", (one.expand(1, 1, 1, 2**40), filters, None, 3, 2**40, 1, "mul")),
         (
             "ddf",
-            (pixel, None, one.expand(1, 2**62 - 2**32 + 1, 1, 1), 2**31 - 1, 1, 1, True),
+            (pixel, None, one.expand(1, 2**62 - 2**32 + 1, 1, 1), 2**31 - 1, 1, 1, "mul"),
         ),
-        ("ddf_up", (pixel, one.expand(1, 2**60, 1, 1, 1), None, 1, 2**30, 1, True)),
+        ("ddf_up", (pixel, one.expand(1, 2**60, 1, 1, 1), None, 1, 2**30, 1, "mul")),
         ("filter_norm", (one.expand(0, 2**40, 2**40), 2, None, None, 1.0, 0.0)),
-        ("pointwise_pool", (huge, pixel, None, 2**31)),
-        ("depthwise_pointwise", (huge, filters, None, pixel, None)),
     ]
     for name, args in calls:
         with pytest.raises(RuntimeError, match="larger than any memory"):
@@ -349,12 +323,12 @@ def message(function):
         function()
     except RuntimeError as error:
         return type(error).__name__ + " " + str(error).splitlines()[0]
-op.ddf(x[..., :8, :8], c, None, 3, 1, 1, True)
+op.ddf(x[..., :8, :8], c, None, 3, 1, 1, "mul")
 resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20),) * 2)
 print(message(lambda: torch.empty(1 << 26, dtype=torch.uint8)))
-print(message(lambda: op.ddf(x, c, None, 3, 1, 1, True)))
-print(message(lambda: op.ddf(x.requires_grad_(), c, None, 3, 1, 1, True)))
-print(message(lambda: op.ddf(sums, c[:, :1], None, 3, 1 << 15, 1, True)))
+print(message(lambda: op.ddf(x, c, None, 3, 1, 1, "mul")))
+print(message(lambda: op.ddf(x.requires_grad_(), c, None, 3, 1, 1, "mul")))
+print(message(lambda: op.ddf(sums, c[:, :1], None, 3, 1 << 15, 1, "mul")))
 """
 
 

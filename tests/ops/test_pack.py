@@ -55,7 +55,7 @@ def run(tensors, relu=True, k=3, dilation=1, stride=1, combine="mul") -> Tensor:
     x, raw_channel, raw_spatial, std, bias = tensors
     return torch.ops.ddf_mm.ddf_pack(
         x, raw_channel, raw_spatial, std, *SCALES, EPS, bias, relu, k, dilation, stride,
-        combine == "mul",
+        combine,
     )  # fmt: skip
 
 

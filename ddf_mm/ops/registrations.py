@@ -1,0 +1,338 @@
+"""What PyTorch needs to know about the compiled ops besides their kernels: the fake kernels, which
+compilers and exporters run, and the derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddf_mm.ops import library
+from ddf_mm.ops.checks import (
+    Geometry,
+    check_ddf,
+    check_ddf_up,
+    check_int,
+    check_kernel_size,
+    check_tensor,
+)
+from ddf_mm.ops.reference import (
+    accumulate_dtype,
+    ddf_reference,
+    ddf_up_reference,
+    filter_norm_reference,
+    layout_of,
+)
+
+
+def _check_like(
+    name: str,
+    tensor: Tensor | None,
+    like: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises unless ``tensor``, if not None, is of ``shape``, of ``like``'s dtype and device."""
+    if tensor is None:
+        return
+    dtype = dtype or like.dtype
+    if tensor.dtype != dtype or tensor.device != like.device or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be a {dtype} tensor of shape {list(shape)} on {like.device}, got "
+            f"{tensor.dtype}, {list(tensor.shape)} and {tensor.device}"
+        )
+
+
+def _empty_output(features: Tensor, geometry: Geometry) -> Tensor:
+    return torch.empty(
+        (*features.shape[:2], *geometry.output_size),
+        dtype=features.dtype,
+        device=features.device,
+        memory_format=layout_of(features),
+    )
+
+
+def _fake(check: Callable[..., Geometry]) -> Callable[..., Tensor]:
+    """The fake kernel of ddf or ddf_up."""
+
+    def fake(features: Tensor, *arguments: Any) -> Tensor:
+        return _empty_output(features, check(features, *arguments))
+
+    return fake
+
+
+def _fake_backward(
+    check: Callable[..., Geometry],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The fake kernel of ddf_backward or ddf_up_backward."""
+
+    def fake(
+        grad: Tensor,
+        features: Tensor,
+        channel_filter: Tensor | None,
+        spatial_filter: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options, (need_features, need_channel, need_spatial) = rest[:4], rest[4:]
+        geometry = check(features, channel_filter, spatial_filter, *options)
+        check_tensor("grad", grad)
+        _check_like("grad", grad, features, (*features.shape[:2], *geometry.output_size))
+
+        def gradient(of: Tensor | None, need: bool, is_contiguous: bool) -> Tensor:
+            if of is None or not need:
+                return features.new_empty(0)
+            layout = torch.contiguous_format if is_contiguous else layout_of(of)
+            return torch.empty_like(of, memory_format=layout)
+
+        return (
+            gradient(features, need_features, False),
+            gradient(channel_filter, need_channel, True),
+            gradient(spatial_filter, need_spatial, check is check_ddf_up),
+        )
+
+    return fake
+
+
+def _fake_ddf_pack(
+    features: Tensor,
+    raw_channel: Tensor,
+    raw_spatial: Tensor,
+    channel_std: Tensor | None,
+    channel_scale: float,
+    spatial_scale: float,
+    eps: float,
+    bias: Tensor | None,
+    relu: bool,
+    *options: Any,
+) -> Tensor:
+    check_tensor("raw_channel", raw_channel)
+    check_tensor("raw_spatial", raw_spatial)
+    geometry = check_ddf(features, raw_channel, raw_spatial, *options)
+    taps = check_kernel_size(geometry.kernel_size, minimum=3) ** 2
+    channels, dtype = features.shape[1], accumulate_dtype(features.dtype)
+    _check_like("channel_std", channel_std, features, (channels * taps,), dtype)
+    _check_like("bias", bias, features, (channels,), dtype)
+    return _empty_output(features, geometry)
+
+
+def _check_filter_norm(
+    x: Tensor, filters: int, std: Tensor | None, mean: Tensor | None = None
+) -> None:
+    check_tensor("x", x)
+    check_int("filters", filters, 1)
+    if x.dim() < 2 or x.shape[1] % filters or x.shape[1] // filters < 2:
+        raise ValueError(
+            "x must have a multiple of filters channels, at least 2 taps for each of the "
+            f"{filters} filters, got shape {list(x.shape)}"
+        )
+    dtype = accumulate_dtype(x.dtype)
+    _check_like("std", std, x, (x.shape[1],), dtype)
+    _check_like("mean", mean, x, (x.shape[1],), dtype)
+
+
+def _fake_filter_norm(
+    x: Tensor, filters: int, std: Tensor | None, mean: Tensor | None, scale: float, eps: float
+) -> Tensor:
+    _check_filter_norm(x, filters, std, mean)
+    return torch.empty_like(x, memory_format=layout_of(x))
+
+
+def _fake_filter_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: int,
+    std: Tensor | None,
+    scale: float,
+    eps: float,
+    need_x: bool,
+    need_std: bool,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_filter_norm(x, filters, std)
+    check_tensor("grad", grad)
+    _check_like("grad", grad, x, x.shape)
+
+    def parameter(needed: bool) -> Tensor:
+        return x.new_empty(x.shape[1] if needed else 0, dtype=accumulate_dtype(x.dtype))
+
+    grad_x = torch.empty_like(x, memory_format=layout_of(x)) if need_x else x.new_empty(0)
+    return grad_x, parameter(need_std), parameter(need_mean)
+
+
+def _uses_op(grad: Tensor) -> bool:
+    """Whether a backward pass is to use the compiled op, which has no derivative itself."""
+    return (
+        library.serves(grad)
+        and not torch.is_grad_enabled()
+        # Batched gradients of torch.autograd.grad are no transform of torch.func.
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
+
+
+def _gradients(
+    formula: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of a formula where the compiled op cannot serve: for higher derivatives, under
+    torch.func's transforms (as the batched gradients of a vectorized Jacobian), in forward mode.
+
+    Args:
+        formula: of ``tensors``.
+        tensors: what was saved for the backward pass.
+        needed: of which of them; the others' are ``None``.
+        grad: of the result.
+    """
+
+    def fill(values: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+        left = iter(values)
+        return [next(left) if need else other for need, other in zip(needed, others, strict=True)]
+
+    given = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    if torch.is_grad_enabled() and library.serves(grad):
+        # Views: the same tensor may be given twice. Not torch.func.vjp, which refuses the hooks of
+        # torch.utils.checkpoint.
+        given = [t.view_as(t) for t in given]
+        out = formula(*fill(given, tensors))
+        return fill(torch.autograd.grad(out, given, grad, create_graph=True), [None] * len(tensors))
+    _, pull_back = torch.func.vjp(lambda *values: formula(*fill(values, tensors)), *given)
+    return fill(pull_back(grad), [None] * len(tensors))
+
+
+def _only_needed(grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _save_ddf(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _derivative_of(
+    backward: Callable[..., Sequence[Tensor]], reference: Callable[..., Tensor]
+) -> Callable[..., tuple]:
+    """The derivative of ddf or ddf_up."""
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple:
+        tensors, options, needed = ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:3]
+        if _uses_op(grad):
+            grads = _only_needed(backward(grad, *tensors, *options, *needed), needed)
+        else:
+            grads = _gradients(lambda *given: reference(*given, *options), tensors, needed, grad)
+        return *grads, *[None] * len(options)
+
+    return differentiate
+
+
+def _save_filter_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, filters, std, mean, scale, eps = inputs
+    ctx.save_for_backward(x, std, mean)
+    ctx.options = filters, scale, eps
+
+
+def _filter_norm_formula(
+    x: Tensor, std: Tensor | None, mean: Tensor | None, filters: int, scale: float, eps: float
+) -> Tensor:
+    return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
+
+
+def _differentiate_filter_norm(ctx: Any, grad: Tensor) -> tuple:
+    (x, std, mean), (filters, scale, eps) = ctx.saved_tensors, ctx.options
+    need_x, _, need_std, need_mean, _, _ = ctx.needs_input_grad
+    needed = need_x, need_std, need_mean
+    if _uses_op(grad):
+        grads = _only_needed(
+            torch.ops.ddf_mm.filter_norm_backward(grad, x, filters, std, scale, eps, *needed),
+            needed,
+        )
+    else:
+        grads = _gradients(
+            lambda *given: _filter_norm_formula(*given, filters, scale, eps),
+            (x, std, mean),
+            needed,
+            grad,
+        )
+    return grads[0], None, *grads[1:], None, None
+
+
+def _save_ddf_pack(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    features, raw_channel, raw_spatial, channel_std, *scales, bias, relu = inputs[:9]
+    ctx.save_for_backward(features, raw_channel, raw_spatial, channel_std, bias)
+    ctx.scales, ctx.relu, ctx.options = scales, relu, inputs[9:]
+
+
+def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
+    needs = ctx.needs_input_grad
+    needed = *needs[:4], needs[7]
+    features, raw_channel, raw_spatial, std, bias = ctx.saved_tensors
+    channel_scale, spatial_scale, eps = ctx.scales
+    channels, options = features.shape[1], ctx.options
+    groups = raw_spatial.shape[1] // options[0] ** 2
+
+    def formula(features, raw_channel, raw_spatial, std, bias):
+        channel = _filter_norm_formula(
+            raw_channel.flatten(1), std, None, channels, channel_scale, eps
+        )
+        spatial = _filter_norm_formula(raw_spatial, None, None, groups, spatial_scale, eps)
+        channel = channel.reshape(raw_channel.shape)
+        out = ddf_reference(features, channel, spatial, *options)
+        if bias is not None:
+            out = out + bias.to(out.dtype)[:, None, None]
+        return out.relu() if ctx.relu else out
+
+    if _uses_op(grad) and bias is None and not ctx.relu:
+        ops = torch.ops.ddf_mm
+        flat = raw_channel.flatten(1)
+        channel = ops.filter_norm(flat, channels, std, None, channel_scale, eps)
+        spatial = ops.filter_norm(raw_spatial, groups, None, None, spatial_scale, eps)
+        need_features, need_channel, need_spatial, need_std, _ = needed
+        grad_features, grad_channel, grad_spatial = ops.ddf_backward(
+            grad,
+            features,
+            channel.view(raw_channel.shape),
+            spatial,
+            *options,
+            need_features,
+            need_channel or need_std,
+            need_spatial,
+        )
+        grads = [grad_features, None, None, None, None]
+        if need_channel or need_std:
+            grad_flat, grads[3], _ = ops.filter_norm_backward(
+                grad_channel.flatten(1), flat, channels, std, channel_scale, eps,
+                need_channel, need_std, False,
+            )  # fmt: skip
+            grads[1] = grad_flat.view(raw_channel.shape) if need_channel else None
+        if need_spatial:
+            grads[2], _, _ = ops.filter_norm_backward(
+                grad_spatial, raw_spatial, groups, None, spatial_scale, eps, True, False, False
+            )
+        grads = _only_needed(grads, needed)
+    else:
+        grads = _gradients(formula, ctx.saved_tensors, needed, grad)
+    return *grads[:4], None, None, None, grads[4], None, *[None] * len(options)
+
+
+def register() -> None:
+    """Registers fake kernels and derivatives of the compiled ops, where there are any."""
+    if not library.COMPILED:
+        return
+    ops, register_fake = torch.ops.ddf_mm, torch.library.register_fake
+    register_autograd = torch.library.register_autograd
+    for name, check, backward, reference in (
+        ("ddf_mm::ddf", check_ddf, ops.ddf_backward, ddf_reference),
+        ("ddf_mm::ddf_up", check_ddf_up, ops.ddf_up_backward, ddf_up_reference),
+    ):
+        register_fake(name, _fake(check))
+        register_fake(f"{name}_backward", _fake_backward(check))
+        register_autograd(name, _derivative_of(backward, reference), setup_context=_save_ddf)
+    register_fake("ddf_mm::filter_norm", _fake_filter_norm)
+    register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
+    register_autograd(
+        "ddf_mm::filter_norm", _differentiate_filter_norm, setup_context=_save_filter_norm
+    )
+    register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
+    register_autograd("ddf_mm::ddf_pack", _differentiate_ddf_pack, setup_context=_save_ddf_pack)
