@@ -115,7 +115,7 @@ DDF_DEVICE FilterPosition filter_of_thread(const NormArguments<T>& a) {
 
 template <typename T>
 DDF_KERNEL(kNormThreads)
-filter_norm(NormArguments<T> a) {
+filter_norm_forward(NormArguments<T> a) {
   const FilterPosition at = filter_of_thread(a);
   if (!at.inside) return;
   const int64_t offset = a.offset(at.image, at.filter, at.pixel), stride = a.tap_stride();
@@ -198,7 +198,7 @@ int64_t norm_blocks(const NormArguments<T>& a) {
 
 template <typename T, typename Launch>
 void launch_norm(const NormArguments<T>& a, Launch&& launch) {
-  launch("filter_norm", filter_norm<T>, norm_blocks(a), kNormThreads, size_t{0}, a);
+  launch("filter_norm", filter_norm_forward<T>, norm_blocks(a), kNormThreads, size_t{0}, a);
 }
 
 // Fills the gradients that are wanted.
