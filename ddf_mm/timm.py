@@ -1,8 +1,9 @@
 """DDF-ResNets for timm (PyTorch Image Models): importing this module registers them there.
 
 The names are the official ones, ``ddf_mul_resnet50``, ``ddf_add_resnet50`` and the same for the
-depths 101 and 152, with the parameter names of the official checkpoints, which timm loads as they
-are. Each takes the arguments of timm's ResNet; ``block_args`` holds those of :class:`DDFBottleneck`.
+depths 101 and 152. Parameters are named as in the official checkpoints, which timm loads as they
+are. Each network takes the arguments of timm's ResNet; ``block_args`` are those of
+:class:`DDFBottleneck`.
 
 Example:
     >>> import timm
