@@ -2,7 +2,8 @@
 
 import ddf_mm.layers  # noqa: F401  (registers the layers that configs of these models may name)
 from ddf_mm.models.ddf_resnet import DDFBottleneck, DDFResNet
+from ddf_mm.models.ddf_resnet_cifar import DDFResNet_CIFAR
 from ddf_mm.models.ddf_up_fpn import DDFUpFPN
 from ddf_mm.models.ddf_up_net import DDFUpNet
 
-__all__ = ["DDFBottleneck", "DDFResNet", "DDFUpFPN", "DDFUpNet"]
+__all__ = ["DDFBottleneck", "DDFResNet", "DDFResNet_CIFAR", "DDFUpFPN", "DDFUpNet"]

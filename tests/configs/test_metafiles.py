@@ -17,7 +17,7 @@ from ddf_mm.ops import backend_info
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("classification", "detection", "segmentation", "upsampling")
-SHAPES = {"ImageNet-1k": 224, "1,437 of scikit-learn's digits": 48}
+SHAPES = {"ImageNet-1k": 224, "CIFAR-10": 32, "1,437 of scikit-learn's digits": 48}
 
 
 def read(path: Path) -> dict:
@@ -91,8 +91,15 @@ def test_parameters(name):
     assert sum(p.numel() for p in model.parameters()) == metadata["Parameters"]
 
 
-# The others differ from these in depth alone; a counted pass takes a second of each.
-@pytest.mark.parametrize("name", ["ddf-mul-resnet50_8xb128_in1k", "ddf-mul-resnet26_digits"])
+# The others differ from these in depth or classes alone; a counted pass takes a second of each.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddf-mul-resnet50_8xb128_in1k",
+        "ddf-mul-resnet50_8xb16_cifar10",
+        "ddf-mul-resnet26_digits",
+    ],
+)
 def test_flops(name):
     if backend_info()["cpu"] != "compiled":
         pytest.skip("the formula in plain PyTorch has no FLOP count")

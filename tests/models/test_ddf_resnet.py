@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddf_mm.layers import DDFConv2d, DDFPack
-from ddf_mm.models import DDFResNet
+from ddf_mm.models import DDFResNet, DDFResNet_CIFAR
 from ddf_mm.models.ddf_resnet import DDFBottleneck
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_names.json").read_text())
@@ -393,3 +393,38 @@ def test_sizes_may_be_numpys():
     sizes = dict(base_channels=np.int64(8), num_stages=two, out_indices=(np.int64(1),), head=two)
     model = DDFResNet(np.int64(26), **sizes, strides=(np.int64(1), two), dilations=(1, np.int32(1)))
     assert model(image(33, 32))[0].shape == (2, 64, 5, 4)
+
+
+# -------------------------------------------------------------------------------- small images
+
+
+def test_the_stem_for_small_images_is_that_of_resnet_cifar():
+    pytest.importorskip("mmpretrain")
+    arguments = dict(depth=50, base_channels=8, stem_channels=16, out_indices=(0, 1, 2, 3))
+    theirs = MODELS.build(dict(type="mmpretrain.ResNet_CIFAR", **arguments))
+    ours = MODELS.build(
+        dict(type="ddf_mm.DDFResNet_CIFAR", stage_with_ddf=(False,) * 4, **arguments)
+    )
+    assert type(ours) is DDFResNet_CIFAR
+    ours.load_state_dict(theirs.state_dict())
+    images = image(32, 32)
+    with torch.no_grad():
+        # In training mode: batch norm keeps the features near one.
+        for one, other in zip(ours(images), theirs(images), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("combine", ["mul", "add"])
+def test_sizes_of_small_images(combine):
+    arguments = dict(base_channels=32, out_indices=(0, 1, 2, 3), frozen_stages=0)
+    model = DDFResNet_CIFAR(26, kernel_combine=combine, zero_init_residual=False, **arguments)
+    outs = model.train()(image(32, 31))
+    assert [tuple(out.shape[2:]) for out in outs] == [(32, 31), (16, 16), (8, 8), (4, 4)]
+    outs[-1].square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert not model.bn1.training and not model.conv1.weight.requires_grad
+
+
+def test_small_images_have_no_deep_stem():
+    with pytest.raises(ValueError, match="deep_stem must be False"):
+        DDFResNet_CIFAR(26, deep_stem=True)

@@ -52,6 +52,17 @@ def test_classification_table():
     }
 
 
+def test_small_images():
+    pytest.importorskip("mmpretrain")
+    recipe = CONFIGS / "classification" / "ddf-mul-resnet50_8xb16_cifar10.py"
+    done = run(recipe, "--shape", "32")
+    assert done.returncode == 0, done.stderr
+    assert rows(done.stdout) == {
+        "ddf-mul-resnet50_8xb16_cifar10": ["32x32", "14.81 M", "0.70", "0.004", "0.54"],
+        "with ResNet-50": ["32x32", "23.52 M", "1.30", "0.000", "1.00"],
+    }
+
+
 def test_a_scoped_name_and_four_channels(tmp_path):
     pytest.importorskip("mmpretrain")
     config = tmp_path / "four.py"

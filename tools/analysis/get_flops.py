@@ -16,7 +16,7 @@ from rich.table import Table
 from ddf_mm import analysis
 from ddf_mm.analysis import SHAPES, Cost
 from ddf_mm.engine import cli, launch
-from ddf_mm.models import DDFResNet
+from ddf_mm.models import DDFResNet, DDFResNet_CIFAR
 from ddf_mm.utils import toolbox
 
 DDF_ARGUMENTS = ("kernel_combine", "head", "kernel_size", "se_ratio", "stage_with_ddf", "expansion")
@@ -52,12 +52,13 @@ def with_resnet(cfg: Config) -> Config | None:
     """The config with the ResNet of the same depth; None if it has no DDFResNet, or none of a
     depth that ResNet comes in."""
     backbone = cfg.model.get("backbone") or {}
-    if not backbone or launch.find_class(cfg, MODELS, backbone) is not DDFResNet:
+    kind = launch.find_class(cfg, MODELS, backbone) if backbone else None
+    if kind not in (DDFResNet, DDFResNet_CIFAR):
         return None
     if backbone.get("depth") not in (50, 101, 152):
         return None
     twin = copy.deepcopy(cfg)
-    twin.model.backbone.type = f"{toolbox(cfg)}.ResNet"
+    twin.model.backbone.type = f"{toolbox(cfg)}.{kind.__name__.removeprefix('DDF')}"
     for name in DDF_ARGUMENTS:
         twin.model.backbone.pop(name, None)
     return twin
