@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put what ``benchmark.py op|layer|model --json`` wrote into one Markdown table.
+"""Put what ``benchmark.py op|layer|model --json`` wrote into Markdown tables.
 
     benchmark_table.py FILE.json ... [--out TABLE.md]
 
@@ -53,21 +53,32 @@ def rows_of(report: dict) -> list[dict[str, str]]:
     ]
 
 
+def table_of(rows: list[dict[str, str]]) -> list[str]:
+    columns = [
+        c for c in dict.fromkeys(c for row in rows for c in row) if any(row.get(c) for row in rows)
+    ]
+    return [
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+        *(f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows),
+    ]
+
+
 def markdown(reports: list[dict]) -> str:
-    """The table, under a line with the machine and one with each command."""
-    lines = []
+    """A table of each report under its command, and under each new machine's line."""
+    lines: list[str] = []
+    last = None
     for report in reports:
         machine = dict(report["machine"])
         command = machine.pop("command")
+        load = machine.pop("load", None)
         about = ", ".join(f"{key} {value}" for key, value in machine.items())
-        if about not in lines:
+        if about != last:
             lines += [about, ""]
-        lines += [f"    {command}"]
-    rows = [row for report in reports for row in rows_of(report)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+        last = about
+        lines += [f"    {command}", "", *([] if load is None else [f"Load before: {load}", ""])]
+        lines += [*table_of(rows_of(report)), ""]
+    return "\n".join(lines)
 
 
 def main() -> None:

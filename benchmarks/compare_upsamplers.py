@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "digit_scenes_upsamplers.json",
+        default=Path("work_dirs/upsamplers/upsamplers.json"),
         help="JSON to write; the table goes beside it, into a .md; default: %(default)s",
     )
     parser.add_argument(
