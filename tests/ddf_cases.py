@@ -56,17 +56,21 @@ def make(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     requires_grad: bool = False,
+    scale: int | None = None,
 ) -> list[Tensor | None]:
     """Random features and filters, drawn alike for every dtype and device.
 
-    ``which`` names the filters that are there: both, channel or spatial. ``floor`` rounds the
-    output's size down, as the official op does.
+    Args:
+        which: the filters that are given: both, channel or spatial.
+        floor: rounds the output's size down, as the official op does.
+        scale: makes filters for ddf_up.
     """
     out = [n // stride if floor else -(-n // stride) for n in size]
+    filters = (batch,) if scale is None else (batch, scale**2)
     shapes = [
         (batch, channels, *size),
-        None if which == "spatial" else (batch, channels, k, k),
-        None if which == "channel" else (batch, groups * k * k, *out),
+        None if which == "spatial" else (*filters, channels, k, k),
+        None if which == "channel" else (*filters, groups * k * k, *out),
     ]
     return [
         None

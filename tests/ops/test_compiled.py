@@ -55,25 +55,6 @@ def short(value):
 by_name = dict(ids=lambda f: f.__name__)
 
 
-GRID = [
-    dict(k=k, dilation=d, stride=s, groups=g)
-    for k, d, s, g in itertools.product((1, 3, 5, 7), (1, 2), (1, 2, 3), (1, 2))
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("layout", DENSE, **by_name)
-@pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
-def test_equals_the_reference(case, layout, dtype, device):
-    k, stride = case["k"], case["stride"]
-    for which, combine in itertools.product(WHICH, COMBINES):
-        tensors = make(
-            size=(6, 7), k=k, groups=case["groups"], stride=stride, which=which, dtype=dtype
-        )
-        tensors = [None if t is None else layout(t.to(device)) for t in tensors]
-        check_against_reference(tensors, (k, case["dilation"], stride, combine))
-
-
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from ddf_cases import DENSE, LAYOUTS, contiguous, require_compiled
+from ddf_cases import make as make_inputs
 from torch import Tensor
 
 from ddf_mm.ops import ddf_reference
@@ -38,17 +39,10 @@ def make(
     device="cpu", layout=contiguous,
 ) -> list[Tensor]:  # fmt: skip
     """[features, raw_channel, raw_spatial, channel_std, bias], drawn alike for all devices."""
-    out = [n // stride if floor else -(-n // stride) for n in size]
-    shapes = [
-        (batch, channels, *size),
-        (batch, channels, k, k),
-        (batch, groups * k * k, *out),
-        (channels * k * k,),
-        (channels,),
-    ]
-    tensors = [torch.randn(shape, dtype=torch.float64).to(device) for shape in shapes]
-    exact = accumulate_dtype(dtype)
-    return [layout(t.to(dtype)) for t in tensors[:3]] + [t.to(exact) for t in tensors[3:]]
+    tensors = make_inputs(batch, channels, size, k, groups, stride, "both", floor, dtype, device)
+    exact = dict(dtype=accumulate_dtype(dtype), device=device)
+    std, bias = (torch.randn(n, dtype=torch.float64) for n in (channels * k * k, channels))
+    return [*map(layout, tensors), std.to(**exact), bias.to(**exact)]
 
 
 def run(tensors, relu=True, k=3, dilation=1, stride=1, combine="mul") -> Tensor:
@@ -261,3 +255,17 @@ def test_graph_capture(dilation, layout):
             t.copy_(value)
         graph.replay()
         assert torch.equal(captured, run(others, dilation=dilation))
+
+
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+def test_any_number_of_threads_gives_the_same_bits(layout):
+    tensors = make(3, 33, (13, 18), groups=3, layout=layout)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(run(tensors))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -28,8 +28,6 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.kernels
-
 # Those with kernels of their own come first, and are drawn more often.
 FAST = [(3, 1, 1), (3, 1, 2), (5, 1, 1), (5, 1, 2), (7, 1, 1), (7, 1, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -127,7 +125,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], str]
 
 
 @given(case=cases())
-def test_output_and_the_gradients_asked_for(backend, case):
+def test_output_and_gradients(backend, case):
     function, device = backend
     tensors, grad = case.tensors(device)
     check_against(by_unfold, tensors, case.options, grad, function, case.needed)
@@ -151,6 +149,7 @@ def finite_terms(tensors: list[Tensor | None], grad: Tensor, case: Case) -> list
     return counts
 
 
+@pytest.mark.kernels
 @pytest.mark.slow
 @given(
     case=cases(least_batch=1),
@@ -189,6 +188,7 @@ def compiled_for_the_cpu() -> None:
     require_compiled("cpu")
 
 
+@pytest.mark.kernels
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_for_the_cpu")
 @given(case=cases(least_batch=1))

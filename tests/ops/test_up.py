@@ -6,10 +6,18 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from ddf_cases import DENSE, contiguous, require_compiled, smaller_instruction_sets
+from ddf_cases import (
+    DENSE,
+    contiguous,
+    require_compiled,
+    smaller_instruction_sets,
+    value_and_gradients,
+)
+from ddf_cases import make as make_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,43 +43,11 @@ def device(device: str) -> str:
     return device
 
 
-def make(
-    batch: int = 2,
-    channels: int = 4,
-    size: tuple[int, int] = (5, 6),
-    k: int = 3,
-    scale: int = 2,
-    groups: int = 1,
-    which: str = "both",
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-    requires_grad: bool = False,
-) -> list[Tensor | None]:
-    """Random features and filters, drawn alike for every dtype and device."""
-    shapes = [
-        (batch, channels, *size),
-        None if which == "spatial" else (batch, scale**2, channels, k, k),
-        None if which == "channel" else (batch, scale**2, groups * k * k, *size),
-    ]
-    return [
-        None
-        if shape is None
-        else torch.randn(shape, dtype=torch.float64)
-        .to(dtype=dtype, device=device)
-        .requires_grad_(requires_grad)
-        for shape in shapes
-    ]
+make = partial(make_inputs, scale=2)
 
 
-def results(function, tensors, grad, options, needed=(True, True, True)) -> list[Tensor]:
-    """The output and the gradients of the needed tensors, of those that are there."""
-    inputs = [
-        None if t is None else t.detach().requires_grad_(need)
-        for t, need in zip(tensors, needed, strict=True)
-    ]
-    out = function(*inputs, *options)
-    asked = [t for t in inputs if t is not None and t.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, asked, grad)]
+def results(*args) -> list[Tensor]:
+    return [t for t in value_and_gradients(*args) if t is not None]
 
 
 def check(tensors, options, needed=(True, True, True)) -> list[Tensor]:
