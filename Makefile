@@ -8,6 +8,7 @@
 #   make test-oldest-torch, make test-newest-torch
 #                 archive and wheel, installed with other torches than they were compiled with
 #   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
+#   make sdist    its source archive
 #   make lint     check the code         make format   rewrite it
 #   make docs     build the site of docs/ in build/docs
 #   make clean    delete what builds and tests leave, not the environment
@@ -25,7 +26,8 @@ INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 SCENE_DEMOS := demo-detection demo-segmentation
-.PHONY: demo $(SCENE_DEMOS) test test-fast $(OTHER_TORCHES:%=test-%) wheel docs lint format clean
+.PHONY: demo $(SCENE_DEMOS) test test-fast $(OTHER_TORCHES:%=test-%) wheel sdist check-tag docs \
+	lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -55,10 +57,19 @@ wheel: $(STAMPS)/build
 	DDF_MM_WITH_OPS=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=release \
 		"$(VENV)/bin/python" -m pip wheel -v --no-build-isolation --no-deps -w dist .
 
+sdist: $(STAMPS)/build
+	"$(VENV)/bin/python" -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+
+# make check-tag TAG=v0.1.0: whether a tag names the version of the sources.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' ddf_mm/version.py)
+check-tag:
+	@test "$(TAG)" = "v$(VERSION)" || { echo "ddf_mm: tag $(TAG), version $(VERSION)" >&2; exit 1; }
+
 lint: $(STAMPS)/dev
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	$(if $(CPP),"$(VENV)/bin/clang-format" --dry-run -Werror $(CPP))
+	"$(VENV)/bin/mypy"
 
 # -W: a broken link or docstring is an error.
 docs: $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/dev
@@ -71,7 +82,7 @@ format: $(STAMPS)/dev
 	$(if $(CPP),"$(VENV)/bin/clang-format" -i $(CPP))
 
 clean:
-	rm -rf build dist *.egg-info ddf_mm/_C*.so .pytest_cache .ruff_cache $(STAMPS)/package
+	rm -rf build dist *.egg-info ddf_mm/_C*.so .mypy_cache .pytest_cache .ruff_cache $(STAMPS)/package
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is written only after its install succeeded, and is out of date when its files changed.

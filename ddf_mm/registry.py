@@ -1,10 +1,10 @@
 """Registries of scope ``ddf_mm``, children of mmengine's root registries.
 
 They make ``type='ddf_mm.DDFResNet'`` resolvable from every scope without ``custom_imports``:
-mmengine imports ``<scope>.registry`` when it meets a scope, and the modules named in ``locations``
-when it looks a name up there. The classes themselves are registered once, in the root registries,
-where a lookup that fails in a child registry ends; so plain ``type='DDFResNet'`` works from the
-mmpretrain, mmdet and mmseg scopes as soon as ``ddf_mm.models`` is imported.
+mmengine imports ``<scope>.registry`` when it meets a scope, and the modules in ``locations`` when
+it looks up a name there. The classes are registered once, in the root registries, which every
+child registry falls back to; so plain ``type='DDFResNet'`` works from the mmpretrain, mmdet and
+mmseg scopes once ``ddf_mm.models`` is imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import Registry
 
 _SCOPE = "ddf_mm"
-# A registry without a location of its own names this module: mmengine would otherwise fall back
-# to `ddf_mm.utils.register_all_modules`.
+# Without a location mmengine would call `ddf_mm.utils.register_all_modules`.
 _NO_LOCATION = ["ddf_mm.registry"]
 
 
 class _Registry(Registry):
-    """Finds a name with its own scope where it finds the plain one: in the root registries."""
+    """Looks up names with its own scope as plain names, which the root registries hold."""
 
     def get(self, key: str) -> Any:
         """The class that ``key`` names."""
@@ -32,7 +31,7 @@ class _Registry(Registry):
 
 
 def _child(parent: Registry, locations: list[str] = _NO_LOCATION) -> Registry:
-    """The child of ``parent`` in scope ``ddf_mm``; the existing one if this module is reloaded."""
+    """The child of ``parent`` in scope ``ddf_mm``, which exists already after a reload."""
     existing = parent.children.get(_SCOPE)
     if existing is not None:
         return existing
@@ -46,8 +45,8 @@ HOOKS = _child(root.HOOKS, ["ddf_mm.engine"])
 METRICS = _child(root.METRICS, ["ddf_mm.engine"])
 TRANSFORMS = _child(root.TRANSFORMS, ["ddf_mm.datasets"])
 
-# A config read through `ddf_mm::` carries `_scope_='ddf_mm'` in every dict; with a child for each
-# root registry those dicts build from the root without mmengine's "Failed to search registry".
+# A config read through `ddf_mm::` has `_scope_='ddf_mm'` in every dict. A child of each root
+# registry avoids mmengine's "Failed to search registry" warning for them.
 RUNNERS = _child(root.RUNNERS)
 RUNNER_CONSTRUCTORS = _child(root.RUNNER_CONSTRUCTORS)
 LOOPS = _child(root.LOOPS)
@@ -68,7 +67,7 @@ FUNCTIONS = _child(root.FUNCTIONS)
 
 
 def resolve(cfg: dict, registry: Registry) -> Any:
-    """What ``cfg['type']`` names: a class and each of its names give that class.
+    """The class or function that ``cfg['type']`` is or names.
 
     Args:
         cfg: a config with a ``type``: a class or function; its plain name, a name with a scope
@@ -85,18 +84,22 @@ def resolve(cfg: dict, registry: Registry) -> Any:
     with registry.switch_scope_and_registry(cfg.get("_scope_")) as current:
         try:
             return current.get(kind)
-        except Exception:  # mmengine tells by its own error when it builds the config
+        except Exception:  # mmengine reports it when it builds the config
             return None
 
 
 def name_pretrained(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
     """``init_cfg`` with each ``PretrainedInit`` named ``'Pretrained'``, however it was written.
 
-    By this name mmengine's ``BaseModule`` knows what it has to load last, after the other
+    mmengine's ``BaseModule`` recognizes by this name alone what it must load last, after the other
     initializations of the module and its children.
     """
     if isinstance(init_cfg, (list, tuple)):
-        return [name_pretrained(cfg) for cfg in init_cfg]
-    if isinstance(init_cfg, dict) and resolve(init_cfg, root.WEIGHT_INITIALIZERS) is PretrainedInit:
-        return {**init_cfg, "type": "Pretrained"}
-    return init_cfg
+        return [_name_pretrained(cfg) for cfg in init_cfg]
+    return init_cfg if init_cfg is None else _name_pretrained(init_cfg)
+
+
+def _name_pretrained(cfg: dict) -> dict:
+    if isinstance(cfg, dict) and resolve(cfg, root.WEIGHT_INITIALIZERS) is PretrainedInit:
+        return {**cfg, "type": "Pretrained"}
+    return cfg

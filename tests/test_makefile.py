@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDER = """
 echo "$1" >> calls
 mkdir -p "$VENV/bin"
-for tool in python ruff clang-format; do
+for tool in python ruff clang-format mypy; do
   printf '#!/bin/sh\\n' > "$VENV/bin/$tool"
   chmod +x "$VENV/bin/$tool"
 done

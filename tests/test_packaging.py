@@ -87,7 +87,8 @@ def installed(wheel: Path) -> Path:
 
 
 def package_files(project: Path) -> set[str]:
-    """What a wheel has to hold: the modules, the page they fill, and what .mim links to."""
+    """What a wheel must hold: modules, HTML template, marker of annotations, and what .mim links
+    to."""
     modules = {
         str(path.relative_to(project))
         for path in (project / "ddf_mm").rglob("*")
@@ -99,7 +100,7 @@ def package_files(project: Path) -> set[str]:
         for path in (project / folder).rglob("*")
         if path.suffix in MIM_SUFFIXES and path.name not in CHECKOUT_ONLY
     }
-    return modules | linked | {"ddf_mm/.mim/model-index.yml"}
+    return modules | linked | {"ddf_mm/.mim/model-index.yml", "ddf_mm/py.typed"}
 
 
 def names_in(wheel: Path) -> set[str]:

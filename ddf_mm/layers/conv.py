@@ -52,6 +52,10 @@ class DDFConv2d(DDFPack):
     """
 
     transposed = False
+    # Pairs, as those of Conv2d.
+    kernel_size: tuple[int, int]  # type: ignore[assignment]
+    stride: tuple[int, int]  # type: ignore[assignment]
+    dilation: tuple[int, int]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class DDFConv2d(DDFPack):
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
 
-        # The attributes of Conv2d that ConvModule and other code read off a conv layer.
+        # The attributes of Conv2d that ConvModule and other code read from a conv layer.
         self.out_channels = in_channels
         self.kernel_size = (k, k)
         self.stride = (s, s)

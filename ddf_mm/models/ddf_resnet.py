@@ -53,6 +53,7 @@ class DDFBottleneck(BaseModule):
     """
 
     expansion = 4
+    init_cfg: dict | list[dict] | None
 
     def __init__(
         self,
@@ -264,6 +265,7 @@ class DDFResNet(BaseModule):
     """
 
     arch_settings = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+    init_cfg: dict | list[dict] | None
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,8 @@ class DDFUpFPN(BaseModule):
         [(2, 4, 25, 39), (2, 4, 13, 20), (2, 4, 7, 10), (2, 4, 4, 5)]
     """
 
+    init_cfg: dict | list[dict] | None
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -121,7 +123,7 @@ class DDFUpFPN(BaseModule):
         self.guidance = guidance
 
         levels = range(start_level, self.backbone_end_level)
-        common = dict(conv_cfg=conv_cfg, act_cfg=act_cfg, inplace=False)
+        common: dict[str, Any] = dict(conv_cfg=conv_cfg, act_cfg=act_cfg, inplace=False)
         # Plain ModuleLists, as in FPN: mmengine's would let each ConvModule initialize itself
         # after, and against, this module's init_cfg.
         self.lateral_convs = nn.ModuleList(
@@ -312,13 +314,12 @@ def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
 
 def _scale_factors(scale_factor: int | Sequence[int], steps: int) -> list[int]:
     """The scale factor of each step between used levels."""
-    if not isinstance(scale_factor, Integral):
-        factors = check_ints("scale_factor", scale_factor, "or an int", 1)
-        if len(factors) != steps:
-            raise ValueError(
-                "scale_factor must be an int or have one value for each two adjacent levels that "
-                f"are used, {steps}, got {scale_factor!r}"
-            )
-    else:
-        factors = [check_int("scale_factor", scale_factor, 1)] * steps
+    if not isinstance(scale_factor, Sequence):
+        return [check_int("scale_factor", scale_factor, 1)] * steps
+    factors = check_ints("scale_factor", scale_factor, "or an int", 1)
+    if len(factors) != steps:
+        raise ValueError(
+            "scale_factor must be an int or have one value for each two adjacent levels that "
+            f"are used, {steps}, got {scale_factor!r}"
+        )
     return factors

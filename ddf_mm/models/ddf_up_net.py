@@ -58,6 +58,8 @@ class DDFUpNet(BaseModel):
         torch.Size([2, 1, 64, 48])
     """
 
+    init_cfg: dict | list[dict] | None
+
     def __init__(
         self,
         scale_factor: int,
