@@ -1,4 +1,4 @@
-"""DDF layers; importing the package registers `DDF` and `DDFUp` where MMCV looks layers up."""
+"""DDF layers; importing the package registers the MMCV layers `DDF` and `DDFUp`."""
 
 from ddf_mm.layers import complexity
 from ddf_mm.layers.conv import DDFConv2d

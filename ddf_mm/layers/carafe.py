@@ -1,7 +1,7 @@
-"""CARAFE (arXiv 1905.02188) on the devices for which mmcv has no kernel, such as a CPU.
+"""CARAFE (arXiv 1905.02188) on devices for which mmcv has no kernel, for comparison.
 
-Importing this module puts it in the place of mmcv's upsample layer ``carafe``. It is not imported
-with ``ddf_mm.layers``: it needs mmcv's compiled ops, and is there to compare with.
+Importing this module replaces mmcv's upsample layer ``carafe``. ``ddf_mm.layers`` does not import
+it, since it needs mmcv's compiled ops.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ddf_mm.ops import ddf_up
 
 @MODELS.register_module("carafe", force=True)
 class PortableCARAFEPack(CARAFEPack):
-    """mmcv's ``CARAFEPack``, whose op is DDF-Up without channel filters outside of CUDA."""
+    """mmcv's ``CARAFEPack``, which uses DDF-Up without channel filters except on CUDA."""
 
     def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Upsamples features ``Tensor[B, C, H, W]`` by filters ``Tensor[B, g*k*k, s*H, s*W]``."""
+        """Upsamples features ``Tensor[B, C, H, W]`` with filters ``Tensor[B, g*k*k, s*H, s*W]``."""
         if x.is_cuda:
             return super().feature_reassemble(x, mask)
         s = self.scale_factor

@@ -1,4 +1,4 @@
-"""What mmengine's complexity analysis counts for the compiled ops."""
+"""The compiled ops in mmengine's complexity analysis."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _count_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def register() -> None:
-    """Add the ops to the tables of ``get_model_complexity_info`` and the analyzers below it.
+    """Add the ops to the tables of ``get_model_complexity_info`` and its analyzers.
 
-    mmengine has no public way to extend them for all analyzers to come.
+    mmengine has no public interface that extends them for all analyzers.
     """
-    # Elsewhere a traced graph holds the formula, and no op to count.
+    # By default a traced graph holds the formula, without an op to count.
     jit_analysis._get_scoped_trace_graph = library.traced_ops()(
         jit_analysis._get_scoped_trace_graph
     )

@@ -1,4 +1,4 @@
-"""DDF under the signature of Conv2d, as the MMCV conv layer `DDF`."""
+"""DDF with the signature of Conv2d: the MMCV conv layer `DDF`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ class DDFConv2d(DDFPack):
     ``ConvModule(…, conv_cfg=dict(type='DDF'))`` and ``dcn=dict(type='DDF')`` of mmdet's and
     mmseg's ResNets build it.
 
-    DDF is depthwise and keeps the size up to its stride; arguments that describe another layer
-    are refused. Parameters are named as DDFPack's, plus ``bias``.
+    DDF is depthwise and keeps the size up to its stride; other values of the arguments are errors.
+    Parameters have the names of DDFPack, plus ``bias``.
 
     Args:
         in_channels: channels C of the input.
         out_channels: must equal ``in_channels``.
         kernel_size: k, odd, at least 3; an int or a pair of equal ints.
-        stride: stride of the windows, likewise.
-        padding: must be dilation * (k - 1) / 2, which is what ``None`` and, with stride 1,
-            ``'same'`` stand for.
-        dilation: distance between neighbouring taps, likewise.
-        groups: any divisor of C: a depthwise filter keeps within the groups of every grouped
-            convolution. Has no effect; for filter groups see ``head``.
-        bias: add a learned bias, one value a channel.
+        stride: stride of the windows; an int or a pair of equal ints.
+        padding: must be dilation * (k - 1) / 2, for which ``None`` and, with stride 1, ``'same'``
+            stand.
+        dilation: distance between neighbouring taps; an int or a pair of equal ints.
+        groups: any divisor of C. Has no effect, since a depthwise filter never mixes groups; for
+            filter groups see ``head``.
+        bias: add a learned bias, one value per channel.
         padding_mode: must be ``'zeros'``.
-        device: where the parameters are made.
+        device: of the parameters.
         dtype: of the parameters.
         head: filter groups, see :class:`DDFPack`.
         se_ratio: width of the channel branch's bottleneck over C.
-        nonlinearity: what follows the layer; sets FilterNorm's scale.
+        nonlinearity: activation after the layer; sets FilterNorm's scale.
         kernel_combine: ``'mul'`` or ``'add'``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, or not such a layer.
+        TypeError, ValueError: an argument of the wrong type or value.
 
     Example:
         >>> from mmcv.cnn import ConvModule

@@ -12,27 +12,27 @@ from ddf_mm.ops.filter_norm import FILTER_TYPES, filter_norm
 
 
 class FilterNorm(_InstanceNorm):
-    """Filter normalization with the scale that keeps the variance of the features.
+    """Filter normalization with the scale that preserves the variance of the features.
 
     See :func:`ddf_mm.ops.filter_norm` for the formula and the shapes. Arguments and parameter
     names are those of the official layer (theFoxofSky/ddfnet, ddf/ddf.py).
 
-    It is an instance norm over the taps of each filter, and a subclass of PyTorch's, by which the
-    optimizer constructors of mmengine and the toolboxes know norms: ``norm_decay_mult`` holds for
-    its parameters. It keeps no statistics.
+    It is an instance norm over the taps of each filter, without running statistics. It subclasses
+    PyTorch's so that the optimizer constructors of mmengine and the toolboxes apply
+    ``norm_decay_mult`` to its parameters.
 
     Args:
         in_channels: number of filters in the input's channels.
         kernel_size: k; a filter has k*k taps.
         filter_type: ``'spatial'`` or ``'channel'``.
-        nonlinearity: what follows the filtered features; the scale is its gain
+        nonlinearity: activation after the filtered features; the scale is its gain
             (``torch.nn.init.calculate_gain``) over k.
-        running_std: learn the scale, one value a tap (parameter ``std``, started at random with
-            the fixed scale as its deviation); otherwise it stays fixed.
-        running_mean: learn a shift, one value a tap (parameter ``mean``).
+        running_std: learn the scale, one value per tap (parameter ``std``, initialized normally
+            with the fixed scale as standard deviation).
+        running_mean: learn a shift, one value per tap (parameter ``mean``).
     """
 
-    track_running_stats = False  # asked when a state dict is loaded
+    track_running_stats = False  # read when a state dict is loaded
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class FilterNorm(_InstanceNorm):
         running_std: bool = False,
         running_mean: bool = False,
     ) -> None:
-        # Not _InstanceNorm's: its weight, bias and running_mean are other things than these.
+        # Not _InstanceNorm's, whose weight, bias and running_mean have other meanings.
         nn.Module.__init__(self)
         in_channels = check_int("in_channels", in_channels, 1)
         kernel_size = check_kernel_size(kernel_size, minimum=3)
@@ -74,7 +74,7 @@ class FilterNorm(_InstanceNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts the learned scale and shift as the official layer does."""
+        """Initializes the learned scale and shift as the official layer does."""
         if self.running_std:
             nn.init.normal_(self.std, std=self.scale)
         if self.running_mean:

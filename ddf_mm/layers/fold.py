@@ -1,4 +1,4 @@
-"""Folding the batch norm behind a DDFPack into its filters, for inference."""
+"""Folding the batch norm after a DDFPack into its filters, for inference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_FOLD = "DDFPack cannot take in the batch norm behind it"
 
 
 class _Pair(NamedTuple):
-    """A layer and the batch norm behind it, two children of ``parent``."""
+    """A layer and the batch norm after it, two children of ``parent``."""
 
     path: str
     parent: nn.Module
@@ -42,11 +42,11 @@ class _Pair(NamedTuple):
 def fuse_ddf_bn(model: nn.Module) -> nn.Module:
     """Folds every batch norm that follows a ``mul`` DDFPack into the pack, in place.
 
-    The norm's factor goes into the learned scale of the channel filters' FilterNorm, its shift
-    behind the filter; ``nn.Identity`` takes the norm's place. Results are equal to within
-    rounding. As mmcv's ``fuse_conv_bn`` does for convolutions, it takes the child module behind a
-    pack for what its output goes to, which holds for the ResNets and ConvModules of OpenMMLab.
-    A model without such norms, or one folded before, stays as it is.
+    The norm's scale is multiplied into the learned scale of the channel filters' FilterNorm, its
+    shift is added after the filter; ``nn.Identity`` replaces the norm. Results are equal to within
+    rounding. Like mmcv's ``fuse_conv_bn`` it assumes that a pack's output goes to the next child
+    module, which holds for the ResNets and ConvModules of OpenMMLab. A model without such norms, or
+    one folded before, is not changed.
 
     Args:
         model: in evaluation mode.
@@ -55,9 +55,9 @@ def fuse_ddf_bn(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: the model is in training mode, or holds a batch norm that cannot be folded:
-            behind an ``add`` pack, one without running statistics, or where a hook, a replaced
-            method or module would be lost. Nothing was changed then.
+        ValueError: the model is in training mode, or has a batch norm that cannot be folded:
+            after an ``add`` pack, without running statistics, or where a hook or a replaced
+            method or module would be lost. The model is not changed then.
 
     Example:
         >>> from ddf_mm.models import DDFResNet
@@ -75,10 +75,10 @@ def fuse_ddf_bn(model: nn.Module) -> nn.Module:
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """Folds the batch norms behind DDFPacks and convolutions, in place.
+    """Folds the batch norms after DDFPacks and convolutions, in place.
 
     See :func:`fuse_ddf_bn` for arguments, result and errors. A convolution with a hook or another
-    modification, and the norm behind it, stay as they are.
+    modification, and the norm after it, are not changed.
     """
     fuse_ddf_bn(model)
     uses = _uses(model)
@@ -98,7 +98,7 @@ def _followed_by_norm(model: nn.Module, kind: type[nn.Module]) -> Iterator[_Pair
 
 
 def _uses(model: nn.Module) -> Counter[nn.Module]:
-    """How many names each module of the model has."""
+    """How often each module occurs in the model."""
     return Counter(child for parent in model.modules() for child in parent._modules.values())
 
 
@@ -107,7 +107,7 @@ def _is_shared(pair: _Pair, uses: Counter[nn.Module]) -> bool:
 
 
 def _is_plain(module: nn.Module, *forwards: object) -> bool:
-    """Whether a call of ``module`` is one of these methods and nothing else."""
+    """Whether calling ``module`` runs one of these methods and nothing else."""
     return (
         type(module).forward in forwards
         and is_unmodified(module, type(module))
@@ -117,7 +117,7 @@ def _is_plain(module: nn.Module, *forwards: object) -> bool:
 
 
 def _is_plain_conv(conv: nn.Module) -> bool:
-    # mmcv's own class differs with empty tensors in very old versions of torch only.
+    # mmcv's class differs only for empty tensors in very old versions of torch.
     from mmcv.cnn.bricks.wrappers import Conv2d
 
     return _is_plain(conv, nn.Conv2d.forward, Conv2d.forward)

@@ -1,4 +1,4 @@
-"""DDFPack and DDFUpPack: the operation with the branches that generate its filters."""
+"""DDFPack and DDFUpPack: the operation with the branches that predict its filters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddf_mm.registry import name_pretrained
 
 
 def _reset_branches(pack: nn.Module) -> None:
-    """Starts the filter branches anew, whatever an enclosing module's ``init_cfg`` did to them."""
+    """Resets the filter branches, which an enclosing module's ``init_cfg`` may have initialized."""
     for module in pack.modules():
         if isinstance(module, (nn.Conv2d, FilterNorm)):
             module.reset_parameters()
@@ -39,7 +39,7 @@ def _reset_branches(pack: nn.Module) -> None:
 def _check_pack_arguments(
     in_channels: int, kernel_size: int, dilation: int, head: int, se_ratio: float, combine: str
 ) -> tuple[int, int, int, int]:
-    """Checks what both packs take; returns the first four arguments as ints."""
+    """Checks the arguments of both packs; returns the first four as ints."""
     in_channels = check_int("in_channels", in_channels, 1)
     kernel_size = check_kernel_size(kernel_size, minimum=3)
     dilation = check_int("dilation", dilation, 1)
@@ -58,12 +58,12 @@ def _check_pack_arguments(
 
 
 def _is_unbatched(x: Tensor, in_channels: int) -> bool:
-    """Whether the features are one image, ``Tensor[C, H, W]``, and no ``Tensor[B, C, H, W]``.
+    """Whether the features are one image, ``Tensor[C, H, W]``, and not ``Tensor[B, C, H, W]``.
 
     Raises:
-        TypeError, ValueError: they are neither, whatever the branches would take.
+        TypeError, ValueError: they are neither.
     """
-    if isinstance(x, torch.fx.Proxy):  # a graph is traced for batches, its sizes are not known
+    if isinstance(x, torch.fx.Proxy):  # without sizes; traced graphs are for batches
         return False
     check_tensor("x", x)
     shape = shape_of(x)
@@ -86,8 +86,8 @@ def _check_batch(x: Tensor, in_channels: int) -> None:
 
 
 def _check_placement(name: str, x: Tensor, branch: nn.Module) -> None:
-    """Raises where x has not the dtype or device of the convolution that reads it in a branch, in
-    words about the layer. Branches that were modified are left to answer themselves."""
+    """Raises unless x has the dtype and device of the branch's first convolution, in terms of the
+    layer's arguments. A modified branch is not checked: it raises its own errors."""
     if is_observed() or isinstance(x, torch.fx.Proxy):
         return
     layers = [m for m in layers_of(branch) if not is_unmodified(m, nn.AdaptiveAvgPool2d)]
@@ -119,7 +119,7 @@ def _run_all_but_last(branch: nn.Sequential, x: Tensor) -> Tensor:
 def _spatial_branch(
     in_channels: int, kernel_size: int, head: int, nonlinearity: str, stride: int = 1
 ) -> nn.Sequential:
-    """Filters of every pixel: features -> ``Tensor[B, head*k*k, ceil(H/stride), …]``."""
+    """Spatial filters: features -> ``Tensor[B, head*k*k, ceil(H/stride), ceil(W/stride)]``."""
     return nn.Sequential(
         nn.Conv2d(in_channels, head * kernel_size**2, 1, stride=stride),
         FilterNorm(head, kernel_size, "spatial", nonlinearity),
@@ -129,12 +129,12 @@ def _spatial_branch(
 def _channel_branch(
     in_channels: int, kernel_size: int, nonlinearity: str, se_ratio: float
 ) -> nn.Sequential:
-    """Filters of every channel: features -> ``Tensor[B, C*k*k]``."""
+    """Channel filters: features -> ``Tensor[B, C*k*k, 1, 1]``."""
     mid_channels = max(int(in_channels * se_ratio), 1)
     return nn.Sequential(
         nn.AdaptiveAvgPool2d((1, 1)),
         nn.Conv2d(in_channels, mid_channels, 1),
-        # Not in place, which PyTorch refuses behind a module with a full backward hook.
+        # Not in place: PyTorch refuses that after a module with a full backward hook.
         nn.ReLU(),
         nn.Conv2d(mid_channels, in_channels * kernel_size**2, 1),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True),
@@ -142,9 +142,9 @@ def _channel_branch(
 
 
 class DDFPack(BaseModule):
-    """A decoupled dynamic filter with the branches that generate it from the features.
+    """A decoupled dynamic filter with the branches that predict it from the features.
 
-    Takes the place of a k x k convolution that keeps the number of channels. The spatial branch
+    Replaces a k x k convolution that keeps the number of channels. The spatial branch
     is a 1x1 convolution and :class:`FilterNorm`; the channel branch is global average pooling,
     a bottleneck of two fully connected layers and :class:`FilterNorm`. Arguments and parameter
     names are those of the official layer (theFoxofSky/ddfnet, ddf/ddf.py).
@@ -156,7 +156,7 @@ class DDFPack(BaseModule):
         dilation: distance between neighbouring taps.
         head: filter groups; channels of a group share their spatial filters. Divides C.
         se_ratio: width of the channel branch's bottleneck over C.
-        nonlinearity: what follows the layer; sets FilterNorm's scale.
+        nonlinearity: activation after the layer; sets FilterNorm's scale.
         kernel_combine: how the two filters combine, ``'mul'`` or ``'add'``.
         init_cfg: mmengine's initialization config.
 
@@ -193,15 +193,15 @@ class DDFPack(BaseModule):
         self.kernel_combine = kernel_combine
         self.spatial_branch = _spatial_branch(in_channels, kernel_size, head, nonlinearity, stride)
         self.channel_branch = _channel_branch(in_channels, kernel_size, nonlinearity, se_ratio)
-        # `efficient_conv_bn_eval` asks which module feeds each BN; a function has no answer.
+        # A module, since `efficient_conv_bn_eval` looks for the module before each batch norm.
         self.output = nn.Identity()
 
     def init_weights(self) -> None:
-        """Starts the branches as the official networks do, which is timm's way.
+        """Initializes the branches as the official networks do, by timm.
 
-        Convolution weights are kaiming normal (fan_out, relu), their biases PyTorch's own, where
-        the ``Kaiming`` initialization of an enclosing mmengine module would make them zero. An
-        ``init_cfg`` of this layer itself has the last word.
+        Convolution weights are kaiming normal (fan_out, relu); biases have PyTorch's default, while
+        the ``Kaiming`` initialization of an enclosing mmengine module would set them to zero. An
+        ``init_cfg`` of this layer is applied last.
         """
         if not self.is_init:
             _reset_branches(self)
@@ -214,10 +214,10 @@ class DDFPack(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, C, ceil(H/stride), ceil(W/stride)]``.
 
-        A single image, ``Tensor[C, H, W]``, is taken too, as by a convolution.
+        A single image, ``Tensor[C, H, W]``, is accepted too, as by a convolution.
 
         Raises:
-            TypeError, ValueError: x is no such floating-point tensor.
+            TypeError, ValueError: x is not such a floating-point tensor.
         """
         if _is_unbatched(x, self.in_channels):
             return DDFPack.forward(self, x[None])[0]
@@ -331,7 +331,7 @@ _GENERATE_FILTERS = DDFPack.generate_filters
 
 
 def has_own_filters(pack: DDFPack) -> bool:
-    """Whether the filters that a pack applies are those of :meth:`DDFPack.generate_filters`."""
+    """Whether :meth:`DDFPack.generate_filters` is not overridden."""
     return (
         type(pack).generate_filters is _GENERATE_FILTERS and "generate_filters" not in pack.__dict__
     )
@@ -342,12 +342,12 @@ def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
     return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
 
 
-# torch.fx records it as one call: it goes by sizes, which are there only when the graph runs.
+# torch.fx records it as one call, since it depends on sizes.
 @torch.fx.wrap
 def _guides(
     x: Tensor, joint_x: Tensor | None, scale_factor: int, joint_channels: int
 ) -> list[Tensor]:
-    """What each spatial branch of a DDFUpPack reads, in the order of the branches."""
+    """The input of each spatial branch of a DDFUpPack."""
     s = scale_factor
     if joint_x is None:
         channels = shape_of(x)[1]
@@ -377,21 +377,21 @@ class DDFUpPack(BaseModule):
 
     Registered as the upsample layer ``DDFUp`` (``build_upsample_layer(dict(type='DDFUp', …))``).
     Arguments and parameter names are those of the official layer (theFoxofSky/ddfnet,
-    ddf/ddf.py), which could not run: its combination argument was misplaced, ``joint_channels``
-    had no effect, and any ``dw_kernel_size`` other than ``kernel_size`` changed the size.
+    ddf/ddf.py), which cannot run: its combination argument is misplaced, ``joint_channels``
+    has no effect, and any ``dw_kernel_size`` other than ``kernel_size`` changes the size.
 
     Args:
         in_channels: channels C of the input and output.
         kernel_size: k, odd, at least 3.
-        scale_factor: factor of upsampling.
+        scale_factor: upsampling factor s.
         dilation: distance between neighbouring taps.
         head: filter groups. Divides C.
         se_ratio: width of the channel branches' bottleneck over C.
-        nonlinearity: what follows the layer; sets FilterNorm's scale.
+        nonlinearity: activation after the layer; sets FilterNorm's scale.
         dw_kernel_size: odd size of the depthwise convolution before each spatial branch's 1x1
-            convolution; there is none with ``joint_channels``.
-        joint_channels: channels of the guidance that the spatial branches read; less than 1
-            means that they read the features, or a guidance of C channels.
+            convolution; unused with ``joint_channels``.
+        joint_channels: channels of the guidance, the input of the spatial branches; less than 1
+            means that their input is the features, or a guidance of C channels.
         kernel_combine: ``'mul'`` or ``'add'``.
         init_cfg: mmengine's initialization config.
 
@@ -452,9 +452,9 @@ class DDFUpPack(BaseModule):
             )
 
     def init_weights(self) -> None:
-        """Starts the branches as the official layer does, which is PyTorch's own way.
+        """Initializes the branches as the official layer does, with PyTorch's defaults.
 
-        An ``init_cfg`` of this layer itself has the last word.
+        An ``init_cfg`` of this layer is applied last.
         """
         if not self.is_init:
             _reset_branches(self)
@@ -465,17 +465,17 @@ class DDFUpPack(BaseModule):
         """Upsamples the features.
 
         Args:
-            x: ``Tensor[B, C, H, W]``; or a single image, ``Tensor[C, H, W]``, and a guidance of
-                one.
-            joint_x: guidance, ``Tensor[B, joint_channels, H, W]``, read alike by every branch;
-                or ``Tensor[B, joint_channels, s*H, s*W]``, of which the branch of subpixel
-                (p, q) reads the pixels (s*i + p, s*j + q), those it writes. ``None`` means x.
+            x: ``Tensor[B, C, H, W]``; or a single image, ``Tensor[C, H, W]``, with a guidance
+                without batch dimension.
+            joint_x: guidance, ``Tensor[B, joint_channels, H, W]``, the same for every branch; or
+                ``Tensor[B, joint_channels, s*H, s*W]``, of which the branch of subpixel (p, q)
+                reads the pixels that it writes, (s*i + p, s*j + q). ``None`` means x.
 
         Returns:
             ``Tensor[B, C, s*H, s*W]``.
 
         Raises:
-            TypeError, ValueError: features or a guidance of another type or shape.
+            TypeError, ValueError: x or joint_x has another type or shape.
         """
         if _is_unbatched(x, self.in_channels):
             if joint_x is not None:

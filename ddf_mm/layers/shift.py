@@ -1,4 +1,4 @@
-"""What is left of a batch norm that was folded into the layer before it."""
+"""The remainder of a batch norm that was folded into the layer before it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class Shift(nn.Module):
-    """Adds one value a channel, then optionally applies ReLU.
+    """Adds one value per channel, then optionally applies ReLU.
 
     Args:
         bias: ``Tensor[C]``.
-        relu: whether ReLU follows.
+        relu: whether to apply ReLU.
     """
 
     def __init__(self, bias: Tensor, relu: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Whether modules do just what their classes and attributes say.
+"""Whether modules are unmodified, so that a fused path may replace them.
 
-A fused path may stand for modules only where nothing that was done to them would be lost: a
-replaced module or method, a hook, a parametrization, offloaded or converted parameters, a tracer.
-Every fused path of the layers asks here; where the answer is no, it runs the modules themselves.
+A fused path may replace modules only if it ignores no modification of them: a replaced module or
+method, a hook, a parametrization, offloaded or converted parameters, a tracer. Otherwise the layers
+run the modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddf_mm.layers.shift import Shift
 
 
 def _methods() -> tuple[object, ...]:
-    """The methods that run in a call of the modules below."""
+    """The methods that a call of an unmodified module runs, as they are now."""
     module, conv = nn.Module, nn.Conv2d
     return (
         module.__call__,
@@ -36,13 +36,14 @@ def _methods() -> tuple[object, ...]:
 
 
 _METHODS = _methods()
-# Attributes of an instance that take the place of these methods.
+# Attributes of an instance that override these methods.
 _OVERRIDES = frozenset({"forward", "_conv_forward", "_call_impl", "_compiled_call_impl"})
 
 
 def is_observed() -> bool:
-    """Whether something sees or changes the calls of all modules or operators: global hooks,
-    patched classes, a tracer or compiler, a mode other than the one of ``torch.device``."""
+    """Whether anything observes or changes the calls of all modules or operators: global hooks,
+    patched classes, a tracer or compiler, a torch function or dispatch mode (except that of
+    ``torch.device``)."""
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -57,7 +58,7 @@ def is_observed() -> bool:
 
 
 def is_unmodified(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` is ``kind.forward`` and nothing else."""
+    """Whether calling ``module`` runs ``kind.forward`` and nothing else."""
     if type(module) is not kind:
         return False
     own = module.__dict__
@@ -100,7 +101,7 @@ def is_filter_norm(
     if filter_type == "spatial":
         return type(own.get("std")) in (float, int)
     std = own["_parameters"].get("std")
-    # FilterNorm itself takes it to the dtype it computes in.
+    # Of any dtype: FilterNorm casts it.
     return (
         type(std) in (nn.Parameter, Tensor)
         and std.shape == (filters * taps,)

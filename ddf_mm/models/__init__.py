@@ -1,6 +1,6 @@
-"""Networks with DDF and parts of them, registered with mmengine; needs mmengine and mmcv only."""
+"""Backbone, neck and network with DDF, registered with mmengine; needs mmengine and mmcv only."""
 
-import ddf_mm.layers  # noqa: F401  (registers the layers that configs of these models may name)
+import ddf_mm.layers  # noqa: F401  (registers layers that configs of these models may name)
 from ddf_mm.models.ddf_resnet import DDFBottleneck, DDFResNet
 from ddf_mm.models.ddf_resnet_cifar import DDFResNet_CIFAR
 from ddf_mm.models.ddf_up_fpn import DDFUpFPN

@@ -29,8 +29,8 @@ PLUGIN_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 class DDFBottleneck(BaseModule):
     """Bottleneck block of ResNet whose 3x3 convolution is a :class:`DDFPack`.
 
-    Parameters are named as those of the Bottleneck of mmpretrain, mmdet and mmseg, and within
-    ``conv2`` as DDFPack's.
+    Parameters have the names of the Bottleneck of mmpretrain, mmdet and mmseg, and within
+    ``conv2`` those of DDFPack.
 
     Args:
         in_channels: channels of the input.
@@ -38,17 +38,17 @@ class DDFBottleneck(BaseModule):
         expansion: out_channels over the channels of ``conv2``.
         stride: stride of the block.
         dilation: dilation of ``conv2``.
-        downsample: what the identity branch applies.
+        downsample: module of the identity branch.
         style: ``'pytorch'`` puts the stride on ``conv2``, ``'caffe'`` on ``conv1``.
         with_cp: recompute activations in the backward pass to save memory.
-        conv_cfg: config of the 1x1 convolutions, and of the 3x3 one where ``ddf_cfg`` is None.
+        conv_cfg: config of the 1x1 convolutions, and of the 3x3 one if ``ddf_cfg`` is None.
         norm_cfg: config of the norm layers.
         act_cfg: config of the activation.
         drop_path_rate: probability of dropping the residual branch.
         ddf_cfg: arguments of DDFPack, or ``None`` for an ordinary convolution.
-        dcn: config of another conv layer for ``conv2`` (where ``ddf_cfg`` is None).
+        dcn: config of another conv layer for ``conv2`` (if ``ddf_cfg`` is None).
         plugins: configs ``dict(cfg=…, position='after_conv1' | 'after_conv2' | 'after_conv3')``.
-        zero_init_residual: start the last norm at zero.
+        zero_init_residual: initialize the last norm with zero.
         init_cfg: mmengine's initialization config.
     """
 
@@ -152,9 +152,9 @@ class DDFBottleneck(BaseModule):
         self._plugin_names[position].append(name)
 
     def init_weights(self) -> None:
-        """Starts the last norm at zero if it is to, then goes by ``init_cfg``.
+        """Sets the last norm to zero with ``zero_init_residual``, then applies ``init_cfg``.
 
-        Before what this block, its stage or its network loads, so that nothing loaded is lost.
+        Runs before the block, its stage or its network loads weights, so that it overwrites none.
         """
         if self.zero_init_residual and not self.is_init:
             constant_init(self.norm3, 0)
@@ -175,7 +175,7 @@ class DDFBottleneck(BaseModule):
 
     @property
     def relu_follows_pack(self) -> bool:
-        """Whether ReLU follows ``conv2`` and its norm: :func:`~ddf_mm.layers.fuse_ddf_bn` asks."""
+        """Whether ReLU follows ``conv2`` and its norm, for :func:`~ddf_mm.layers.fuse_ddf_bn`."""
         return is_unmodified(self, DDFBottleneck) and is_unmodified(self.relu, nn.ReLU)
 
     @property
@@ -201,7 +201,7 @@ class DDFBottleneck(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Tensor[B, in_channels, H, W]`` -> ``Tensor[B, out_channels, H/stride, W/stride]``."""
-        if self.with_cp and x.requires_grad is True:  # it is another object in torch.fx's tracer
+        if self.with_cp and x.requires_grad is True:  # in a torch.fx trace it is a Proxy
             out = cp.checkpoint(self._residual_sum, x, use_reentrant=False)
         else:
             out = self._residual_sum(x)
@@ -210,19 +210,19 @@ class DDFBottleneck(BaseModule):
 
 @MODELS.register_module()
 class DDFResNet(BaseModule):
-    """ResNet whose bottlenecks filter with DDF (arXiv 2104.14107).
+    """ResNet with DDF in place of the 3x3 convolutions of its bottlenecks (arXiv 2104.14107).
 
-    Needs mmengine and mmcv only, and serves as a backbone in mmpretrain, mmdet and mmseg alike:
-    it takes the ResNet arguments of all three and names its parameters as they do (with
-    ``deep_stem`` as mmdet and mmseg do; mmpretrain's names of that stem load, too). With a linear
-    head of 1000 classes it has 16.84 M parameters at depth 50 and 28.15 M at depth 101.
+    Needs mmengine and mmcv only, and works as a backbone in mmpretrain, mmdet and mmseg: it accepts
+    the ResNet arguments of all three and has their parameter names (with ``deep_stem`` those of
+    mmdet and mmseg; checkpoints with mmpretrain's names load, too). With a linear head of 1000
+    classes it has 16.84 M parameters at depth 50 and 28.15 M at depth 101.
 
     Args:
         depth: 26, 50, 101 or 152.
         in_channels: channels of the image.
         stem_channels: channels of the stem; ``None`` means ``base_channels``.
         base_channels: channels of ``conv2`` in the first stage.
-        expansion: out channels of a block over the channels of its ``conv2``.
+        expansion: output channels of a block over the channels of its ``conv2``.
         num_stages: number of stages, 1 to 4.
         strides: stride of each stage's first block.
         dilations: dilation of each stage.
@@ -230,13 +230,13 @@ class DDFResNet(BaseModule):
         style: ``'pytorch'`` puts a block's stride on ``conv2``, ``'caffe'`` on ``conv1``.
         deep_stem: three 3x3 convolutions in place of the 7x7 one.
         avg_down: average pooling in place of the stride of the downsampling 1x1 convolutions.
-        frozen_stages: stages up to this one, 0 being the stem, keep their parameters and
-            statistics; -1 freezes none.
+        frozen_stages: freeze parameters and statistics of the stages up to this one (0: the stem);
+            -1 freezes none.
         conv_cfg: config of the ordinary convolutions.
         norm_cfg: config of the norm layers.
-        norm_eval: keep the statistics of batch norms in training.
+        norm_eval: batch norms use and keep their running statistics in training.
         with_cp: recompute activations in the backward pass to save memory.
-        zero_init_residual: start each block's last norm at zero.
+        zero_init_residual: initialize each block's last norm with zero.
         contract_dilation: halve the dilation in the first block of a dilated stage.
         multi_grid: dilation of each block of the last stage.
         dcn: config of another conv layer for ``conv2``, for stages without DDF.
@@ -248,12 +248,11 @@ class DDFResNet(BaseModule):
         kernel_size: window size of each DDF, odd.
         se_ratio: width of the channel branches' bottleneck over their channels.
         stage_with_ddf: which stages use DDF; the others have 3x3 convolutions.
-        deploy: build the network as :meth:`switch_to_deploy` leaves it, for checkpoints that were
-            saved after it.
-        pretrained: path of a checkpoint; the older way to write
+        deploy: build the network as after :meth:`switch_to_deploy`, for checkpoints saved after it.
+        pretrained: path of a checkpoint; older form of
             ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: mmengine's initialization config. By default kaiming normal (fan_out, relu), as
-            the official networks start.
+            in the official networks.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -513,7 +512,7 @@ class DDFResNet(BaseModule):
         return nn.Sequential(*layers)
 
     def _stage_plugins(self, plugins: Sequence[dict] | None, stage: int) -> list[dict]:
-        """The plugins of one stage; ``stages`` is left out of a plugin for all stages."""
+        """The plugins of one stage; a plugin without ``stages`` is for all stages."""
         chosen = []
         for plugin in _check_plugins(plugins):
             stages = plugin.get("stages")
@@ -534,13 +533,13 @@ class DDFResNet(BaseModule):
                 parameter.requires_grad = False
 
     def init_weights(self) -> None:
-        """Initializes as ``init_cfg`` says, then the blocks; what is pretrained is loaded last."""
+        """Applies ``init_cfg``, then initializes the blocks; pretrained weights are loaded last."""
         self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
 
     def switch_to_deploy(self) -> None:
-        """Folds the norms into the layers before them, for inference; mmpretrain's
-        ``tools/model_converters/reparameterize_model.py`` calls it.
+        """Folds the norms into the layers before them, for inference; called by mmpretrain's
+        ``tools/model_converters/reparameterize_model.py``.
 
         Raises:
             ValueError: the model is in training mode, or its packs combine by ``'add'``.
@@ -562,7 +561,7 @@ class DDFResNet(BaseModule):
         return tuple(outs)
 
     def train(self, mode: bool = True) -> DDFResNet:
-        """Sets training mode but for the frozen stages and, with ``norm_eval``, batch norms."""
+        """Sets training mode, except for frozen stages and, with ``norm_eval``, batch norms."""
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -579,7 +578,7 @@ class DDFResNet(BaseModule):
 
         Args:
             param_name: the parameter's name in the whole model.
-            prefix: the backbone's prefix in it, as ``'backbone.'``.
+            prefix: the backbone's prefix in it, such as ``'backbone.'``.
 
         Returns:
             (layer id, number of layers): 0 for the stem; the number of layers less one for
@@ -642,7 +641,7 @@ def _check_per_stage(
 def _rename_conv_module_stem(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
-    """Gives mmpretrain's deep stem (``stem.1.conv.weight``) mmdet's names (``stem.3.weight``)."""
+    """Renames mmpretrain's deep stem (``stem.1.conv.weight``) to mmdet's (``stem.3.weight``)."""
     for i in range(3):
         for part, index in (("conv", 3 * i), ("bn", 3 * i + 1)):
             old = f"{prefix}stem.{i}.{part}."

@@ -17,10 +17,10 @@ from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_sequence,
 from ddf_mm.registry import name_pretrained
 
 EXTRA_CONVS_SOURCES = ("on_input", "on_lateral", "on_output")
-# What DDFUpFPN itself decides for its upsamplers.
+# Arguments of its upsamplers that DDFUpFPN sets.
 _OWN_UPSAMPLE_ARGUMENTS = ("in_channels", "scale_factor", "joint_channels")
 
-# Of torch >= 2.7; before, only what holds for torch.compile too could be asked.
+# torch < 2.7 has only is_compiling, which is also true for torch.compile.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -28,35 +28,35 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 class DDFUpFPN(BaseModule):
     """FPN (arXiv 1612.03144) with :class:`~ddf_mm.layers.DDFUpPack` in its top-down path.
 
-    Takes the arguments of mmdet's and mmseg's FPN and names its parameters as they do, so that
-    their checkpoints load; what is new is ``upsample_modules``. Needs mmengine and mmcv only.
+    Has the arguments and parameter names of mmdet's and mmseg's FPN, so that their checkpoints
+    load; only ``upsample_modules`` is new. Needs mmengine and mmcv only.
 
-    A level may have any size that strides make of the one below it. The upsampled features are
-    cropped to the lateral where its size is no multiple of the scale factor, and grow by their
-    own border first where a stride without padding rounded that size down.
+    A level may have any size that results from striding the one below it. The upsampled features
+    are cropped to the lateral if its size is not a multiple of the scale factor; if a stride without
+    padding rounded the size down, the features are first padded by repeating their border.
 
     Args:
         in_channels: channels of each input, finest first.
         out_channels: channels of every output.
         num_outs: number of outputs.
         start_level: first input that is used.
-        end_level: last input that is used, -1 for the last there is. mmseg's FPN counts to the
-            input after it, which is understood from ``num_outs``. Extra outputs need the last.
-        add_extra_convs: make the outputs beyond the inputs by strided convolutions on the last
+        end_level: last input that is used, -1 for the last one. In mmseg's FPN it is the input
+            after it; ``num_outs`` decides which is meant. Extra outputs need the last input.
+        add_extra_convs: compute the outputs beyond the inputs by strided convolutions of the last
             input (``'on_input'``, or ``True``), lateral (``'on_lateral'``) or output
             (``'on_output'``); ``False``: by max pooling of the last output.
-        relu_before_extra_convs: apply ReLU before each extra convolution but the first.
-        no_norm_on_lateral: leave the norm of the lateral convolutions out.
+        relu_before_extra_convs: apply ReLU before each extra convolution except the first.
+        no_norm_on_lateral: no norm after the lateral convolutions.
         conv_cfg: config of the convolutions.
         norm_cfg: config of the norm layers.
         act_cfg: config of the activation after each convolution.
         upsample_cfg: further arguments of DDFUpPack, for example
             ``dict(kernel_combine='add', head=4)``.
-        init_cfg: mmengine's initialization config. The upsamplers start in their own way.
-        scale_factor: ratio of the sizes of adjacent levels, finest first; an int holds for all.
-        guidance: whether the spatial filters of an upsampler are made from the lateral that its
-            result is added to, each subpixel's from its own pixels, instead of from the features
-            that it upsamples.
+        init_cfg: mmengine's initialization config. The upsamplers have their own initialization.
+        scale_factor: ratio of the sizes of adjacent levels, finest first; an int for all.
+        guidance: predict the spatial filters of an upsampler from the lateral that its result is
+            added to, those of a subpixel from its own pixels, instead of from the features that it
+            upsamples.
         extra_convs_on_inputs: the name of mmseg's FPN for the meaning of
             ``add_extra_convs=True``: on the input or, if ``False``, on the output.
 
@@ -124,8 +124,8 @@ class DDFUpFPN(BaseModule):
 
         levels = range(start_level, self.backbone_end_level)
         common: dict[str, Any] = dict(conv_cfg=conv_cfg, act_cfg=act_cfg, inplace=False)
-        # Plain ModuleLists, as in FPN: mmengine's would let each ConvModule initialize itself
-        # after, and against, this module's init_cfg.
+        # Plain ModuleLists, as in FPN: in mmengine's each ConvModule would initialize itself after
+        # this module's init_cfg and overwrite it.
         self.lateral_convs = nn.ModuleList(
             ConvModule(
                 in_channels[i],
@@ -164,8 +164,7 @@ class DDFUpFPN(BaseModule):
         )
 
     def init_weights(self) -> None:
-        """Initializes as ``init_cfg`` says, then the upsamplers in their own way; what is
-        pretrained is loaded last."""
+        """Applies ``init_cfg``, then initializes the upsamplers; loads pretrained weights last."""
         self.init_cfg = name_pretrained(self.init_cfg)
         super().init_weights()
 
@@ -173,14 +172,14 @@ class DDFUpFPN(BaseModule):
         """Builds the pyramid.
 
         Args:
-            inputs: one ``Tensor[B, in_channels[i], H_i, W_i]`` a level, finest first.
+            inputs: one ``Tensor[B, in_channels[i], H_i, W_i]`` per level, finest first.
 
         Returns:
             ``num_outs`` tensors of ``out_channels`` channels, the first ones of the sizes of the
-            inputs that are used.
+            used inputs.
 
         Raises:
-            ValueError: another number of inputs, or sizes that ``scale_factor`` does not fit.
+            ValueError: a wrong number of inputs, or sizes that do not match ``scale_factor``.
         """
         levels = range(self.start_level, self.backbone_end_level)
         inputs = _check_inputs(inputs, self.in_channels, levels)
@@ -195,7 +194,8 @@ class DDFUpFPN(BaseModule):
             outs.append(self.fpn_convs[len(outs)](sources[self.add_extra_convs]))
         while len(outs) < self.num_outs:
             if not self.add_extra_convs:
-                # FPN's max pooling of single pixels; pooling ties exported programs to a parity.
+                # FPN's max pooling with kernel 1; as pooling, torch.export would restrict the sizes
+                # to even or odd ones.
                 outs.append(outs[-1][:, :, ::2, ::2])
                 continue
             x = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
@@ -209,13 +209,12 @@ class DDFUpFPN(BaseModule):
         return _crop(upsample(x, joint_x if self.guidance else None), lateral)
 
 
-# torch.fx records these functions as one call each: they go by what is there only when the graph
-# runs.
+# torch.fx records each of these functions as one call, since they depend on sizes.
 @torch.fx.wrap
 def _check_inputs(
     inputs: Sequence[Tensor], in_channels: Sequence[int], levels: range
 ) -> Sequence[Tensor]:
-    """The inputs; raises unless those of ``levels`` are what forward says."""
+    """The inputs; raises unless those of ``levels`` have the channels that forward needs."""
     check_sequence("inputs", inputs, "a tensor for each of in_channels")
     if len(inputs) != len(in_channels):
         raise ValueError(
@@ -224,7 +223,7 @@ def _check_inputs(
         )
     for i in levels:
         x = inputs[i]
-        if isinstance(x, torch.fx.Proxy):  # of a backbone that is in the same graph
+        if isinstance(x, torch.fx.Proxy):  # of a backbone in the same graph
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs[{i}] must be a torch.Tensor, got {type(x).__name__}")
@@ -240,8 +239,8 @@ def _check_inputs(
 def _align(
     x: Tensor, lateral: Tensor, s: int, guidance: bool, level: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The features of a level, grown so that ``s`` times their size covers the lateral below it,
-    and with ``guidance`` that lateral, padded to just this size."""
+    """The features of a level, padded so that ``s`` times their size covers the lateral below it,
+    and with ``guidance`` that lateral, padded to exactly this size."""
     (height, width), given = shape_of(lateral)[2:], shape_of(x)[2:]
     rows, columns = (height - 1) // s + 1, (width - 1) // s + 1
     missing = (rows - given[0], columns - given[1])
@@ -255,8 +254,7 @@ def _align(
             "of the ratios of adjacent levels, finest first"
         )
     if torch.jit.is_tracing():
-        # How much is missing differs from size to size: the most there can be is added, and what
-        # is too much cut off.
+        # The padding depends on the size: add the maximum and crop.
         rows, columns = ((size - 1) // s + 1 for size in lateral.shape[2:])
         x = F.pad(x, (0, 1, 0, 1), mode="replicate")[:, :, :rows, :columns]
         if guidance:
@@ -267,7 +265,7 @@ def _align(
         x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
     if not guidance:
         return x, None
-    # The values of the padding make filters of pixels that the crop drops.
+    # The padding's values affect only pixels that are cropped.
     if _is_exporting():
         return x, _fit(lateral, rows * s, columns * s)
     excess = (rows * s - height, columns * s - width)
@@ -278,7 +276,7 @@ def _align(
 def _crop(x: Tensor, lateral: Tensor) -> Tensor:
     """Crops upsampled features to the size of the lateral."""
     height, width = lateral.shape[2:]
-    # torch.export would tie padding and the strides of a crop to even sizes or to odd ones.
+    # torch.export would restrict padding and the strides of a crop to even or odd sizes.
     return _fit(x, height, width) if _is_exporting() else x[:, :, :height, :width]
 
 
@@ -290,11 +288,11 @@ def _fit(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
-    """The input after the last one that is used; checks the numbers of levels."""
+    """The index after the last used input; checks the numbers of levels."""
     if end_level == -1:
         end = num_ins
     else:
-        # mmdet's FPN counts to the last level, mmseg's to the one after it; neither takes the
+        # In mmdet's FPN it is the last level, in mmseg's the one after it; neither accepts the
         # numbers of outputs that the other does.
         end = end_level if num_outs == end_level - start_level else end_level + 1
     if not start_level < end <= num_ins:
@@ -313,7 +311,7 @@ def _end(num_ins: int, num_outs: int, start_level: int, end_level: int) -> int:
 
 
 def _scale_factors(scale_factor: int | Sequence[int], steps: int) -> list[int]:
-    """The scale factor of each step between used levels."""
+    """The scale factors between adjacent used levels."""
     if not isinstance(scale_factor, Sequence):
         return [check_int("scale_factor", scale_factor, 1)] * steps
     factors = check_ints("scale_factor", scale_factor, "or an int", 1)

@@ -1,4 +1,4 @@
-"""Network for joint upsampling: a coarse map and a sharp image make a sharp map."""
+"""Network for joint upsampling of a low-resolution map with a high-resolution image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddf_mm.ops.checks import check_dict, check_int, check_number, check_sequenc
 from ddf_mm.registry import name_pretrained
 
 LOSSES = dict(l1=F.l1_loss, mse=F.mse_loss, smooth_l1=F.smooth_l1_loss)
-# Under it a map is taken for constant. Maps of depth vary by many times this in any unit.
+# Maps with a smaller standard deviation count as constant.
 _MIN_STD = 1e-6
 
 
@@ -25,28 +25,27 @@ _MIN_STD = 1e-6
 class DDFUpNet(BaseModel):
     """Joint upsampling with DDF-Up (arXiv 2104.14107), of depth maps for example.
 
-    A few convolutions encode the map at its own resolution and the guide, an image, at its own and
-    at each halving of it. The map's features are then doubled by one
-    :class:`~ddf_mm.layers.DDFUpPack` after another, whose spatial filters are made from the guide's
-    features at the size of the result: this is the only way in which the guide takes effect. Two
-    last convolutions add the missing detail to the bilinearly upsampled map.
+    Convolutions encode the map at its resolution and the guide, an image, at each power of two of
+    it. A sequence of :class:`~ddf_mm.layers.DDFUpPack` doubles the size of the map's features, with
+    spatial filters predicted from the guide's features at the output size; the guide has no other
+    influence. The last two convolutions predict the residual of the bilinearly upsampled map.
 
-    Every map is shifted and scaled by its own mean and standard deviation on the way in and back
-    on the way out, so that its unit does not matter.
+    Each map is normalized by its own mean and standard deviation, and the result denormalized, so
+    that its unit does not matter.
 
     Args:
         scale_factor: the guide's size over the map's, a power of two.
         map_channels: channels M of the maps.
         guide_channels: channels G of the guides.
         channels: width of the network.
-        norm_cfg: config of the norm layers, ``None`` for none.
+        norm_cfg: config of the norm layers; ``None``: no norms.
         act_cfg: config of the activations.
         upsample_cfg: further arguments of DDFUpPack, for example ``dict(head=4)``.
         loss: ``'l1'``, ``'mse'`` or ``'smooth_l1'``, of the error over the standard deviation of
             the low resolution map.
         guide_mean: mean of each channel of the guide, RGB of ImageNet by default.
         guide_std: standard deviation of each channel of the guide.
-        data_preprocessor: config of mmengine's data preprocessor; it has to stack the samples.
+        data_preprocessor: config of mmengine's data preprocessor, which must stack the samples.
         init_cfg: mmengine's initialization config.
 
     Raises:
@@ -121,7 +120,7 @@ class DDFUpNet(BaseModel):
             nn.Sequential(conv(channels, stride=2) if i else conv(guide_channels), conv(channels))
             for i in range(doublings)
         )
-        # Coarsest first; mmengine's ModuleList, so that they initialize themselves, after init_cfg.
+        # Coarsest first. mmengine's ModuleList, so that they initialize themselves after init_cfg.
         self.upsample_modules = ModuleList(
             DDFUpPack(channels, scale_factor=2, joint_channels=channels, **dict(upsample_cfg or {}))
             for _ in range(doublings)
@@ -130,7 +129,7 @@ class DDFUpNet(BaseModel):
         self.head = nn.Conv2d(channels, map_channels, 3, padding=1)
 
     def init_weights(self) -> None:
-        """Starts as the bilinear upsampling of the map, unless ``init_cfg`` says otherwise."""
+        """Initializes to the bilinear upsampling of the map, then applies ``init_cfg``."""
         if not self.is_init:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -149,16 +148,16 @@ class DDFUpNet(BaseModel):
         Args:
             inputs: low resolution maps, ``Tensor[B, M, H, W]``.
             guide: guides, ``Tensor[B, G, s*H, s*W]`` for the scale factor s.
-            data_samples: for ``'loss'`` with the true maps ``gt_map.data``, ``Tensor[M, s*H,
+            data_samples: for ``'loss'``, with the ground truth ``gt_map.data``, ``Tensor[M, s*H,
                 s*W]`` each.
             mode: ``'tensor'``, ``'loss'`` or ``'predict'``.
 
         Returns:
-            The maps, ``Tensor[B, M, s*H, s*W]``; the loss by its name; or the data samples (new
-            ones if there were none) with ``pred_map.data``.
+            The maps, ``Tensor[B, M, s*H, s*W]``; a dict with the loss; or the data samples (new
+            ones without ``data_samples``) with ``pred_map.data``.
 
         Raises:
-            ValueError: tensors of other shapes, an unknown mode, or no data samples for the loss.
+            ValueError: wrong shapes, an unknown mode, or no data samples for the loss.
         """
         channels = self.map_channels, self.guide_channels
         _check_inputs(inputs, guide, *channels, self.scale_factor)
@@ -197,7 +196,7 @@ class DDFUpNet(BaseModel):
         return coarse + self.head(x)
 
 
-# torch.fx records it as one call: the sizes are there only when the graph runs.
+# torch.fx records it as one call, since it depends on sizes.
 @torch.fx.wrap
 @untraced
 def _check_inputs(
