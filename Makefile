@@ -1,22 +1,22 @@
-# One command each; running one again reuses what is installed.
+# Each command installs what it needs, and reuses it when run again.
 #   make demo     train, evaluate and draw the digits recipe
 #   make demo-detection, make demo-segmentation
 #                 the same for small recipes on scenes of digits
 #   make test-fast
-#                 the ops, with torch alone, in under two minutes on two cores
-#   make test     the whole test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
+#                 test the ops, with torch alone, in under two minutes on two cores
+#   make test     the full test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
-#                 archive and wheel, installed with other torches than they were compiled with
-#   make wheel    the release: compiled ops for the CPU and for every GPU since Turing
-#   make sdist    its source archive
-#   make lint     check the code         make format   rewrite it
+#                 test source archive and wheel with torches that they were not compiled with
+#   make wheel    the release wheel: ops for the CPU and for every GPU since Turing
+#   make sdist    the source archive
+#   make lint     check the code         make format   format it
 #   make docs     build the site of docs/ in build/docs
-#   make clean    delete what builds and tests leave, not the environment
+#   make clean    delete the outputs of builds and tests, not the environment
 PYTHON ?= python3
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2> /dev/null)
 VENV ?= .venv
 ARGS ?=
-# Processes that run tests beside each other.
+# Number of test processes.
 WORKERS ?= $(or $(shell nproc 2> /dev/null),2)
 export WORKERS
 
@@ -37,8 +37,8 @@ demo: $(STAMPS)/classification $(STAMPS)/package
 $(SCENE_DEMOS): demo-%: $(STAMPS)/toolchain $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/detection
 	PYTHON="$(VENV)/bin/python" bash tools/demo_scenes.sh $*
 
-# A worker computes with one thread: those of several processes would wait for each other. A file
-# stays with one worker, which builds its fixtures once; tests/conftest.py orders the files.
+# One thread per worker: more threads than cores are very slow. The tests of a file run in one
+# worker, which builds its fixtures once; tests/conftest.py orders the files.
 PYTEST := OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist loadfile \
 	--no-loadscope-reorder
 
@@ -60,7 +60,7 @@ wheel: $(STAMPS)/build
 sdist: $(STAMPS)/build
 	"$(VENV)/bin/python" -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
-# make check-tag TAG=v0.1.0: whether a tag names the version of the sources.
+# make check-tag TAG=v0.1.0: fails unless the tag is the version of the sources.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' ddf_mm/version.py)
 check-tag:
 	@test "$(TAG)" = "v$(VERSION)" || { echo "ddf_mm: tag $(TAG), version $(VERSION)" >&2; exit 1; }
@@ -85,7 +85,7 @@ clean:
 	rm -rf build dist *.egg-info ddf_mm/_C*.so .mypy_cache .pytest_cache .ruff_cache $(STAMPS)/package
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp is written only after its install succeeded, and is out of date when its files changed.
+# A stamp is written after a successful install, and is out of date when its files change.
 $(STAMPS)/venv:
 	$(INSTALL) venv
 	@mkdir -p $(STAMPS) && touch $@
@@ -114,7 +114,7 @@ $(STAMPS)/detection: requirements/detection.txt $(STAMPS)/classification
 	$(INSTALL) detection
 	@touch $@
 
-# The oldest torch with the oldest Python, where that is installed.
+# The oldest torch with the oldest Python, if that is installed.
 $(VENV)-oldest-torch/.stamps/torch: PYTHON := $(or $(OLDEST_PYTHON),$(PYTHON))
 $(VENV)-%/.stamps/torch: requirements/%.txt requirements/dev.txt
 	PYTHON="$(PYTHON)" VENV="$(VENV)-$*" bash requirements/install.sh $*

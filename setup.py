@@ -1,19 +1,20 @@
-"""Compile policy of ddf_mm: what is built, with what, and what happens where that cannot be.
+"""Compile policy of ddf_mm: what is compiled, with what, and what happens if it cannot be.
 
-pyproject.toml says what the package is. This file decides what is compiled and prints its decision
-in one line that starts with ``ddf_mm:`` (pip shows it with ``-v``). Installing succeeds without a
-compiler, a CUDA toolkit or torch: what is not compiled is served by the plain PyTorch formula.
+The package's metadata is in pyproject.toml. This file decides what is compiled and prints its
+decision in one line that starts with ``ddf_mm:`` (pip shows it with ``-v``). The installation
+succeeds without a compiler, a CUDA toolkit or torch; operations that are not compiled use the
+formula in plain PyTorch.
 
 Environment variables:
-    DDF_MM_WITH_OPS: 0 compiles nothing; 1 makes an install fail that lacks ops which its torch
-        could use; unset, such an install goes on without them.
-    FORCE_CUDA: 0 leaves the CUDA ops out; 1 makes an install without them fail; unset, they are
-        built when a toolkit matches torch. A visible GPU is never needed.
-    TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``release`` for all GPUs that a release
-        serves.
+    DDF_MM_WITH_OPS: 0 compiles nothing; 1 fails the installation if ops that the installed torch
+        can use cannot be compiled; unset, the installation continues without them.
+    FORCE_CUDA: 0 does not compile CUDA ops; 1 fails the installation if they cannot be compiled;
+        unset, they are compiled if a toolkit matches torch. No GPU is needed.
+    TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``release`` for all GPUs that releases
+        support.
     CUDA_HOME, CXX, MAX_JOBS: as for every torch extension.
-    DDF_MM_SANITIZE: what -fsanitize= is to look for in the CPU ops, as in ``address,undefined``;
-        builds no CUDA ops. tests/test_sanitizers.py shows how to load such a library.
+    DDF_MM_SANITIZE: argument of -fsanitize= for the CPU ops, such as ``address,undefined``; builds
+        no CUDA ops. tests/test_sanitizers.py shows how to load such a library.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-# Oldest torch whose stable ABI has all that csrc/ uses; a library built against it serves every
-# later torch.
+# Oldest torch whose stable ABI has everything that csrc/ uses; the library works with every later
+# torch.
 TORCH_TARGET = (2, 10)
 PYTHON_TARGET = "cp310"
-# Without a GPU to ask: data-centre cards of the last generations, and PTX for those to come.
+# If no GPU is visible: recent data-centre GPUs, and PTX for later ones.
 DEFAULT_ARCHS = "8.0;9.0+PTX"
-# Turing to Blackwell, and PTX for those to come.
+# Turing to Blackwell, and PTX for later ones.
 RELEASE_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The other commands (metadata, sdist) compile nothing, and importing torch takes seconds.
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
 class NoOps(Exception):
-    """The compiled ops, or the CUDA part of them, cannot be built here; says why and what helps."""
+    """The ops, or their CUDA part, cannot be compiled here; with the reason and a remedy."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}, {remedy}")
@@ -76,11 +77,11 @@ def switch(name: str) -> bool | None:
 
 
 def require_torch() -> None:
-    """Refuse where torch is absent, or is pip's own copy for this build only."""
+    """Raise if torch is missing, or is pip's temporary copy for this build."""
     spec = importlib.util.find_spec("torch")
     folders = Path(spec.origin).parts if spec is not None and spec.origin else ()
-    # A torch in the overlay of an isolated build (pip's or build's) is gone after it, and is not
-    # the one that will load the library.
+    # The torch of an isolated build environment (of pip or build) is not the one that will load the
+    # library.
     isolated = any(folder.startswith(("pip-build-env-", "build-env-")) for folder in folders)
     if not folders or isolated:
         raise NoOps(
@@ -101,7 +102,7 @@ def require_stable_abi() -> None:
 
 
 def find_compiler() -> str:
-    """The C++ compiler's command: CXX, or the first usual name that is there."""
+    """The C++ compiler's command: CXX, or the first usual name that exists."""
     given = os.environ.get("CXX")
     for command in [given] if given else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(command)[0]):
@@ -113,7 +114,7 @@ def find_compiler() -> str:
 
 
 def require_ninja() -> None:
-    # pip leaves the environment's own programs off PATH unless the environment is activated.
+    # The environment's programs are not on PATH unless it is activated.
     scripts = sysconfig.get_path("scripts")
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
     if shutil.which("ninja") is None:
@@ -121,9 +122,9 @@ def require_ninja() -> None:
 
 
 def toolkit_version(home: Path) -> str | None:
-    """MAJOR.MINOR of the CUDA toolkit in ``home``; None if no whole toolkit is there."""
+    """MAJOR.MINOR of the CUDA toolkit in ``home``; None if there is no complete toolkit."""
     nvcc = home / "bin" / "nvcc"
-    # A wrapper script on PATH has no headers beside it.
+    # A wrapper script of nvcc on PATH comes without headers.
     if not nvcc.is_file() or not (home / "include" / "cuda_runtime.h").is_file():
         return None
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
@@ -143,8 +144,8 @@ def usual_cuda_homes(wanted: str) -> list[Path]:
 def find_cuda(wanted: str | None) -> CudaToolkit:
     """The CUDA toolkit for a torch built with CUDA ``wanted`` (MAJOR.MINOR; None: a CPU build).
 
-    CUDA_HOME decides alone when it is set. Otherwise a toolkit of torch's very version is taken,
-    or else one of the same major version: CUDA keeps those compatible, and torch asks for no more.
+    If CUDA_HOME is set, no other folder is searched. Otherwise a toolkit of torch's CUDA version is
+    preferred to one of the same major version, which is compatible.
     """
     if wanted is None:
         raise NoOps("torch is a CPU build", "install a CUDA build of torch to build them")
@@ -163,12 +164,12 @@ def find_cuda(wanted: str | None) -> CudaToolkit:
 
 
 def sources(suffix: str) -> list[str]:
-    # setuptools wants paths relative to setup.py, in an order that does not change.
+    # setuptools needs paths relative to setup.py; sorted for reproducible builds.
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/**/*{suffix}"))
 
 
 def plan_ops() -> tuple[list[Extension], str]:
-    """The libraries to compile and the sentence that says so.
+    """The libraries to compile and the sentence to print.
 
     Raises:
         NoOps: nothing can be compiled here.
@@ -182,7 +183,7 @@ def plan_ops() -> tuple[list[Extension], str]:
     require_torch()
     compiler = find_compiler()
     require_ninja()
-    # Imports torch, which takes seconds, so it comes after what can be found out without.
+    # Last, since it imports torch, which takes seconds.
     require_stable_abi()
     import torch
 
@@ -197,12 +198,12 @@ def plan_ops() -> tuple[list[Extension], str]:
         try:
             toolkit = find_cuda(torch.version.cuda)
         except NoOps as no_cuda:
-            # Ops that a CPU build of torch could not use are not missing.
+            # A CPU build of torch could not use them.
             if switch("FORCE_CUDA") or (switch("DDF_MM_WITH_OPS") and torch.version.cuda):
                 raise
             remark = f"; no CUDA ops: {no_cuda}"
 
-    # torch reads these when its build tools are imported.
+    # torch reads these variables when its build tools are imported.
     os.environ["CXX"] = compiler
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit.home)
@@ -218,15 +219,14 @@ def plan_ops() -> tuple[list[Extension], str]:
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
     )
-    # -g0: debug information, which Python's own flags ask for, more than doubles the time.
-    # -Wno-psabi: vectors are passed between inlined functions only.
-    # Without errno, a loop of square roots becomes an instruction.
+    # -g0: Python's flags have -g, which more than doubles the compile time.
+    # -Wno-psabi: vectors are passed only between inlined functions.
+    # -fno-math-errno: vectorizes square roots.
     cxx = ["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
     link = []
     if sanitize:
         link = [f"-fsanitize={sanitize}"]
-        # What takes most of the compiler's time: optimizing beyond -O1, and two checks whose faults
-        # AddressSanitizer sees too.
+        # Saves most of the compile time: -O1, and without two checks that AddressSanitizer covers.
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
         cxx += [*link, "-fno-sanitize=null,object-size"]
     libraries = [
@@ -241,9 +241,9 @@ def plan_ops() -> tuple[list[Extension], str]:
     used = f"torch {torch.__version__}, {compiler}"
     if toolkit is None:
         return libraries, f"compiling CPU ops ({used}){remark}"
-    # A library of its own, so that a CPU-only torch can load the CPU ops of the same wheel.
+    # A separate library, so that a CPU-only torch can load the CPU ops of the same wheel.
     flags = {"cxx": cxx, "nvcc": ["-O3"]}
-    # torch's stable headers declare the current stream's getter for those who define USE_CUDA.
+    # torch's stable headers declare the getter of the current stream only with USE_CUDA.
     cuda = {**common, "define_macros": [*common["define_macros"], ("USE_CUDA", None)]}
     libraries.append(
         CUDAExtension("ddf_mm._C_cuda", cuda_sources, extra_compile_args=flags, **cuda)
@@ -255,7 +255,7 @@ def plan_ops() -> tuple[list[Extension], str]:
 
 @contextlib.contextmanager
 def output_also_in(log: Path) -> Iterator[None]:
-    """Write what this process and its children print to ``log`` too."""
+    """Also write the output of this process and its children to ``log``."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
@@ -273,18 +273,18 @@ def output_also_in(log: Path) -> Iterator[None]:
 
 
 def count_kernels(library: Path) -> int:
-    """CUDA kernels in ``library``, each instantiation of a template for itself."""
-    # Each has a function on the host's side, with one variable whose guard has this name.
+    """Number of CUDA kernels in ``library``, counting each instantiation of a template."""
+    # The host stub of each kernel has a static variable, whose guard has this name.
     return len(set(re.findall(rb"_ZGVZL\d+__device_stub__\w+", library.read_bytes())))
 
 
 def build_command() -> type:
-    """torch's build_ext; a library that does not compile is left out, unless ops are demanded."""
+    """torch's build_ext; a library that does not compile is skipped, unless ops are required."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOps(BuildExtension):
         def run(self) -> None:
-            # Wheels are packed from this folder, where an earlier build may have left a library.
+            # Wheels are packed from this folder, which may have libraries of an earlier build.
             for old in Path(self.build_lib, "ddf_mm").glob("_C*.so"):
                 old.unlink()
             super().run()
@@ -303,7 +303,7 @@ def build_command() -> type:
                         f"ddf_mm: compiling {ext.name} failed ({type(error).__name__});"
                         f" the log is {log}"
                     ) from error
-                # setuptools then does not miss the file when it packs.
+                # So that setuptools packs without the file.
                 ext.optional = True
                 say(f"compiling {ext.name} failed, installing without it; the log is {log}")
             else:
@@ -320,8 +320,8 @@ def main() -> None:
     if not BUILD_COMMANDS.intersection(sys.argv):
         setup()
         return
-    # These load the library from the source tree: one that an earlier build left there must not
-    # outlive a build that makes none.
+    # These commands use the library in the source tree: remove that of an earlier build, in case
+    # this one compiles none.
     if {"develop", "editable_wheel", "--inplace"}.intersection(sys.argv):
         for old in ROOT.glob("ddf_mm/_C*.so"):
             old.unlink()

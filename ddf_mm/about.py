@@ -1,4 +1,4 @@
-"""What a measurement was made with."""
+"""Machine and versions of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddf_mm.version import __version__
 
 
 def processor(device: str = "cpu") -> str:
-    """The name of the CPU's or GPU's model."""
+    """The model name of the CPU or GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -27,18 +27,18 @@ def processor(device: str = "cpu") -> str:
 
 
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, object]:
-    """Device, versions, command and date, as a report of timings states them.
+    """Device, versions, command and date, for a report of timings.
 
     Args:
         device: ``'cpu'`` or ``'cuda'``.
-        threads: of the measurement; default: those that torch has now.
+        threads: of the measurement; default: torch's number of threads.
     """
     info = backend_info()
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(device),
         "threads": torch.get_num_threads() if threads is None else threads,
-        # Much above 0 on a machine that did not measure alone.
+        # Well above 0 if other processes ran during the measurement.
         "load": round(os.getloadavg()[0], 1),
         "ddf": info.get(device, info["default"]),
         "ddf_mm": __version__,

@@ -1,4 +1,4 @@
-"""Models of configs by themselves, without weights and data: to count and to time."""
+"""Models of configs without weights and data, to count and time them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ddf_mm.ops import backend_info
 from ddf_mm.registry import resolve
 from ddf_mm.utils import dicts_with, toolbox
 
-# Height and width of the image that each toolbox's results are usually given for.
+# Usual height and width of images for which each toolbox's costs are given.
 SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 1024))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs, in multiply-adds, and the model's parameters."""
+    """The multiply-adds of one image, and the model's parameters."""
 
     parameters: int
     taps: int
@@ -37,14 +37,14 @@ class Cost:
 
 
 def read_config(name: str, cfg_options: dict | None = None) -> Config:
-    """The config of a file, or one that a toolbox ships, for the functions below.
+    """Read a config by path or as ``toolbox::path``, for the functions below.
 
     Args:
-        name, cfg_options: as :func:`ddf_mm.engine.launch.load_config` takes them.
+        name, cfg_options: arguments of :func:`ddf_mm.engine.launch.load_config`.
 
     Raises:
         UserError: there is no such config, it has no model, its toolbox cannot be imported or is
-            none of mmpretrain, mmdet and mmseg.
+            not one of mmpretrain, mmdet and mmseg.
     """
     cfg = launch.load_config(name, cfg_options)
     launch.require_fields(cfg, ("model",), "building a model")
@@ -57,13 +57,13 @@ def read_config(name: str, cfg_options: dict | None = None) -> Config:
 
 
 def image_shape(cfg: Config, given: tuple[int, ...] | list[int] | None = None) -> tuple[int, int]:
-    """Height and width, of one or two given numbers or else what suits the config's toolbox."""
+    """Height and width from one or two given numbers, or the usual ones of the config's toolbox."""
     height, *width = given or SHAPES.get(toolbox(cfg), (224, 224))
     return height, *(width or [height])
 
 
 def without_weights(node: object) -> None:
-    """Remove what would load weights, everywhere below a config node."""
+    """Remove every setting below a config node that would load weights."""
     for part in dicts_with(node, "pretrained"):
         part["pretrained"] = None
     for part in dicts_with(node, "init_cfg"):
@@ -75,15 +75,15 @@ def without_weights(node: object) -> None:
 
 
 def data_preprocessor(cfg: Config) -> dict:
-    """The config's data preprocessor, which is the model's or, in mmpretrain, stands by itself."""
+    """The config's data preprocessor: that of the model or, in mmpretrain, of the top level."""
     return cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
 
 
 def image_channels(cfg: Config) -> int:
-    """How many channels the config's model reads: of its backbone, or those that are normalized."""
+    """The image channels of the config's model: of its backbone, or those that are normalized."""
     given = cfg.model.get("backbone", {}).get("in_channels")
     mean = data_preprocessor(cfg).get("mean") or ()
-    # One number may stand for all channels.
+    # A single mean applies to all channels.
     return given or (len(mean) if len(mean) > 1 else 3)
 
 
@@ -97,7 +97,7 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:
-    """Noise with labels that a config's model can learn from, before its data preprocessor.
+    """Random images with valid labels for a config's model, before its data preprocessor.
 
     Args:
         cfg: a config of mmpretrain, mmdet or mmseg.
@@ -152,13 +152,13 @@ def _detection_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> di
 
 
 def preprocessed(model: BaseModel, batch: dict[str, list]) -> tuple[torch.Tensor, list]:
-    """Inputs and samples of :func:`example_batch` as the model reads them when it predicts."""
+    """Inputs and samples of :func:`example_batch` after the model's data preprocessor."""
     data = model.data_preprocessor(batch, False)
     return data["inputs"], data["data_samples"]
 
 
 def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
-    """Make a segmentor's preprocessor pad to the images that come, and not to those of the data."""
+    """Make a segmentor's preprocessor pad to this shape instead of that of the training data."""
     if toolbox(cfg) == "mmseg":
         for part in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
             if part and "size" in part:
@@ -166,10 +166,10 @@ def fit_to(cfg: Config, shape: tuple[int, int]) -> None:
 
 
 def count(model: BaseModel, batch: dict[str, list]) -> Cost:
-    """Count what the image of a batch of :func:`example_batch` costs.
+    """Count the multiply-adds of the image of a batch of :func:`example_batch`.
 
     Raises:
-        UserError: there are no compiled ops, in which dynamic filters are counted.
+        UserError: there are no compiled ops, which dynamic filters are counted by.
     """
     if backend_info()["cpu"] != "compiled":
         raise UserError(
@@ -190,7 +190,7 @@ def count(model: BaseModel, batch: dict[str, list]) -> Cost:
 
 
 def config_labels(names: list[str]) -> list[str]:
-    """Short names of configs: the files' without suffix, or as given where two are the same."""
+    """Short names of configs: the file name without suffix, or as given if it is not unique."""
     stems = []
     for name in names:
         path, plus, changes = name.partition("+")

@@ -1,5 +1,5 @@
-"""What mmengine's hub asks of a package, this package's place in mmpretrain's model zoo, and what
-configs of any toolbox and style are asked."""
+"""Registration in mmengine's hub and mmpretrain's model zoo, and queries of configs of any toolbox
+and style."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TOOLBOXES = ("mmpretrain", "mmdet", "mmseg")
 def register_all_modules() -> None:
     """Register all classes of the package, and its classifiers in mmpretrain's model zoo.
 
-    ``mmengine.hub.get_model('ddf_mm::…')`` calls it. After it ``mmpretrain.list_models('ddf*')``
+    ``mmengine.hub.get_model('ddf_mm::…')`` calls it. Afterwards ``mmpretrain.list_models('ddf*')``
     lists the classifiers of ``configs/classification``, and mmpretrain's ``get_model`` and
-    inferencers take their names. It leaves the default scope as it is: the models are those of
-    mmpretrain, mmdet and mmseg, whose scopes they need.
+    inferencers accept their names. The default scope is not changed, since the models need the
+    scopes of mmpretrain, mmdet and mmseg.
 
     Raises:
-        ImportError, AssertionError: mmpretrain is installed but does not fit the installed mmcv or
-            mmengine.
+        ImportError, AssertionError: the installed mmpretrain does not work with the installed mmcv
+            or mmengine.
     """
     for name in ("layers", "models", "datasets", "engine"):
         import_module(f"ddf_mm.{name}")
@@ -30,20 +30,20 @@ def register_all_modules() -> None:
         _register_classifiers()
 
 
-@cache  # mmpretrain refuses a name that it has
+@cache  # mmpretrain refuses to register a name twice
 def _register_classifiers() -> None:
     from mmpretrain import ModelHub
 
     mim = Path(__file__).parent / ".mim"
-    # Not the whole model index: mmpretrain would offer detectors and segmentors, too.
+    # Not the whole model index, which has detectors and segmentors too.
     ModelHub.register_model_index(
         mim / "configs" / "classification" / "metafile.yml", config_prefix=mim
     )
 
 
 def toolbox(cfg: dict) -> str | None:
-    """The toolbox that a config is for: its default_scope, or else where its model's class is
-    from, which a config in pure Python names itself."""
+    """The toolbox of a config: its default_scope or, if this names none, the package of its model's
+    class, which a pure Python config contains."""
     scope = cfg.get("default_scope")
     kind = (cfg.get("model") or {}).get("type", "")
     package = (kind if isinstance(kind, str) else kind.__module__).partition(".")[0]
@@ -51,13 +51,13 @@ def toolbox(cfg: dict) -> str | None:
 
 
 def type_name(cfg: dict, default: str = "") -> str:
-    """The class name that a config's ``type`` stands for, without scope or module."""
+    """The class name of a config's ``type``, without scope or module."""
     kind = cfg.get("type", default)
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
 def dicts_with(value: object, key: str) -> Iterator[dict]:
-    """All dicts below a config node that have a key."""
+    """All dicts at or below a config node that have a key."""
     if isinstance(value, dict):
         if key in value:
             yield value
@@ -68,7 +68,7 @@ def dicts_with(value: object, key: str) -> Iterator[dict]:
 
 
 def leaf_datasets(dataset: object) -> Iterator[dict]:
-    """The configs of the datasets that read samples, within those that wrap or join others."""
+    """The configs of the datasets that read samples, within dataset wrappers."""
     if isinstance(dataset, (list, tuple)):
         for part in dataset:
             yield from leaf_datasets(part)

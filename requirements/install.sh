@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs one part of the pinned stack; the Makefile says which and when.
+# Installs one part of the pinned stack, for the Makefile.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
 # parts: venv toolchain build classification package detection dev oldest-torch newest-torch
 set -euo pipefail
@@ -22,12 +22,12 @@ make_venv() {
   local python=${PYTHON:-python3}
   command -v "$python" > /dev/null ||
     die "$python was not found: install Python >= 3.10 (Debian/Ubuntu: apt-get install python3)"
-  # An environment that is already there decides, not the Python that would make a new one.
+  # An existing environment keeps its Python.
   if [ -x "$py" ]; then python=$py; fi
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     die "$python is $("$python" --version 2>&1), Python >= 3.10 is needed: set PYTHON=..."
   if [ -x "$py" ] && "$py" -m pip --version > /dev/null 2>&1; then return; fi
-  # Debian and Ubuntu ship ensurepip, without which venv makes half an environment, separately.
+  # Debian and Ubuntu package ensurepip separately; without it venv leaves a broken environment.
   if "$python" -c 'import ensurepip, venv' 2> /dev/null; then
     "$python" -m venv "$venv"
   elif "$python" -c 'import virtualenv' 2> /dev/null; then
@@ -52,8 +52,8 @@ use_loadable_opencv() {
 }
 
 install_classification() {
-  # mmcv comes without its ops here: pip's isolated build sees no torch, and mmpretrain needs none.
-  # Not from pip's cache, which may hold a build against another torch under the same name.
+  # mmcv without its ops, since pip's isolated build has no torch; mmpretrain does not need them.
+  # Not from pip's cache, which may have a build for another torch under the same name.
   pip_install --no-cache-dir --no-deps -c "$here/classification.txt" onedl-mmcv
   pip_install -c "$here/build.txt" -r "$here/classification.txt"
   use_loadable_opencv
@@ -61,8 +61,8 @@ install_classification() {
 
 install_package() {
   local log=$venv/ddf_mm-install.log line
-  # No isolation, so that the ops are compiled against the torch that will load them. Of what pip
-  # prints with -v, setup.py's decisions and the compiler's progress are shown.
+  # No isolation, so that the ops are compiled against the torch that will load them. Of pip's
+  # output, only setup.py's decisions and the compiler's progress are shown.
   if ! pip_install -v --no-build-isolation --no-deps -e "$here/.." 2>&1 |
     tee "$log" |
     while IFS= read -r line; do
@@ -77,7 +77,7 @@ install_package() {
   fi
 }
 
-# mmcv's ops are compiled once for each torch and Python and kept outside the checkout.
+# mmcv's ops are compiled once for each torch and Python and cached outside the checkout.
 mmcv_wheel_folder() {
   local torch python
   torch=$(sed -n 's/^torch==//p' "$here/build.txt")
@@ -86,11 +86,11 @@ mmcv_wheel_folder() {
     [ "${FORCE_CUDA:-0}" != 1 ] || echo -cuda)"
 }
 
-mmcv_wheel() { # the newest wheel in folder $1; fails where there is none
+mmcv_wheel() { # the newest wheel in folder $1; fails if there is none
   ls -t "$1"/onedl_mmcv-*.whl 2> /dev/null | head -n 1 | grep .
 }
 
-# Said before anything large is installed, not minutes later.
+# Checked before anything large is installed.
 check_toolchain() {
   if mmcv_wheel "$(mmcv_wheel_folder)" > /dev/null; then return; fi
   local compiler header
@@ -118,10 +118,9 @@ build_mmcv_wheel() { # into folder $1
   local log=$1/build.log parts=$1/unfinished line
   echo "ddf_mm: building mmcv's ops for this torch, once (about 8 minutes on two cores)"
   rm -rf "$parts" && mkdir -p "$parts"
-  # The tests run mmcv's ops on the CPU; its CUDA ops take far longer and are built on demand only.
+  # The tests need only mmcv's CPU ops; its CUDA ops take far longer to compile.
   if [ "${FORCE_CUDA:-0}" != 1 ]; then export CUDA_VISIBLE_DEVICES=; fi
-  # -g0: Python's own -g makes up more than half of the time. --no-cache-dir: see above.
-  # pip leaves ninja, which is in the environment, off PATH.
+  # -g0: Python's flags have -g, which doubles the time. --no-cache-dir: see above. PATH: for ninja.
   if ! PATH="$(cd "$venv/bin" && pwd):$PATH" MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
     CFLAGS="-g0 ${CFLAGS:-}" "$py" -m pip wheel -v --no-cache-dir --no-deps --no-build-isolation \
     -c "$here/classification.txt" -w "$parts" onedl-mmcv 2>&1 |
@@ -134,7 +133,7 @@ build_mmcv_wheel() { # into folder $1
     tail -n 30 "$log" >&2
     die "building mmcv's ops failed; the log is $log"
   fi
-  # Moved in one step, so that a concurrent reader never sees half a wheel.
+  # Moved atomically, so that a concurrent reader never sees an incomplete wheel.
   mv -f "$parts"/onedl_mmcv-*.whl "$1"/ && rmdir "$parts"
 }
 

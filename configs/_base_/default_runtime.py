@@ -9,8 +9,8 @@ env_cfg = dict(cudnn_benchmark=True)
 
 randomness = dict(seed=42, diff_rank_seed=True)
 
-# Tools that pass this dict on as keyword arguments stumble over a `_scope_`: its type names its
-# scope instead.
+# The scope is in the type, since some tools pass this dict as keyword arguments, where `_scope_` is
+# an error.
 visualizer = dict(
     _delete_=True,
     type="mmpretrain.UniversalVisualizer",

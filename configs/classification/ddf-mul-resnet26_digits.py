@@ -1,10 +1,10 @@
-# A small DDF-ResNet on the 1,797 handwritten digits that come with scikit-learn: the whole way from
-# a config to a top-1 in a minute or two on two CPU cores, with nothing to download.
+# A small DDF-ResNet on the 1,797 handwritten digits that come with scikit-learn. Trains in a minute
+# or two on two CPU cores, without a download.
 _base_ = "../_base_/default_runtime.py"
 
 custom_imports = dict(imports=["ddf_mm.models", "ddf_mm.datasets"], allow_failed_imports=False)
 
-# `_scope_` keeps types mmpretrain's when this file is read through `ddf_mm::`.
+# `_scope_`: types are mmpretrain's, also if this file is read through `ddf_mm::`.
 model = dict(
     _scope_="mmpretrain",
     type="ImageClassifier",
@@ -29,7 +29,7 @@ data_preprocessor = dict(num_classes=10, mean=[77.9] * 3, std=[95.9] * 3, to_rgb
 
 train_pipeline = [
     dict(_scope_="mmpretrain", type="Resize", scale=48, interpolation="bicubic"),
-    # No flips: a mirrored digit is no digit.
+    # No flips: mirrored digits are not digits.
     dict(
         _scope_="mmpretrain",
         type="Rotate",
@@ -47,7 +47,7 @@ test_pipeline = [
     dict(_scope_="mmpretrain", type="PackInputs"),
 ]
 
-# The images live in memory and are tiny: workers would cost more than they save.
+# The images are tiny and in memory: workers cost more than they save.
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
@@ -70,8 +70,8 @@ optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
-# mmengine multiplies schedulers: a cosine over the whole run, however long it is, and a warm-up of
-# two epochs (46 iterations).
+# mmengine multiplies schedulers: a cosine over the whole run, of any length, and a warm-up of two
+# epochs (46 iterations).
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, end=46, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),
@@ -82,7 +82,7 @@ test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(interval=10),
-    # The last checkpoint is the one to evaluate: the best on the held-out split would flatter.
+    # The last checkpoint is evaluated: the best one on the held-out split would be biased.
     checkpoint=dict(interval=5, max_keep_ckpts=1, save_best=None),
 )
 env_cfg = dict(cudnn_benchmark=False)

@@ -1,5 +1,5 @@
-# A small Mask R-CNN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights: the
-# whole way from a config to an AP in minutes on two CPU cores, with nothing to download. The data:
+# A small Mask R-CNN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights. Trains
+# in minutes on two CPU cores, without a download. Data:
 # python tools/make_digit_scenes.py data/digit_scenes
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
@@ -49,7 +49,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
-# mmengine multiplies schedulers: a cosine over the whole run, however long it is, and a warm-up.
+# mmengine multiplies schedulers: a cosine over the whole run, of any length, and a warm-up.
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),

@@ -1,6 +1,6 @@
-# A small Semantic FPN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights: the
-# whole way from a config to an mIoU in minutes on two CPU cores, with nothing to download. The
-# data: python tools/make_digit_scenes.py data/digit_scenes
+# A small Semantic FPN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights.
+# Trains in minutes on two CPU cores, without a download. Data:
+# python tools/make_digit_scenes.py data/digit_scenes
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
     "mmseg::_base_/default_runtime.py",
@@ -29,7 +29,7 @@ model = dict(
         channels=channels,
         num_classes=11,
         norm_cfg=norm_cfg,
-        # Six pixels of seven are background.
+        # Six of seven pixels are background.
         loss_decode=dict(class_weight=[0.3] + [1.0] * 10),
     ),
 )

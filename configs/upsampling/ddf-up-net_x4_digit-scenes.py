@@ -1,6 +1,6 @@
-# Joint upsampling of depth maps, four times in each direction, guided by images: a network of
-# DDF-Ups on scenes of digits, trained in minutes on two CPU cores, with nothing to download. The
-# data: python tools/make_digit_scenes.py data/digit_scenes
+# Joint upsampling of depth maps, four times in each direction, guided by images, by a network of
+# DDF-Up layers on scenes of digits. Trains in minutes on two CPU cores, without a download. Data:
+# python tools/make_digit_scenes.py data/digit_scenes
 _base_ = "../_base_/datasets/digit_scenes_depth.py"
 
 default_scope = "mmengine"
@@ -18,7 +18,7 @@ val_dataloader = dict(dataset=dict(pipeline=pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="Adam", lr=0.002))
-# mmengine multiplies schedulers: a cosine over the whole run, however long it is, and a warm-up.
+# mmengine multiplies schedulers: a cosine over the whole run, of any length, and a warm-up.
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, end=50, by_epoch=False),
     dict(type="CosineAnnealingLR", convert_to_iter_based=True),

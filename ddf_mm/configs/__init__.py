@@ -1,4 +1,4 @@
 """The recipes in pure Python, for ``with read_base(): from ddf_mm.configs…``.
 
-They are those of the checkout's ``configs/``, with classes in place of names.
+The same as in the checkout's ``configs/``, with classes in place of names.
 """

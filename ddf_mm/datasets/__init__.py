@@ -1,6 +1,6 @@
 """Datasets and transforms; importing the package registers them.
 
-:class:`DigitsDataset` needs mmpretrain and is left out where that is not installed.
+:class:`DigitsDataset` needs mmpretrain and is not registered without it.
 """
 
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ if find_spec("mmpretrain") is not None:
 else:
 
     def __getattr__(name: str):
-        # Asked for by name, it says what is missing.
+        # The import raises an error that names the missing package.
         if name == "DigitsDataset":
             from ddf_mm.datasets.digits import DigitsDataset
 

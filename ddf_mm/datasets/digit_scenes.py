@@ -18,7 +18,7 @@ from rich.progress import track
 SPLITS = ("train", "val")
 CLASSES = tuple("0123456789")
 BACKGROUND = "background"
-# Of matplotlib's tab10, which is made to be told apart; black is the background.
+# matplotlib's tab10; the background is black.
 PALETTE = (
     (31, 119, 180),
     (255, 127, 14),
@@ -32,16 +32,16 @@ PALETTE = (
     (23, 190, 207),
 )
 
-# Digits and photographs are held out for `val`: this part of the digits of each class, and the
-# columns of each photograph from this part of its width on.
+# Held out for `val`: this fraction of the digits of each class, and the columns of each photograph
+# beyond this fraction of its width.
 _VAL_DIGITS = 0.2
 _VAL_COLUMNS = 0.7
 _CROP_SIDES = (96, 192)  # pixels of a photograph
-_BRIGHTNESS = 0.5  # of the photographs, under digits in light tints
+_BRIGHTNESS = 0.5  # of the photographs; the digits are light
 _DIGITS_PER_SCENE = (1, 4)
 _DIGIT_SIDES = (0.3, 0.5)  # of the scene's side
-_MIN_VISIBLE = 0.95  # of a digit that others cover in part
-_MIN_CONTRAST = 120.0  # between a digit and the mean of what it covers, of 441
+_MIN_VISIBLE = 0.95  # fraction of a digit that others must not cover
+_MIN_CONTRAST = 120.0  # RGB distance between a digit and the mean of what it covers; at most 441
 _PLACEMENTS = 20
 # In millimetres, the unit of the depth maps.
 _BACKGROUND_DEPTH = (3500, 5500)
@@ -53,14 +53,14 @@ MIN_SIZE, MAX_SIZE = 32, 2048
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene and what is true of it; N digits from far to near, in pixels of side S.
+    """An S x S scene with N digits, from far to near, and its ground truth.
 
     Attributes:
         image: ``uint8[S, S, 3]``, RGB.
-        masks: ``bool[N, S, S]``, the visible part of each digit; no two overlap.
+        masks: ``bool[N, S, S]``, the visible part of each digit, without overlap.
         labels: ``int[N]``, the classes 0 to 9.
         depth: ``uint16[S, S]``, the distance of each pixel in millimetres.
-        digits: ``int[N]``, the place of each digit in scikit-learn's data set.
+        digits: ``int[N]``, the index of each digit in scikit-learn's data set.
     """
 
     image: np.ndarray
@@ -71,23 +71,23 @@ class Scene:
 
 
 class DigitScenes:
-    """Scenes of one split: scikit-learn's digits, resized and tinted, on crops of its photographs,
-    which are darkened.
+    """Scenes of one split: scikit-learn's digits, resized and tinted, on darkened crops of its
+    photographs.
 
     Both come with scikit-learn (``load_digits``, ``load_sample_images``), so nothing is
     downloaded. The splits share neither digits nor pixels of photographs: a fifth of the digits of
     each class is held out for ``val``, and crops for ``train`` are taken from the left 70 % of the
     columns of each photograph, those for ``val`` from the others.
 
-    Scene ``i`` depends on ``split``, ``size``, ``seed`` and ``i`` alone.
+    Scene ``i`` depends only on ``split``, ``size``, ``seed`` and ``i``.
 
     Args:
         split: ``'train'`` or ``'val'``.
         size: side S of the square scenes in pixels, 32 to 2048.
-        seed: seed of what is drawn, not negative. The splits themselves do not depend on it.
+        seed: seed of the random numbers, not negative. The splits do not depend on it.
 
     Raises:
-        ValueError: an argument of another value.
+        ValueError: an argument has an invalid value.
         ImportError: scikit-learn is not installed.
     """
 
@@ -117,7 +117,7 @@ class DigitScenes:
         for photograph in load_sample_images().images:
             border = round(_VAL_COLUMNS * photograph.shape[1])
             columns = slice(border) if split == "train" else slice(border, None)
-            # Cut before it is resized, since interpolation looks beyond the edge of a crop.
+            # Cropped before resizing, since interpolation reads beyond the edge of a box.
             self._photographs.append(Image.fromarray(photograph[:, columns]))
 
     def __getitem__(self, index: int) -> Scene:
@@ -151,7 +151,7 @@ class DigitScenes:
         )
 
     def _background(self, random: np.random.Generator) -> np.ndarray:
-        """``float[S, S, 3]``: a crop of a photograph, darkened, resized, mirrored or not."""
+        """``float[S, S, 3]``: a darkened, resized and randomly mirrored crop of a photograph."""
         photograph = self._photographs[random.integers(len(self._photographs))]
         side = random.integers(*_CROP_SIDES, endpoint=True)
         left, top = (random.integers(length - side, endpoint=True) for length in photograph.size)
@@ -176,12 +176,12 @@ class DigitScenes:
         masks: list[np.ndarray],
         areas: list[int],
     ) -> np.ndarray | None:
-        """``float[S, S]``: how much a digit covers, where it leaves enough of those before it to
-        be seen; ``None`` if no such place was found."""
+        """``float[S, S]``: the opacity of a digit, placed so that enough of the previous ones stays
+        visible; ``None`` if no such place was found."""
         side = round(self.size * random.uniform(*_DIGIT_SIDES))
         ink = Image.fromarray(self._ink[digit].astype(np.float32))
         ink = np.asarray(ink.resize((side, side), Image.Resampling.BICUBIC))
-        # Strokes with edges about as sharp as those of the photographs.
+        # Makes edges about as sharp as those of the photographs.
         ink = np.clip((ink - 0.2) / 0.4, 0, 1)
         for _ in range(_PLACEMENTS):
             top, left = random.integers(self.size - side, size=2, endpoint=True)
@@ -219,19 +219,19 @@ def write_digit_scenes(
     - ``depth/<split>/*.png``: 16 bit PNGs in millimetres.
 
     The same arguments write the same bytes (with the same versions of numpy, Pillow and
-    scikit-learn). Everything is written into a temporary folder beside ``out`` that is renamed at
-    the end, so that there is never half a data set.
+    scikit-learn). Everything is written into a temporary folder next to ``out``, which is renamed
+    at the end, so that a data set is never incomplete.
 
     Args:
-        out: folder to make. It must not exist, or be empty.
+        out: folder to create; it must not exist, or be empty.
         num_train: scenes for training.
         num_val: scenes for validation.
         size: side of the square scenes in pixels, 32 to 2048.
-        seed: seed of what is drawn, not negative.
+        seed: seed of the random numbers, not negative.
 
     Raises:
-        FileExistsError: ``out`` is there and not an empty folder.
-        ValueError: an argument of another value.
+        FileExistsError: ``out`` exists and is not an empty folder.
+        ValueError: an argument has an invalid value.
         ImportError: scikit-learn or pycocotools is not installed.
     """
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
@@ -251,7 +251,7 @@ def write_digit_scenes(
             writers[split].add(scenes[split][index])
         for writer in writers.values():
             writer.finish(f"seed {seed}, {size} x {size} pixels")
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes folders for their owner alone
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's folders are private to their owner
         os.replace(unfinished, out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -265,10 +265,10 @@ def _umask() -> int:
 
 
 class _SplitWriter:
-    """Writes scenes of one split and gathers their annotations."""
+    """Writes scenes of one split and collects their annotations."""
 
     def __init__(self, root: Path, split: str) -> None:
-        # Imported here: it comes with mmdet, and the other uses of ddf_mm.datasets do without.
+        # Imported here, since only this needs it; it comes with mmdet.
         from pycocotools import mask
 
         self._encode = mask.encode
@@ -282,7 +282,7 @@ class _SplitWriter:
         self._panoptic: list[dict] = []
 
     def add(self, scene: Scene) -> None:
-        """Writes the images of a scene and remembers its annotations."""
+        """Writes the images of a scene and collects its annotations."""
         index = len(self._images)
         name = f"{index:06d}"
         height, width = scene.depth.shape
@@ -347,7 +347,7 @@ class _SplitWriter:
 
     @staticmethod
     def _extent(mask: np.ndarray) -> dict:
-        """The area and box (left, top, width, height) of a mask, and that it is no crowd."""
+        """The box (left, top, width, height), area and crowd flag of a mask."""
         rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         left, top = int(columns[0]), int(rows[0])
         box = [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

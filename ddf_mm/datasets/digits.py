@@ -24,8 +24,8 @@ class DigitsDataset(BaseDataset):
 
     Real images without a download: the test part of `Optical Recognition of Handwritten Digits
     <https://archive.ics.uci.edu/dataset/80>`_, read by ``sklearn.datasets.load_digits``. It has
-    no official split; the held-out part is drawn here, at random and stratified by class, and
-    depends on ``test_size`` and ``seed`` only.
+    no official split; the held-out part is random, stratified by class, and depends only on
+    ``test_size`` and ``seed``.
 
     A pipeline starts without ``LoadImageFromFile``: each data info holds ``img`` (``uint8[8, 8,
     3]``, 0 is paper and 255 ink, three equal channels), ``img_shape`` and ``ori_shape`` (height,
@@ -36,8 +36,8 @@ class DigitsDataset(BaseDataset):
         test_size: fraction of the images that is held out; both parts must keep at least one
             image of each class.
         seed: seed of the split, below 2**32.
-        test_mode: what mmengine's dataset does when the pipeline returns ``None``: raise instead
-            of taking another image. ``None`` means only for ``split='test'``.
+        test_mode: raise if the pipeline returns ``None``, instead of trying another image. ``None``
+            means only for ``split='test'``.
         **kwargs: other arguments of mmpretrain's ``BaseDataset`` (``pipeline``, ``indices``,
             ``metainfo``, ``lazy_init``, …).
 
@@ -74,8 +74,8 @@ class DigitsDataset(BaseDataset):
         self.test_size = test_size
         self.seed = seed
         test_mode = split == "test" if test_mode is None else test_mode
-        # BaseDataset requires an annotation file; an empty name is how mmpretrain's own
-        # file-less datasets (CIFAR10, …) meet that.
+        # BaseDataset requires an annotation file; mmpretrain's own datasets without one (CIFAR10,
+        # …) also pass an empty name.
         super().__init__(ann_file="", test_mode=test_mode, **kwargs)
 
     def load_data_list(self) -> list[dict]:
@@ -105,7 +105,7 @@ class DigitsDataset(BaseDataset):
             stratify=digits.target,
         )
         chosen = np.sort(parts[_SPLITS.index(self.split)])
-        # Ink is counted from 0 to 16 in each pixel.
+        # scikit-learn's values are 0 to 16.
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         return [
             dict(

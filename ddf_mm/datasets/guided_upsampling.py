@@ -26,8 +26,8 @@ class GuidedUpsamplingDataset(BaseDataset):
 
     Args:
         data_prefix: the folders ``dict(img_path=…, map_path=…)`` below ``data_root``.
-        img_suffix: how the names of images end.
-        map_suffix: how the names of maps end.
+        img_suffix: suffix of the images' names.
+        map_suffix: suffix of the maps' names.
         **kwargs: other arguments of mmengine's ``BaseDataset`` (``data_root``, ``pipeline``,
             ``indices``, …).
 
@@ -82,10 +82,10 @@ class LoadMap(BaseTransform):
     Reads ``map_path``; adds ``gt_map``, ``float32[H, W]``.
 
     Args:
-        unit: what one step of the file's values stands for; the maps are multiplied by it.
+        unit: factor for the file's values.
 
     Raises:
-        ValueError: the file holds more than one channel.
+        ValueError: the file is not an image of one channel.
     """
 
     def __init__(self, unit: float = 1.0) -> None:
@@ -106,21 +106,22 @@ class LoadMap(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PackGuidedUpsampling(BaseTransform):
-    """Makes the low resolution map and packs what :class:`~ddf_mm.models.DDFUpNet` takes.
+    """Downsamples the map and packs the inputs of :class:`~ddf_mm.models.DDFUpNet`.
 
     Reads ``img`` (BGR, as mmcv loads it) and ``gt_map``. Returns ``inputs``, the low resolution
     map, ``Tensor[1, H/s, W/s]``; ``guide``, the image in RGB, ``Tensor[3, H, W]``; and
     ``data_samples`` with ``gt_map.data``, ``Tensor[1, H, W]``.
 
     Args:
-        scale_factor: s. It has to divide the image's size.
-        mode: how the map is made smaller, a mode of ``torch.nn.functional.interpolate``:
-            ``'area'`` takes means, ``'nearest-exact'`` single pixels, ``'bilinear'`` and
-            ``'bicubic'`` are antialiased.
-        meta_keys: keys to keep as the sample's meta data.
+        scale_factor: s, a divisor of the image's size.
+        mode: how to downsample the map, a mode of ``torch.nn.functional.interpolate``: ``'area'``
+            averages, ``'nearest-exact'`` selects pixels, ``'bilinear'`` and ``'bicubic'`` are
+            antialiased.
+        meta_keys: keys of the sample's meta data.
 
     Raises:
-        ValueError: an argument of another value, or an image and a map whose sizes do not fit.
+        ValueError: an argument has an invalid value, or the sizes of image and map differ or are
+            not multiples of s.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class DDFUpFPN(BaseModule):
     load; only ``upsample_modules`` is new. Needs mmengine and mmcv only.
 
     A level may have any size that results from striding the one below it. The upsampled features
-    are cropped to the lateral if its size is not a multiple of the scale factor; if a stride without
-    padding rounded the size down, the features are first padded by repeating their border.
+    are cropped to the lateral if its size is not a multiple of the scale factor. If a stride
+    without padding rounded the size down, the features are first padded by repeating their border.
 
     Args:
         in_channels: channels of each input, finest first.

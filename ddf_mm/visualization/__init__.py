@@ -1,9 +1,8 @@
-"""Pictures of the filters that a DDF network generates for an image.
+"""Pictures of the filters that a DDF network predicts for an image.
 
-:func:`capture_filters` runs a model and keeps the filters of some of its layers;
-:func:`draw_filters` and :func:`draw_combined` draw them, :func:`write_page` puts both and the
-filters themselves into one HTML file. :class:`~ddf_mm.engine.DDFFilterVisualizationHook` draws
-while a model is trained.
+:func:`capture_filters` runs a model and returns the filters of some of its layers;
+:func:`draw_filters` and :func:`draw_combined` draw them, :func:`write_page` writes them into one
+HTML file. :class:`~ddf_mm.engine.DDFFilterVisualizationHook` draws during training.
 """
 
 from ddf_mm.visualization.drawing import draw_combined, draw_filters, figure_to_image

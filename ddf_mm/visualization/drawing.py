@@ -1,4 +1,4 @@
-"""Figures of the filters of an image. They need no display and leave pyplot's state alone."""
+"""Figures of the filters of an image, independent of a display and of pyplot's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddf_mm.visualization.filters import Filters, check_points, choose_differing
 POINT_COLORS = ("#ffb000", "#00c2a8", "#ff5fa2", "#6f8cff", "#b6e300", "#ff7b3a")
 FILTER_CMAP, DISTANCE_CMAP = "RdBu_r", "viridis"
 ARROWS = "↖↑↗←·→↙↓↘"
-# How many channels' filters a block of combined filters has.
+# Number of channels in a block of combined filters.
 COMBINED_CHANNELS = 8
 
 
@@ -29,7 +29,7 @@ def figure_to_image(figure: Figure) -> np.ndarray:
 
 
 def limit_of(values: np.ndarray) -> float:
-    """Where the colors of a symmetrical scale end: one outlier must not wash all others out."""
+    """Limit of a symmetrical color scale, below outliers, which would make all else pale."""
     return float(np.quantile(np.abs(values), 0.995)) or 1.0
 
 
@@ -73,7 +73,7 @@ def _draw_filter(axis: Axes, taps: np.ndarray, limit: float, color: str = "0.6",
 
 
 def _draw_distance(axis: Axes, image: np.ndarray, filters: Filters):
-    """How far each pixel's filter is from the mean, on the image in gray, to tell the places."""
+    """The distance of each pixel's filter from the mean filter, shaded by the image."""
     height, width = image.shape[:2]
     distance = filters.distance
     drawn = axis.imshow(
@@ -81,14 +81,14 @@ def _draw_distance(axis: Axes, image: np.ndarray, filters: Filters):
     )
     gray = image.mean(axis=2)
     shade = np.zeros((height, width, 4))
-    # Black, as opaque as the image is dark: colors keep their hue.
+    # Black, more opaque where the image is dark, so that colors keep their hue.
     shade[..., 3] = 0.45 * (1 - gray / max(gray.max(), 1))
     axis.imshow(shade, interpolation="nearest")
     return drawn
 
 
 def _draw_tap_maps(figure: Figure, cell: SubplotSpec, spatial: np.ndarray, limit: float):
-    """The map of each tap over the image, where the tap is in the window."""
+    """The map of each tap over the image, arranged as in the window."""
     k = spatial.shape[0]
     grid = GridSpecFromSubplotSpec(k, k, cell, wspace=0.06, hspace=0.06)
     for i in range(k):
@@ -157,12 +157,12 @@ def draw_filters(
 ) -> Figure:
     """Draw a row of panels for each layer.
 
-    The panels are the image with the points; a map of how far each pixel's spatial filter is from
-    their mean; a map of each tap; the spatial filters at the points; and the channel filters as a
-    matrix. Of layers with several filter groups the spatial filters are the first group's.
+    The panels are the image with the points; a map of the distance of each pixel's spatial filter
+    from the mean filter; a map of each tap; the spatial filters at the points; and the channel
+    filters as a matrix. Of layers with several filter groups the first group is drawn.
 
     Args:
-        image: ``uint8[H, W, 3]``, RGB, as the network reads it.
+        image: ``uint8[H, W, 3]``, RGB, the network's input.
         filters: filters by the label of the layer.
         points: pixels (x, y) of the image.
         title: title of the figure.
@@ -175,7 +175,7 @@ def draw_filters(
     """
     height, width = image.shape[:2]
     check_points(points, height, width)
-    # Inches; rows and columns have fixed sizes so that text keeps its room however many there are.
+    # In inches, fixed per row, so that text fits for any number of rows.
     row, top, bottom = 3.1, 1.3, 0.65
     tall = row * len(filters) + top + bottom
     figure = Figure(figsize=(16.5, tall))
@@ -210,7 +210,7 @@ def draw_filters(
         axis = figure.add_subplot(grid[r, 0])
         axis.imshow(image, interpolation="nearest")
         _plain(axis)
-        # The cells of the input that share a filter, where lines leave room between them.
+        # Grid of the cells that share a filter, unless it would be too dense.
         if max(rows, columns) <= 40:
             for i in range(1, columns):
                 axis.axvline(i * width / columns - 0.5, color="white", alpha=0.25, linewidth=0.7)
@@ -255,13 +255,13 @@ def _draw_combined_block(
     points: Sequence[tuple[int, int]],
     size: tuple[int, int],
 ) -> None:
-    """A table: points down, channels across, and in each place the filter that they make."""
+    """A table of combined filters, with a row for each point and a column for each channel."""
     height, width = size
     subpixels, channels = ours.channel.shape[:2]
     cells = [ours.cell(x, y, width, height) for x, y in points]
     flat = ours.channel.swapaxes(0, 1).reshape(channels, -1)
     chosen = sorted(choose_differing(flat, COMBINED_CHANNELS))
-    # One axis for all: each would take a while to draw. A filter is a square of side 1 in it.
+    # One axis for all filters, since axes are slow to draw; a filter is a unit square in it.
     axis = figure.add_subplot(cell)
     axis.axis("off")
     step, first = 1.12, 1.3
@@ -274,7 +274,7 @@ def _draw_combined_block(
     sign = {"mul": "×", "add": "+"}[ours.kernel_combine]
     axis.text(0.5, 0.5, f"spatial\n{sign} channel", ha="center", va="center", fontsize=9)
     channel_limit, spatial_limit = limit_of(ours.channel), limit_of(ours.spatial[0])
-    # Of an upsampling layer's subpixels, the first point's.
+    # For an upsampling layer: the subpixel of the first point.
     s = round(subpixels**0.5)
     subpixel = cells[0][0] % s * s + cells[0][1] % s
     for j, channel in enumerate(chosen, 1):
@@ -308,13 +308,13 @@ def draw_combined(
     points: Sequence[tuple[int, int]],
     title: str = "",
 ) -> Figure:
-    """Draw the filters that are applied at points: each of a few channels' at each point.
+    """Draw the combined filters of some channels at points.
 
-    A block for each layer: the spatial filters of the points down the left, the channel filters
-    of the channels that differ most along the top, and between them what they combine to.
+    A block for each layer: the spatial filters of the points in the left column, the channel
+    filters of the channels that differ most in the top row, and their combinations between them.
 
     Args:
-        image: ``uint8[H, W, 3]``, RGB, as the network reads it.
+        image: ``uint8[H, W, 3]``, RGB, the network's input.
         filters: filters by the label of the layer.
         points: pixels (x, y) of the image.
         title: title of the figure.

@@ -1,4 +1,4 @@
-"""The filters that the DDF layers of a model generate for one image."""
+"""The filters that the DDF layers of a model predict for one image."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Filters:
     """The filters of one image in one layer.
 
     Attributes:
-        spatial: ``float[g, k, k, H, W]``, the taps of every pixel of the output, by filter group.
-        channel: ``float[r, C, k, k]``, the taps of every channel; r is 1, or the number of
+        spatial: ``float[g, k, k, H, W]``, the taps of each pixel of the output, by filter group.
+        channel: ``float[r, C, k, k]``, the taps of each channel; r is 1, or the number of
             subpixels of an upsampling layer.
         kernel_combine: how the two combine, ``'mul'`` or ``'add'``.
     """
@@ -43,10 +43,9 @@ class Filters:
 
     @property
     def distance(self) -> np.ndarray:
-        """``float[H, W]``: how far each pixel's filter is from the mean over the image.
+        """``float[H, W]``: distance of each pixel's filter from the mean, in the first group.
 
-        FilterNorm gives all filters of a layer the same norm, so that says nothing; the distance
-        is zero everywhere for a filter that does not depend on the place. Of the first group.
+        The norm would show nothing, since FilterNorm makes it equal for all filters of a layer.
         """
         spatial = self.spatial[0]
         deviation = spatial - spatial.mean(axis=(2, 3), keepdims=True)
@@ -76,7 +75,7 @@ def find_layers(
 
     Args:
         model: any model.
-        stages: numbers of the stages of a ResNet, the first is 1; of each, its last DDF layer.
+        stages: stages of a ResNet, counted from 1; of each, the last DDF layer.
         layers: names of DDF layers, as in ``model.named_modules()``.
 
     Returns:
@@ -85,7 +84,7 @@ def find_layers(
         of each stage, and every DDF layer outside stages.
 
     Raises:
-        ValueError: the model has no DDF layers, or none of such a stage or name.
+        ValueError: the model has no DDF layers, or none in such a stage or of such a name.
     """
     named = {n: m for n, m in model.named_modules() if isinstance(m, (DDFPack, DDFUpPack))}
     if not named:
@@ -114,15 +113,15 @@ def find_layers(
 def capture_filters(
     model: nn.Module, data: dict, layers: dict[str, nn.Module]
 ) -> tuple[dict[str, Filters], object]:
-    """Run a model on an image and keep the filters that its layers generate.
+    """Run a model on an image and return the filters that its layers predict.
 
-    A layer that runs several times is kept as it ran last. What the model is trained by (its mode,
-    its statistics) is left as it was.
+    Of a layer that runs several times, the last filters are returned. The model's mode and
+    statistics are not changed.
 
     Args:
         model: a model of an OpenMMLab toolbox.
         data: one sample of its dataset.
-        layers: what :func:`find_layers` returns.
+        layers: layers by label, from :func:`find_layers`.
 
     Returns:
         Filters by the layers' labels, and the model's prediction.
@@ -137,7 +136,7 @@ def capture_filters(
             channel, spatial = (f[0].float().cpu() for f in layer.generate_filters(*args, **kwargs))
             k = layer.kernel_size
             if isinstance(layer, DDFUpPack):
-                # The filters of the subpixels, to the places of the pixels that they make.
+                # From subpixels to pixels of the output.
                 spatial = pixel_shuffle(spatial.transpose(0, 1).flatten(0, 1), layer.scale_factor)
             else:
                 channel = channel[None]
@@ -149,7 +148,7 @@ def capture_filters(
 
         return hook
 
-    # A forward may fuse its steps and never hold the filters, so the layers are asked for them.
+    # A fused forward has no filters to capture, so they are computed separately.
     handles = [
         layer.register_forward_pre_hook(keep_filters(label), with_kwargs=True)
         for label, layer in layers.items()
@@ -168,16 +167,16 @@ def capture_filters(
 
 
 def picture(pixels: np.ndarray, is_bgr: bool = True) -> np.ndarray:
-    """An image of any number of channels, to look at.
+    """An image of any number of channels as RGB.
 
     Args:
         pixels: ``[H, W]`` or ``[H, W, C]``, 0 to 255.
-        is_bgr: whether the first three channels are blue, green and red, as mmcv's loaders give
-            them, and not red, green and blue.
+        is_bgr: whether the first three channels are blue, green and red, as mmcv's loaders return
+            them, instead of red, green and blue.
 
     Returns:
-        ``uint8[H, W, 3]``, RGB: of the first three channels, or gray of the first one where there
-        are fewer.
+        ``uint8[H, W, 3]``, RGB: the first three channels, or the first one as gray if there are
+        fewer.
     """
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     channels = [0, 0, 0] if pixels.shape[2] < 3 else [2, 1, 0] if is_bgr else [0, 1, 2]
@@ -185,7 +184,7 @@ def picture(pixels: np.ndarray, is_bgr: bool = True) -> np.ndarray:
 
 
 def network_image(model: nn.Module, data: dict) -> np.ndarray:
-    """The image of a sample as the network reads it, padded but not normalized.
+    """The image of a sample as the network's input, padded but not normalized.
 
     Args:
         model: a model of an OpenMMLab toolbox.
@@ -195,7 +194,7 @@ def network_image(model: nn.Module, data: dict) -> np.ndarray:
         ``uint8[H, W, 3]``, RGB, of :func:`picture`.
 
     Raises:
-        ValueError: the sample has no ``inputs``, an image.
+        ValueError: the sample has no image as ``inputs``.
     """
     inputs = data.get("inputs")
     if not isinstance(inputs, Tensor) or inputs.ndim != 3:
@@ -209,13 +208,13 @@ def network_image(model: nn.Module, data: dict) -> np.ndarray:
 
 
 def choose_differing(vectors: np.ndarray, count: int) -> list[int]:
-    """Indices of vectors that differ much.
+    """Indices of vectors that differ most, by farthest-point sampling.
 
     The first is the one farthest from the mean; each next one is the farthest from those chosen.
 
     Args:
         vectors: ``float[n, d]``.
-        count: how many to choose, if there are so many.
+        count: number of vectors to choose, at most n.
     """
     nearest = np.linalg.norm(vectors - vectors.mean(0), axis=1)
     chosen: list[int] = []
@@ -230,7 +229,7 @@ def choose_differing(vectors: np.ndarray, count: int) -> list[int]:
 def choose_points(
     filters: Filters, height: int, width: int, count: int = DEFAULT_POINTS
 ) -> list[tuple[int, int]]:
-    """Pixels with spatial filters that differ much.
+    """Pixels whose spatial filters differ most.
 
     Args:
         filters: filters of a layer.
@@ -239,7 +238,7 @@ def choose_points(
         count: number of points.
 
     Returns:
-        Up to ``count`` points (x, y) of the input, in the centres of filters' cells.
+        Up to ``count`` points (x, y) of the input, in the centres of the filters' cells.
     """
     rows, columns = filters.spatial.shape[-2:]
     taps = filters.spatial[0].reshape(-1, rows * columns).T

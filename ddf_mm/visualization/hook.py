@@ -1,4 +1,4 @@
-"""The filters of one image, drawn while a model is trained."""
+"""Pictures of the filters of one image during training."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from ddf_mm.visualization.filters import (
 
 @HOOKS.register_module()
 class DDFFilterVisualizationHook(Hook):
-    """Draws the filters that a model generates for one image, again and again as it is trained.
+    """Draws the filters that a model predicts for one image at intervals during training.
 
-    The pictures are those of ``tools/analysis/visualize_filters.py``. They go to the runner's
-    visualizer, and so to each of its backends (files, TensorBoard, …), as ``ddf_filters`` and
-    ``ddf_combined_filters``, once before training and then in intervals. The image and the points
-    are the same each time. The model predicts in evaluation mode for it, by the weights that are
-    trained (not their moving average), on the first process only.
+    The pictures are those of ``tools/analysis/visualize_filters.py``. They are added to the
+    runner's visualizer, and so to each of its backends (files, TensorBoard, …), as ``ddf_filters``
+    and ``ddf_combined_filters``, before training and then in intervals, always of the same image
+    and points. For this the model predicts in evaluation mode, with the current weights (not their
+    moving average), in the main process only.
 
     Args:
         interval: epochs, or iterations, between pictures.
-        by_epoch: whether ``interval`` and the pictures' steps count epochs or iterations.
+        by_epoch: whether ``interval`` and the pictures' steps count epochs instead of iterations.
         sample: index of the image in the validation dataset or, without one, the training dataset.
-        stages: stages of a ResNet to draw, the first is 1; of each, the last DDF layer.
+        stages: stages of a ResNet to draw, counted from 1; of each, the last DDF layer.
         layers: names of DDF layers to draw. With neither, the last of each stage and every DDF
             layer outside stages.
         points: pixels (x, y) of the network's input whose filters to draw, or ``None`` for those
-            whose filters differ most in the last layer drawn when training starts.
-        combined: whether to draw ``ddf_combined_filters``, too.
+            whose filters differ most, before training, in the last layer drawn.
+        combined: whether to draw ``ddf_combined_filters`` too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
 
-    What goes wrong later, a stage, layer, sample or point that is not there included, is logged,
-    and nothing is drawn from then on: pictures are not worth a training.
+    Later errors, such as a missing stage, layer, sample or point, are logged and end the drawing,
+    not the training.
 
     Example:
         >>> custom_hooks = [dict(type='ddf_mm.DDFFilterVisualizationHook', interval=5)]
@@ -81,18 +81,18 @@ class DDFFilterVisualizationHook(Hook):
         self._data = None
 
     def before_train(self, runner: Runner) -> None:
-        """Choose the image and draw the filters that training starts from."""
+        """Choose the image and draw the initial filters."""
         self._draw(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Draw, if it is time."""
+        """Draw at the interval, if by epochs."""
         if self.by_epoch and self.every_n_epochs(runner, self.interval):
             self._draw(runner, runner.epoch + 1)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
     ) -> None:
-        """Draw, if it is time."""
+        """Draw at the interval, if by iterations."""
         if not self.by_epoch and self.every_n_train_iters(runner, self.interval):
             self._draw(runner, runner.iter + 1)
 

@@ -1,4 +1,4 @@
-"""One HTML file with the pictures and the filters themselves, which needs no network."""
+"""A self-contained HTML page with the pictures and the filters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def _data_uri(image: np.ndarray) -> str:
-    """The address of an image ``uint8[H, W, 3]`` that holds the image itself, as PNG."""
+    """An image ``uint8[H, W, 3]`` as a data URI of a PNG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -41,7 +41,7 @@ def _colored(values: np.ndarray, cmap: str, low: float, high: float) -> np.ndarr
 
 
 def _packed(values: np.ndarray) -> dict[str, object]:
-    """Numbers as bytes -127 to 127 times ``scale``, in base64, in C order."""
+    """Numbers as int8 times ``scale``, in C order and base64."""
     scale = float(np.abs(values).max()) / 127 or 1.0
     data = (values / scale).round().astype(np.int8)
     return dict(scale=scale, data=base64.b64encode(data.tobytes()).decode(), shape=values.shape)
@@ -57,7 +57,7 @@ def write_page(
 ) -> None:
     """Write a page on which a click on the image shows the filters of that pixel.
 
-    Everything is in the one file. Filters are rounded to 1/127 of the largest tap of their layer.
+    The file is self-contained. Filters are rounded to 1/127 of the largest tap of their layer.
 
     Args:
         path: the file to write.
@@ -98,14 +98,14 @@ def write_page(
             dict(x=x, y=y, name=letter(i), color=POINT_COLORS[i % len(POINT_COLORS)])
             for i, (x, y) in enumerate(points)
         ],
-        # Of the filters' colors, from the least to the largest tap.
+        # The filters' color map, from the smallest to the largest tap.
         colors=_colored(np.linspace(-1, 1, 33), FILTER_CMAP, -1, 1).tolist(),
         layers=layers,
     )
     pictures = "\n".join(f'<img src="{_data_uri(figure_to_image(f))}" alt="">' for f in figures)
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        # No tag within the data may end the script that holds it.
+        # A tag in the data must not end the script element.
         data=json.dumps(data).replace("</", "<\\/"),
         pictures=pictures,
     )

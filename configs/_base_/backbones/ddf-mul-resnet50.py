@@ -1,11 +1,11 @@
-# Puts a DDF-ResNet in the place of the ResNet of any config of mmdet and mmseg:
+# Replaces the ResNet of any config of mmdet and mmseg by a DDF-ResNet:
 #
 #     _base_ = ["mmdet::…", "ddf_mm::_base_/backbones/ddf-mul-resnet50.py"]
 #     model = dict(backbone=_base_.ddf_resnet)
 #
-# It is merged into what stands there, so that the config keeps its own out_indices, frozen_stages,
-# norm_eval, strides and dilations. What belongs to the replaced network and its weights is
-# overridden; docs/backbones.md tells more.
+# It is merged into the backbone, which keeps its out_indices, frozen_stages, norm_eval, strides and
+# dilations. Settings of the replaced network and its weights are overridden; see
+# docs/backbones.md.
 ddf_resnet = dict(
     _scope_="ddf_mm",  # finds the type without custom_imports
     type="DDFResNet",

@@ -1,4 +1,4 @@
-# Where the set that tools/make_digit_scenes.py makes lies, and the colours of its digits.
+# Folder of the data set of tools/make_digit_scenes.py, and the colours of its classes.
 data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
 palette = [
     (31, 119, 180),

@@ -1,5 +1,5 @@
-# Depth maps in centimetres of the set that tools/make_digit_scenes.py makes, and their images as
-# guides. The recipes add PackGuidedUpsampling with their scale factor to the pipeline.
+# Depth maps in centimetres of the data set of tools/make_digit_scenes.py, guided by its images. The
+# recipes add PackGuidedUpsampling with their scale factor to the pipeline.
 _base_ = "digit_scenes.py"
 
 data_root = _base_.data_root
@@ -9,7 +9,7 @@ pipeline = [
     dict(type="LoadMap", unit=0.1),
 ]
 
-# The images are small: workers would cost more than they save.
+# The images are small: workers cost more than they save.
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

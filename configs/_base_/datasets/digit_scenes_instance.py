@@ -1,12 +1,12 @@
-# Boxes and masks of the set that tools/make_digit_scenes.py makes.
-# `_scope_` keeps types the toolbox's when this file is read through `ddf_mm::`.
+# Boxes and masks of the data set of tools/make_digit_scenes.py.
+# `_scope_`: types are the toolbox's, also if this file is read through `ddf_mm::`.
 _base_ = "digit_scenes.py"
 
 data_root = _base_.data_root
 metainfo = dict(classes=tuple("0123456789"), palette=_base_.palette)
 image_scale = (128, 128)
 
-# No flips: a mirrored digit is no digit.
+# No flips: mirrored digits are not digits.
 train_pipeline = [
     dict(_scope_="mmdet", type="LoadImageFromFile"),
     dict(_scope_="mmdet", type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -24,7 +24,7 @@ test_pipeline = [
     ),
 ]
 
-# The images are small: workers would cost more than they save.
+# The images are small: workers cost more than they save.
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

@@ -1,19 +1,19 @@
-# Semantic labels of the set that tools/make_digit_scenes.py makes.
-# `_scope_` keeps types the toolbox's when this file is read through `ddf_mm::`.
+# Semantic labels of the data set of tools/make_digit_scenes.py.
+# `_scope_`: types are the toolbox's, also if this file is read through `ddf_mm::`.
 _base_ = "digit_scenes.py"
 
 data_root = _base_.data_root
 metainfo = dict(classes=("background", *"0123456789"), palette=[(0, 0, 0), *_base_.palette])
 
-# No flips: a mirrored digit is no digit.
+# No flips: mirrored digits are not digits.
 pipeline = [
     dict(_scope_="mmseg", type="LoadImageFromFile"),
     dict(_scope_="mmseg", type="LoadAnnotations"),
     dict(_scope_="mmseg", type="PackSegInputs"),
 ]
-test_pipeline = pipeline  # the name that mmseg's inference_model and CAM tool look for
+test_pipeline = pipeline  # mmseg's inference_model and CAM tool need this name
 
-# The images are small: workers would cost more than they save.
+# The images are small: workers cost more than they save.
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

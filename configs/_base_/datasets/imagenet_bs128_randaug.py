@@ -1,15 +1,15 @@
-# ImageNet-1k as the official training reads it: train.py of theFoxofSky/ddfnet with timm 0.4.5.
-# Normalization and the test pipeline (short edge 256, bicubic; centre crop 224) are the base's.
+# ImageNet-1k as in the official training: train.py of theFoxofSky/ddfnet with timm 0.4.5.
+# Normalization and the test pipeline (short edge 256, bicubic; centre crop 224) are in the base.
 _base_ = "mmpretrain::_base_/datasets/imagenet_bs32_pil_bicubic.py"
 
 # Transforms see BGR images.
 bgr_mean = _base_.data_preprocessor.mean[::-1]
 bgr_std = _base_.data_preprocessor.std[::-1]
 
-# `_scope_` keeps the transforms mmpretrain's when this file is read through `ddf_mm::`.
+# `_scope_`: transforms are mmpretrain's, also if this file is read through `ddf_mm::`.
 train_pipeline = [
     dict(_scope_="mmpretrain", type="LoadImageFromFile"),
-    # timm draws the interpolation anew for every image...
+    # timm selects a random interpolation for each image...
     dict(
         _scope_="mmpretrain",
         type="RandomChoice",
@@ -38,8 +38,8 @@ train_pipeline = [
             for mode in ("bilinear", "bicubic")
         ],
     ),
-    # timm erases one to three boxes that share the area one box would have. It does so after
-    # normalization, with standard normal noise; here the same noise is clipped to 0..255.
+    # timm erases one to three boxes, which share the area of one, after normalization, with
+    # standard normal noise; here the same noise is clipped to 0..255.
     dict(
         _scope_="mmpretrain",
         type="RandomApply",

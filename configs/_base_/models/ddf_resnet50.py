@@ -4,6 +4,6 @@ custom_imports = dict(imports=["ddf_mm.models"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(type="DDFResNet", depth=50, kernel_combine="mul"),
-    # The official classifier is a plain torch.nn.Linear: no init_cfg, hence PyTorch's own start.
+    # The official classifier is a plain torch.nn.Linear: no init_cfg, PyTorch's initialization.
     head=dict(init_cfg=None),
 )

@@ -13,10 +13,10 @@ optim_wrapper = dict(
 # 1e-5 + (0.4 - 1e-5) * (1 + cos(pi * e / 120)) / 2 up to e = 120, then 1e-5.
 param_scheduler = [
     dict(_scope_="mmpretrain", type="LinearLR", start_factor=1e-4 / 0.4, begin=0, end=6),
-    # timm counts the cosine from epoch 0, warm-up included. CosineAnnealingLR moves from the
-    # cosine of one epoch to that of the next, so it is handed the cosine of epoch 4 at epoch 5.
-    # That cosine is the real part of a root of -1 here: mmengine 0.10.7 takes a config that
-    # imports, even math, for one of its lazy configs.
+    # timm's cosine starts at epoch 0, including the warm-up. CosineAnnealingLR computes each epoch
+    # from the previous one, so at epoch 5 it needs the cosine of epoch 4, computed here as the
+    # real part of a root of -1: mmengine 0.10.7 treats a config with an import, even of math, as
+    # a lazy config.
     dict(
         _scope_="mmpretrain",
         type="ConstantLR",

@@ -13,7 +13,7 @@ model = dict(
         style="pytorch",
     ),
     neck=dict(type=GlobalAveragePooling),
-    # The official classifier is a plain torch.nn.Linear: no init_cfg, hence PyTorch's own start.
+    # The official classifier is a plain torch.nn.Linear: no init_cfg, PyTorch's initialization.
     head=dict(
         type=LinearClsHead,
         num_classes=1000,

@@ -40,7 +40,7 @@ model = dict(
         norm_cfg=dict(type=BatchNorm2d, requires_grad=True),
         norm_eval=True,
         style="pytorch",
-        # A classifier of configs/classification, whose parameters have this prefix.
+        # A classifier trained by configs/classification, whose parameters have this prefix.
         init_cfg=dict(
             type=PretrainedInit,
             checkpoint="checkpoints/ddf-mul-resnet50_in1k.pth",

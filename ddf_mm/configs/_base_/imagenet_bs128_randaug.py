@@ -1,4 +1,4 @@
-# ImageNet-1k as the official training reads it; configs/_base_/datasets tells what is timm's.
+# ImageNet-1k as in the official training; configs/_base_/datasets explains the settings.
 from mmcv.transforms import LoadImageFromFile, RandomApply, RandomChoice, RandomFlip
 from mmengine.dataset import DefaultSampler
 from mmpretrain.datasets import (
