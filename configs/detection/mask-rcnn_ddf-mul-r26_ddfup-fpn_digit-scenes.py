@@ -1,5 +1,5 @@
-# A small Mask R-CNN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights. Trains
-# in minutes on two CPU cores, without a download. Data:
+# A small Mask R-CNN with DDF-ResNet and DDF-Up neck on scenes of digits, from random weights.
+# Trains in minutes on two CPU cores, without a download. Data:
 # python tools/make_digit_scenes.py data/digit_scenes
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",

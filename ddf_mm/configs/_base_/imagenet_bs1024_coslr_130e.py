@@ -11,7 +11,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type=LinearLR, start_factor=1e-4 / 0.4, begin=0, end=6),
-    # The cosine of epoch 4, from which CosineAnnealingLR starts at epoch 5: the real part of a root.
+    # The cosine of epoch 4, where CosineAnnealingLR starts at epoch 5: the real part of a root.
     dict(
         type=ConstantLR,
         factor=(1e-5 + (0.4 - 1e-5) * (1 + ((-1) ** (4 / 120)).real) / 2) / 0.4,
