@@ -1,4 +1,4 @@
-"""Fixtures, skips and settings of the whole suite."""
+"""Fixtures, skips and settings of all tests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-# tests/ops needs torch alone, so nothing else is imported here.
+# tests/ops needs only torch, so nothing else is imported here.
 with contextlib.suppress(ImportError):
     from hypothesis import HealthCheck, settings
 
-    # The same cases each time, in a time that CI can afford.
+    # Deterministic, and few enough examples for CI.
     settings.register_profile(
         "suite",
         derandomize=True,
@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):
     settings.load_profile("suite")
 
 
-# The files that take longest, longest first: started last, one would keep a worker busy alone.
+# The slowest files, slowest first, so that none runs alone at the end.
 LONGEST = [
     "test_sanitizers.py",
     "test_kernels_on_host.py",
@@ -71,14 +71,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def default_scopes() -> dict:
-    """mmengine's default scopes, where something has imported mmengine."""
+    """mmengine's default scopes, if mmengine is imported."""
     registry = sys.modules.get("mmengine.registry")
     return registry.DefaultScope._instance_dict if registry else {}
 
 
 @pytest.fixture(autouse=True)
 def _isolation():
-    """Fixed random numbers, no scope or verbose logger left behind by another test."""
+    """Fixed random seed, and no default scope or verbose logger from another test."""
     torch.manual_seed(0)
     if logging := sys.modules.get("mmengine.logging"):
         logging.MMLogger.get_instance("mmengine").setLevel("WARNING")

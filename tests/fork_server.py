@@ -1,4 +1,4 @@
-"""Runs scripts in processes of their own that share their imports, which take longer than a run."""
+"""Runs scripts in forked processes that share their imports, which take longer than the scripts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ for line in sys.stdin:
 
 def tool_environment(folder: Path) -> dict[str, str]:
     """The environment of a tool that finds this checkout and the modules in ``folder``."""
-    # Warnings of the toolboxes about optional parts of mmcv are none of the tools' errors.
+    # The toolboxes' warnings about optional parts of mmcv are not errors of the tools.
     return dict(
         os.environ,
         PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]),
@@ -100,7 +100,7 @@ class ForkServer:
         )
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        # What the toolboxes print while they are imported comes before the answer.
+        # The toolboxes print while they are imported, before the answer.
         for line in self.process.stdout:
             if line.strip().lstrip("-").isdecimal():
                 break

@@ -1,4 +1,4 @@
-"""Models of configs by themselves, of images of any number of channels."""
+"""Models of configs, for images of any number of channels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def classifier(channels: int, kind: object = "ddf_mm.DDFResNet") -> Config:
 def segmentor(channels: int) -> Config:
     model = dict(
         type="EncoderDecoder",
-        # mmseg's and mmdet's preprocessors normalize one or three channels.
+        # The preprocessors of mmseg and mmdet accept one or three means.
         data_preprocessor=dict(type="SegDataPreProcessor", size=(64, 64)),
         backbone=dict(type="ddf_mm.DDFResNet", in_channels=channels, **BACKBONE),
         decode_head=dict(

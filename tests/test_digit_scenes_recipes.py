@@ -89,7 +89,7 @@ def test_predictions_are_drawn(work, recipe):
     tool(work, "tools/analysis/draw_predictions.py", config, checkpoint, *options)
     with Image.open(sheet) as picture:
         assert picture.size == (2 * 256 + 3 * 8, 256 + 2 * 8)
-        # Each scene shines through what is drawn on it, be it the black of the background; a plain
+        # The scene is visible through the drawing; a plain
         # tile with a label has some 20 grays.
         for left in (8, 8 + 256 + 8):
             scene = picture.convert("RGB").crop((left, 8, left + 256, 8 + 256))

@@ -1,4 +1,4 @@
-"""The digits recipe, from a shortened training to the whole of ``make demo``."""
+"""The digits recipe: shortened trainings, and ``make demo``."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_training_and_test_images_are_different_ones():
     cfg = Config.fromfile(CONFIG)
     train, val, test = (cfg[f"{name}_dataloader"].dataset for name in ("train", "val", "test"))
     assert (train.split, val.split, test.split) == ("train", "test", "test")
-    # The split depends on these two alone.
+    # The split depends only on these two.
     for key in ("seed", "test_size"):
         assert train.get(key) == val.get(key) == test.get(key)
 
@@ -116,7 +116,7 @@ def run_demo(python: str, *arguments: object, cwd: Path) -> subprocess.Completed
 
 
 def test_demo_reaches_its_accuracy(tmp_path):
-    """The promise of ``make demo``: the whole recipe through train.py, test.py and the plots."""
+    """``make demo``: the full recipe with train.py, test.py and the plots."""
     result = run_demo(sys.executable, "work dir", cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines()[-3:])

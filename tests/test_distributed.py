@@ -1,4 +1,4 @@
-"""Two processes train as one does on their joined batch: DDP, FSDP, SyncBN, dist_train.sh."""
+"""Training in two processes equals that on the joined batch: DDP, FSDP, SyncBN, dist_train.sh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site of docs/ builds without a warning: every link within it and every docstring is whole."""
+"""The site of docs/ builds without warnings about links and docstrings."""
 
 from __future__ import annotations
 

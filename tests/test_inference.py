@@ -22,7 +22,7 @@ DIGITS, SCENES = 4, 3
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images that the page names, of random pixels."""
+    """The images that the page names, with random pixels."""
     folder = tmp_path_factory.mktemp("inference")
     random = np.random.default_rng(0)
     for name, number, size, suffix in [
@@ -51,7 +51,7 @@ def run(code: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def save_checkpoint(recipe: str, path: Path, classes: tuple[str, ...]) -> None:
-    """A checkpoint of the recipe with random weights, as tools/publish_model.py writes one."""
+    """A checkpoint of the recipe with random weights, in the format of tools/publish_model.py."""
     torch.manual_seed(0)
     model = get_model(f"ddf_mm::{recipe}")
     model.init_weights()

@@ -1,7 +1,7 @@
-"""When `make` installs what, and how the installer ends on a machine that lacks something.
+"""What `make` installs when, and the errors of the installer.
 
-No package is installed here: the Makefile is run with a stand-in for requirements/install.sh, and
-install.sh with a stand-in for Python.
+No package is installed: the Makefile runs with a fake requirements/install.sh, and install.sh with
+a fake Python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Writes down which part it is asked for; fails for the part named in the file `fails`.
+# Records the requested part; fails for the part named in the file `fails`.
 RECORDER = """
 echo "$1" >> calls
 mkdir -p "$VENV/bin"
@@ -132,12 +132,12 @@ def test_clean_keeps_the_environment(checkout):
     assert make(checkout, "clean") == []
     assert not (checkout / "build").exists()
     assert list((checkout / "ddf_mm").iterdir()) == []
-    # The library that was deleted is built again.
+    # The deleted library is built again.
     assert make(checkout, "test") == ["package"]
 
 
 class TestInstaller:
-    """install.sh with a Python that answers as the machine in question would."""
+    """install.sh with a fake Python that simulates a machine."""
 
     def install(
         self, folder: Path, part: str, python: str, **variables: str
@@ -157,7 +157,7 @@ class TestInstaller:
         )
 
     def check_error(self, result: subprocess.CompletedProcess[str], text: str) -> None:
-        """One line, and nothing else, says what to do."""
+        """The only output is one line that says what to do."""
         assert result.returncode != 0
         (line,) = result.stderr.splitlines()
         assert line.startswith("ddf_mm: ")
@@ -194,7 +194,7 @@ class TestInstaller:
         path.write_text(f"#!/bin/bash\n{python}\n")
         path.chmod(0o755)
 
-    # cv2 loads as soon as pip has been asked for the headless build.
+    # cv2 can be imported once the headless build is installed.
     HEADLESS = r"""
         case "$*" in
           *"import cv2"*) [ -f headless ] || { echo "ImportError: libGL.so.1" >&2; exit 1; } ;;
@@ -214,7 +214,7 @@ class TestInstaller:
             "-m pip install -q --no-deps --force-reinstall opencv-python-headless==4.9.0",
         ]
 
-    # mmcv has no ops; the pip wheel command makes a wheel with ops that load once installed.
+    # mmcv has no ops; `pip wheel` makes a wheel whose ops load once it is installed.
     MMCV = r"""
         case "$*" in
           *"import torch, mmcv._ext"*) [ -f ops ] || { echo "no mmcv._ext" >&2; exit 1; } ;;
@@ -257,7 +257,7 @@ class TestInstaller:
         assert self.calls(tmp_path) == ["build", "install"]
         assert [path.name for path in mmcv.glob("*.whl")] == ["onedl_mmcv-1-cp311.whl"]
 
-        # Another environment takes the wheel that is there, this one needs nothing.
+        # Another environment installs the cached wheel; this one needs nothing.
         (tmp_path / "ops").unlink()
         assert self.detection(tmp_path).returncode == 0
         assert self.detection(tmp_path).returncode == 0

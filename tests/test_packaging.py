@@ -1,6 +1,6 @@
-"""What wheel, source archive and editable install carry, and that they work from elsewhere.
+"""Contents of wheel, source archive and editable install, and that they work in another folder.
 
-Everything is built from a copy of the project, without the network and without compiled ops.
+All are built from a copy of the project, without network and compiled ops.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from mmengine.config.utils import MODULE2PACKAGE
 import ddf_mm
 
 ROOT = Path(__file__).resolve().parents[1]
-# Also what other tests write at the same time, which would vanish while it is copied.
+# Includes what other tests write and delete at the same time.
 NOT_SOURCE = shutil.ignore_patterns(
     *(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "*.so"),
     *("build", "dist", "work_dirs"),
 )
 MIM_SUFFIXES = {".py", ".yml", ".json", ".sh", ".md"}
-# Tools that an installed wheel has no use for.
+# Tools that work only in a checkout.
 CHECKOUT_ONLY = {"demo.sh", "demo_scenes.sh", "gpu_check.sh"}
 
 
 def run_hook(project: Path, hook: str, out: Path) -> Path:
-    """The file that pip's build hook ``hook`` makes of ``project``."""
+    """The file that the build hook ``hook`` makes from ``project``."""
     code = f"from setuptools import build_meta; print(build_meta.{hook}({str(out)!r}))"
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -112,7 +112,7 @@ def names_in(wheel: Path) -> set[str]:
 def test_wheel_holds_the_package_and_nothing_else(project, wheel):
     names = names_in(wheel)
     assert names == package_files(project)
-    # Anchors: the set above would be right for an empty project too.
+    # The comparison above would hold for an empty project too.
     assert {
         "ddf_mm/ops/__init__.py",
         "ddf_mm/.mim/configs/classification/ddf-mul-resnet26_digits.py",
@@ -130,7 +130,7 @@ def test_wheel_metadata(wheel):
     assert "Requires-Python: >=3.10\n" in metadata
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
     always = [requirement for requirement in required if "extra ==" not in requirement]
-    # Neither mmcv nor mmengine by a distribution's name, and torch without an upper bound.
+    # Not mmcv and mmengine, whose distributions have several names; torch without an upper bound.
     assert len(always) == 1
     assert re.fullmatch(r"torch>=[\d.]+", always[0])
     extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata, flags=re.MULTILINE))
@@ -181,7 +181,7 @@ def test_installed_wheel_works_from_another_folder(installed, tmp_path):
     folder, version, config = run_python(CHECK_INSTALL, tmp_path, installed)
     assert Path(folder) == installed / "ddf_mm"
     assert version == ddf_mm.__version__
-    # mmengine finds the configs of this very package, not those of another install.
+    # mmengine finds the configs of this package, not those of another installation.
     assert Path(config).is_relative_to(installed)
 
 
@@ -213,7 +213,7 @@ def test_installed_wheel_serves_the_ecosystem(installed, tmp_path):
         '_base_ = "mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"\n'
     )
     printed = run_python(CHECK_ECOSYSTEM, tmp_path, installed)
-    # OneDL's mmpretrain prints lines of its own.
+    # OneDL's mmpretrain prints lines too.
     *_, config, backbone, depth, number, named, segmentor = [
         line for line in printed if "OneDL" not in line
     ]
@@ -239,7 +239,7 @@ def test_installed_tools_run(installed, tmp_path):
 
 
 def test_editable_install_works_from_another_folder(project, tmp_path):
-    # As pip installs it: unpacked into a folder whose .pth files Python reads at start.
+    # As pip installs it: unpacked into a folder whose .pth files Python reads at startup.
     site = tmp_path / "site"
     with zipfile.ZipFile(run_hook(project, "build_editable", tmp_path)) as archive:
         archive.extractall(site)
@@ -255,10 +255,10 @@ def test_editable_install_works_from_another_folder(project, tmp_path):
 
 
 def test_mmengine_looks_beside_the_imported_package():
-    """Official mmengine looks for a distribution first.
+    """The official mmengine looks for a distribution first.
 
-    It takes the folder that holds the distribution's metadata for the package's own, which is wrong
-    for an editable install. Without a distribution of the given name it asks where the module is.
+    It assumes that the package is in the folder of the distribution's metadata, which is wrong for
+    an editable install. Without a distribution of this name it looks for the module.
     """
     with pytest.raises(PackageNotFoundError):
         distribution(MODULE2PACKAGE["ddf_mm"])

@@ -1,5 +1,4 @@
-"""The Python of README and docs is run as written; their links, anchors, commands and options lead
-somewhere."""
+"""The Python code of README and docs runs; links, anchors, commands and options exist."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ import ddf_mm  # noqa: F401  (resolves `mmseg::` and `ddf_mm::` bases)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Needs images and checkpoints: tests/test_inference.py runs its code.
+# Its code needs images and checkpoints; tests/test_inference.py runs it.
 PREPARED = ROOT / "docs" / "inference.md"
-# Whose links are checked.
+# Pages whose links are checked.
 ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:], *sorted((ROOT / "configs").glob("*/*.md"))]
 CONFIG_FILES = [
     path for path in sorted((ROOT / "configs").glob("*/*.py")) if path.parent.name != "_base_"
@@ -102,7 +101,7 @@ def test_options_of_tools_exist(page):
             command = command.partition(" #")[0]
             if not (tool := re.search(r"(?<![\w/])tools/[\w./-]+\.(?:py|sh)", command)):
                 continue
-            # Launchers hand options on; tools share those of cli.py.
+            # Launchers pass options on; tools share those of cli.py.
             launched = re.search(r"(train|test)\.sh$", tool[0])
             sources = [ROOT / "ddf_mm" / "engine" / "cli.py", ROOT / tool[0]]
             sources += [ROOT / "tools" / f"{launched[1]}.py"] if launched else []

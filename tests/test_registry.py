@@ -1,4 +1,4 @@
-"""Lookups in fresh processes: what a config needs, and what importing the package costs."""
+"""Registry lookups and imports in fresh processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_scoped_name_needs_no_custom_imports(toolbox):
     "name", ["DDFUp", "ddf_mm.DDFUp", "ddf_mm.layers.DDFUpPack", "ddf_mm.layers.pack.DDFUpPack"]
 )
 def test_every_name_in_the_own_scope(name):
-    """``_scope_='ddf_mm'`` is what a dict gets that was read through ``ddf_mm::``."""
+    """Dicts read through ``ddf_mm::`` have ``_scope_='ddf_mm'``."""
     out = run(f"""
         from mmengine.registry import MODELS
         layer = MODELS.build(dict(type="{name}", _scope_="ddf_mm", in_channels=8))
@@ -81,7 +81,7 @@ def test_root_registry_finds_scoped_and_layer_names():
 
 
 def test_scope_ddf_mm_builds_from_every_root_registry_without_warnings():
-    """Dicts of a config read through `ddf_mm::` carry `_scope_='ddf_mm'`."""
+    """Dicts of a config read through `ddf_mm::` have `_scope_='ddf_mm'`."""
     out = run("""
         import logging
         import mmengine.registry as root

@@ -1,6 +1,6 @@
 """The CPU ops built with AddressSanitizer and UndefinedBehaviorSanitizer pass the sweep.
 
-The build stays in build/sanitized, where the next one compiles only what has changed.
+The build is cached in build/sanitized and compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ddf_cases import smaller_instruction_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitized"
-SETS = ["", *smaller_instruction_sets()]  # "" is this processor's own
+SETS = ["", *smaller_instruction_sets()]  # "": the largest of this processor
 in_each_set = pytest.mark.parametrize("instruction_set", SETS, ids=lambda name: name or "own")
 
-# A spatial filter that claims twice the memory that it has.
+# A spatial filter with a shape of twice its memory.
 READ_TOO_FAR = """
 import numpy as np, torch
 from ddf_mm.ops import ddf
@@ -28,7 +28,7 @@ memory = np.zeros(18 * 35 // 4, np.float32)
 claimed = np.lib.stride_tricks.as_strided(memory, (1, 9, 5, 7), (0, 140, 28, 4))
 ddf(torch.ones(1, 4, 5, 7), None, torch.from_numpy(claimed))
 """
-# Features that start at no multiple of 4 bytes.
+# Features not aligned to 4 bytes.
 MISALIGNED = """
 import numpy as np, torch
 from ddf_mm.ops import ddf
@@ -56,7 +56,7 @@ def sanitized() -> dict[str, object]:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     runtimes = []
     for name in ("libasan.so", "libstdc++.so"):
-        # Python has neither, and they have to be there before anything allocates or throws.
+        # Python is linked to neither, and they must be loaded before anything allocates or throws.
         answer = run([*compiler, f"-print-file-name={name}"], ROOT).stdout.strip()
         if not Path(answer).is_absolute():
             pytest.skip(f"{compiler[0]} has no {name}")
@@ -83,7 +83,7 @@ def sanitized() -> dict[str, object]:
 def test_passes_the_sweep(sanitized, instruction_set):
     names = ["test_sweep.py", "test_branches.py"]
     command = [sys.executable, "-m", "pytest", "-q", *(ROOT / "tests" / "ops" / n for n in names)]
-    # Not in ROOT, whose own ddf_mm would come first.
+    # Not in ROOT, whose ddf_mm would be imported first.
     result = run(
         [*command, "-k", "cpu or threads or equals"],
         BUILD,
@@ -97,7 +97,7 @@ def test_passes_the_sweep(sanitized, instruction_set):
 def test_passes_the_direct_calls(sanitized):
     tests = ROOT / "tests" / "ops" / "test_direct_calls.py"
     command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "not out_of_memory"]
-    # Copies of expanded tensors ask for more memory than there is.
+    # Copies of expanded tensors request more memory than there is.
     options = f"{sanitized['ASAN_OPTIONS']}:allocator_may_return_null=1"
     result = run(command, BUILD, **{**sanitized, "ASAN_OPTIONS": options})
     assert result.returncode == 0, result.stdout
@@ -110,7 +110,7 @@ def test_a_read_out_of_bounds_is_found(sanitized, instruction_set):
         [sys.executable, "-c", READ_TOO_FAR], BUILD, **sanitized, DDF_MM_CPU_ISA=instruction_set
     )
     assert result.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in result.stdout
-    # The callers of the kernel that read it tell the instruction set.
+    # The kernel's callers in the stack trace show the instruction set.
     found = set(re.findall(r"ddf::cpu::(avx512|avx2|baseline)::", result.stdout))
     assert len(found) == 1 and (not instruction_set or found == {instruction_set})
 

@@ -1,6 +1,6 @@
-"""What setup.py compiles, says and survives, on a small project with setup.py of its own.
+"""What setup.py compiles and prints, on a small project with a copy of setup.py.
 
-The builds run the hooks that pip calls, in a process of their own, without the network.
+The builds run the hooks that pip calls, in a separate process without network.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ VARIABLES = [
     "TORCH_CUDA_ARCH_LIST",
 ]
 COMPILED = r"ddf_mm: compiled ddf_mm\._C in \d+ s"
-# Needs no torch header, so that it compiles in a moment.
+# Without torch headers, to compile fast.
 TRIVIAL = "int ddf_mm_test() { return 0; }\n"
 BROKEN = "this is not C++\n"
-# Schema and kernel through the stable ABI, as csrc/ has them.
+# Schema and kernel with the stable ABI, as in csrc/.
 STABLE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -74,7 +74,7 @@ def add_source(project: Path, name: str, text: str) -> None:
 def build(
     project: Path, *, hook: str = "build_wheel", before: str = "", **variables: str | Path
 ) -> subprocess.CompletedProcess[str]:
-    """Build into ``project/out`` with pip's hook, in the environment ``variables`` alone."""
+    """Build into ``project/out`` with pip's hook, with only ``variables`` as environment."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     env.update({name: str(value) for name, value in variables.items()})
     code = f"{before}\nfrom setuptools import build_meta\nbuild_meta.{hook}('out')"
@@ -91,7 +91,7 @@ def build(
 
 
 def lines_of(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """What the build decides, after checking that it succeeded."""
+    """The decision of a build, after checking that it succeeded."""
     assert result.returncode == 0, result.stdout
     said = [line for line in result.stdout.splitlines() if line.startswith("ddf_mm: ")]
     return [line for line in said if not re.fullmatch(COMPILED, line)]
@@ -119,7 +119,7 @@ def fake_toolkit(home: Path, version: str, headers: bool = True) -> Path:
 
 @pytest.fixture
 def setup_module(project: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module: it acts only when it is the main program."""
+    """setup.py as a module, which does not run setup()."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("ddf_mm_setup", project / "setup.py")
@@ -136,7 +136,7 @@ NO_TORCH = (
 
 
 class TestWithoutOps:
-    """Installs that compile nothing: one line says why, and the wheel serves every platform."""
+    """Installations that compile nothing: one line says why, and the wheel is pure Python."""
 
     def check(self, project: Path, result: subprocess.CompletedProcess[str], line: str) -> None:
         assert lines_of(result) == [line]
@@ -242,7 +242,7 @@ class TestCompileFailure:
         lines_of(build(project))
         assert libraries_in(wheel_of(project)) == ["ddf_mm/_C.abi3.so"]
 
-        # The library of the build before, which is still in build/, must not get into this wheel.
+        # The library of the previous build, still in build/, must not get into this wheel.
         add_source(project, "csrc/cpu/kernel.cpp", BROKEN)
         _, line = lines_of(build(project))
         said, _, log = line.partition("; the log is ")
@@ -271,7 +271,7 @@ class TestCompileFailure:
 
 
 class TestCudaToolkit:
-    """Which toolkit is taken for a torch built with CUDA 13.0."""
+    """The toolkit that is used for a torch built with CUDA 13.0."""
 
     def find(self, module: ModuleType, monkeypatch: pytest.MonkeyPatch, homes: list[Path]):
         monkeypatch.setattr(module, "usual_cuda_homes", lambda wanted: homes)

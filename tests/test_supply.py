@@ -1,4 +1,4 @@
-"""What an install brings and asks for: nothing but torch, no compiler, no network."""
+"""An installation needs only torch, no compiler and no network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Also what other tests write at the same time, which would vanish while it is copied.
+# Includes what other tests write and delete at the same time.
 NOT_SOURCE = shutil.ignore_patterns(
     *(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "*.so"),
     *("build", "dist", "work_dirs"),
@@ -53,7 +53,7 @@ socket.getaddrinfo = socket.create_connection = refuse
 
 
 def run(command: list[object], cwd: Path, **variables: str) -> str:
-    """What a command says, stderr first; fails if the command does."""
+    """The output of a command, stderr first; fails if the command fails."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, command)),
@@ -79,10 +79,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(sdist) -> tuple[Path, str]:
-    """The Python of an environment with the source archive installed, and what pip said.
+    """The Python of an environment with the source archive installed, and pip's output.
 
-    Its other packages are those of this environment, of which it sees only the folder: an editable
-    install of this project is not among them.
+    It also has the packages in the site-packages folder of this environment, which an editable
+    installation of this project is not in.
     """
     folder = sdist.parent / "environment"
     venv.create(folder, with_pip=False, symlinks=True)
@@ -128,7 +128,7 @@ def test_no_module_but_torch_is_needed_for_the_ops(installed, tmp_path):
 
 
 def test_every_requirement_has_a_pin_or_an_upper_bound():
-    """A new major release of anything cannot break CI unnoticed."""
+    """A new major release of a dependency cannot break CI."""
     for path in (ROOT / "requirements").glob("*.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""ddf_mm.utils: mmengine's hub and mmpretrain's model zoo know the package."""
+"""ddf_mm.utils: the package in mmengine's hub and mmpretrain's model zoo."""
 
 from __future__ import annotations
 

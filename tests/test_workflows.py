@@ -1,5 +1,4 @@
-"""Workflows, hooks and issue forms: what they run is a make target, and they name the versions that
-the project does."""
+"""Workflows run make targets; workflows, hooks and releases have the versions of the project."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ import ddf_mm
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-# What only a runner of GitHub needs: packages of its container, and the release itself.
+# Commands that only GitHub needs: packages of the container, and the release.
 NOT_MADE = ("apt-get ", "gh release ")
 
 

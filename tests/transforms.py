@@ -1,7 +1,7 @@
-"""Transforms of PyTorch, each against plain backward passes, one after the other.
+"""Transforms of PyTorch, compared with sequences of plain backward passes.
 
-A transform takes a function of tensors and the tensors, and returns what it makes of them and what
-that has to equal.
+Each function takes a function of tensors and the tensors, and returns the result of the transform
+and the expected result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def jacobian(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """By a backward pass for each value of the output."""
+    """The Jacobian by a backward pass for each value of the output."""
     tensors = leaves(tensors)
     out = function(*tensors)
     rows = [torch.autograd.grad(value, tensors, retain_graph=True) for value in out.flatten()]
@@ -29,7 +29,7 @@ def jacobian(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def of_first(function: Function, tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """A number of the first tensor, with a Hessian that is not zero."""
+    """A scalar function of the first tensor with a nonzero Hessian."""
     return lambda first: function(first, *tensors[1:]).sin().sum()
 
 
@@ -83,7 +83,7 @@ def gradients_of_batched_gradients(function, tensors):
 
 
 def tangents_of_gradients(function, tensors):
-    """A backward pass in forward-mode differentiation; it is linear in what it gets."""
+    """Forward-mode differentiation of a backward pass, which is linear in its gradient."""
     tensors = leaves(tensors)
     out = function(*tensors)
     grad, tangent = torch.randn_like(out), torch.randn_like(out)
@@ -136,7 +136,7 @@ def func_hessian(function, tensors):
 
 
 def vmap(function, tensors):
-    """Over a dimension of its own for each tensor, which is not the first in memory."""
+    """vmap over a different dimension of each tensor, not the first in memory."""
     dims = tuple(i % 2 for i in range(len(tensors)))
     stacks = [torch.stack([t, 2 * t - 1], d) for t, d in zip(tensors, dims, strict=True)]
     want = [function(*(s.select(d, i) for s, d in zip(stacks, dims, strict=True))) for i in (0, 1)]
@@ -168,13 +168,13 @@ def _flat(value) -> list[Tensor]:
 
 
 def check_transform(transform: Callable, function: Function, tensors: Sequence[Tensor]) -> None:
-    """For float64, where the compiled ops and the formula differ by rounding alone."""
+    """For float64, where compiled ops and formula differ only by rounding."""
     got, want = (_flat(value) for value in transform(function, tensors))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
 def check_derivatives(function: Function, tensors: Sequence[Tensor]) -> None:
-    """PyTorch's own checks of first and second derivatives, in every mode that it has."""
+    """PyTorch's gradcheck and gradgradcheck in all modes."""
     tensors = leaves(tensors)
     assert torch.autograd.gradcheck(
         function,

@@ -1,4 +1,4 @@
-"""The detection and segmentation recipes train and test on small data in their datasets' shape."""
+"""The detection and segmentation recipes train and test on small data in the datasets' formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ddf_mm.models import DDFResNet, DDFUpFPN
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-# It is not on PyPI.
+# Not on PyPI.
 HAS_PANOPTICAPI = find_spec("panopticapi") is not None
 CONFIGS = Path(__file__).parents[2] / "configs"
 FRAGMENTS = CONFIGS / "_base_" / "backbones"
@@ -84,7 +84,7 @@ def test_fragment_replaces_the_backbone(combine, depth, base, tmp_path):
     init_default_scope("mmdet")
     from mmdet.registry import MODELS
 
-    # The config's own choices stay, and nothing of ImageNet's ResNet-50 does.
+    # The config's settings stay, those of the ImageNet ResNet-50 do not.
     assert (cfg.out_indices, cfg.frozen_stages, cfg.norm_eval) == ((1, 2, 3), 1, True)
     assert cfg.init_cfg.checkpoint == f"checkpoints/ddf-{combine}-resnet{depth}_in1k.pth"
     assert cfg.init_cfg.prefix == "backbone."
@@ -102,14 +102,14 @@ def test_fragment_replaces_the_backbone(combine, depth, base, tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small data and checkpoints where the recipes look for theirs."""
+    """A folder with small data and checkpoints at the paths of the recipes."""
     from mmdet.datasets import CocoPanopticDataset
 
     root = tmp_path_factory.mktemp("recipes")
     rng = np.random.default_rng(0)
     height, width = SIZE
     boxes = [(12, 20, 40, 44), (70, 30, 50, 60)]
-    # Of all classes: an untrained detector predicts any of them.
+    # Of all classes, since an untrained detector predicts any of them.
     meta = CocoPanopticDataset.METAINFO
     categories = [
         dict(id=i, name=name, isthing=int(name in meta["thing_classes"]))
@@ -178,7 +178,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _panopticapi(monkeypatch):
-    """Stands in for panopticapi, of which mmdet's loader needs one function, if it is not here."""
+    """Replaces panopticapi, of which mmdet's loader needs one function, if it is not installed."""
     if not HAS_PANOPTICAPI:
         package, utils = ModuleType("panopticapi"), ModuleType("panopticapi.utils")
         utils.rgb2id = lambda color: (color.astype(int) * [1, 256, 256**2]).sum(-1)
@@ -189,7 +189,7 @@ def _panopticapi(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """For images this small a second thread mostly waits, dearly so on a busy machine."""
+    """More threads slow such small images down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -197,7 +197,7 @@ def _one_thread():
 
 
 def shrink(cfg: Config) -> Config:
-    """Two iterations of training and one of testing, on images of the data's own size."""
+    """Two iterations of training and one of testing, on images of the datasets' sizes."""
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.update(batch_size=1, num_workers=0)
         for transform in loader.dataset.pipeline:
@@ -213,17 +213,17 @@ def shrink(cfg: Config) -> Config:
         cfg.train_cfg.max_epochs = 1
     cfg.train_dataloader.sampler.shuffle = False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    # Two iterations teach no confidence.
+    # After two iterations scores are low.
     test_cfg = cfg.model.test_cfg
     test_cfg.get("rcnn", test_cfg).score_thr = 0.0
-    if "rpn" in test_cfg:  # thousands of proposals take time and prove no more
+    if "rpn" in test_cfg:  # thousands of proposals are slow
         cfg.model.train_cfg.rpn_proposal.max_per_img = test_cfg.rpn.max_per_img = 50
         test_cfg.rcnn.max_per_img = 10
     if cfg.test_evaluator.type == "CocoPanopticMetric" and not HAS_PANOPTICAPI:
         cfg.test_evaluator = dict(type="DumpResults", out_file_path="panoptic.pkl")
     cfg.default_hooks.checkpoint.interval = -1
     cfg.log_level = "WARNING"
-    # The stock ResNet-50's weights are a download.
+    # The weights of the stock ResNet-50 would be downloaded.
     if "pretrained" in cfg.model:
         cfg.model.pretrained = None
     if cfg.model.backbone.type == "ResNet":
@@ -262,7 +262,7 @@ def test_trains_and_tests(recipe, data, tmp_path, monkeypatch):
         for name, value in torch.load(path)["state_dict"].items():
             assert torch.equal(start[name], value), name
     if ddf_neck:
-        # Of each upsampler; some gradients times the first learning rates are below rounding.
+        # For each upsampler; some updates with the first learning rates are below rounding.
         moved = [name for name, value in end.items() if not torch.equal(value, start[name])]
         for i in range(len(runner.model.neck.upsample_modules)):
             assert any(name.startswith(f"neck.upsample_modules.{i}.") for name in moved)

@@ -1,4 +1,4 @@
-"""The ImageNet recipes hold the official training: timm 0.4.5 driven by ddfnet's train.py."""
+"""The ImageNet recipes equal the official training: ddfnet's train.py with timm 0.4.5."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_recipe_is_listed():
 
 
 def official_parameters(blocks: tuple[int, ...], se_ratio: float = 0.2, taps: int = 9) -> int:
-    """Parameters of the official network, counted from the description of its layers."""
+    """Number of parameters of the official network, from its layers."""
     total = 3 * 64 * 7 * 7 + 2 * 64  # stem
     in_channels = 64
     for stage, number in enumerate(blocks):
@@ -136,7 +136,7 @@ def official_lr(epoch: int, lr: float = 0.4, warmup_lr: float = 1e-4, min_lr: fl
 
 
 class Schedule:
-    """The recipe's schedulers on an optimizer with nothing to optimize."""
+    """The recipe's schedulers on a dummy optimizer."""
 
     def __init__(self, cfg: Config, lr: float | None = None):
         options = {k: v for k, v in cfg.optim_wrapper.optimizer.items() if k != "type"}
@@ -181,7 +181,7 @@ def test_learning_rate_after_resuming(cfg: Config):
 
 def test_learning_rate_scales_with_the_batch(cfg: Config):
     assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size == 1024
-    # The minimum stays 1e-5, so that the curve is scaled but for parts of 1e-5 / 0.4 / 8.
+    # The minimum stays 1e-5, so the curve is scaled up to 1e-5 / 0.4 / 8.
     expected = [official_lr(epoch, lr=0.05, warmup_lr=1e-4 / 8) for epoch in range(130)]
     assert Schedule(cfg, lr=0.4 / 8).run(130) == pytest.approx(expected, rel=1e-6)
 
@@ -215,7 +215,7 @@ def test_runtime(cfg: Config):
     assert cfg.randomness.diff_rank_seed  # train.py seeds with 42 + rank
     assert cfg.env_cfg.cudnn_benchmark
     assert cfg.default_hooks.checkpoint.save_best == "accuracy/top1"
-    assert "_scope_" not in cfg.visualizer  # passed on as keyword arguments by some tools
+    assert "_scope_" not in cfg.visualizer  # some tools pass it as keyword arguments
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -376,7 +376,7 @@ def test_data_loaders(cfg: Config):
 
 
 def without_scopes(value):
-    """A config without the ``_scope_`` that mmengine writes into what comes from a package."""
+    """A config without the ``_scope_`` that mmengine adds to configs of packages."""
     if isinstance(value, dict):
         return {k: without_scopes(v) for k, v in value.items() if k != "_scope_"}
     if isinstance(value, (list, tuple)):
@@ -402,7 +402,7 @@ def test_inherited_recipe_builds(tiny_imagenet: Path, tmp_path: Path, recwarn):
     assert "SyncBuffersHook" in {type(hook).__name__ for hook in runner.hooks}
     batch = next(iter(runner.build_dataloader(cfg.train_dataloader)))
     assert [tuple(image.shape) for image in batch["inputs"]] == [(3, 32, 32)] * 2
-    # The dicts that are the pipeline's own names build, too, wherever they are used.
+    # Dicts that other configs reuse by name can be built as well.
     for transform in cfg.train_pipeline + cfg.test_pipeline:
         TRANSFORMS.build(transform)
     runner.optim_wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
@@ -415,7 +415,7 @@ def test_inherited_recipe_builds(tiny_imagenet: Path, tmp_path: Path, recwarn):
 
 @pytest.fixture(scope="module")
 def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder shaped like ImageNet: four images of as many classes in each split."""
+    """A folder in ImageNet's format: four images of four classes in each split."""
     root = tmp_path_factory.mktemp("imagenet")
     (root / "meta").mkdir()
     generator = np.random.default_rng(0)
@@ -428,7 +428,7 @@ def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{split}_{label}.JPEG")
             lines.append(f"{folder.name}/{split}_{label}.JPEG {label}\n")
-        # Without these lists mmpretrain wants one folder for each of the 1000 classes.
+        # Without these lists mmpretrain needs a folder for each of the 1000 classes.
         (root / "meta" / f"{split}.txt").write_text("".join(lines))
     return root
 
@@ -455,7 +455,7 @@ def shrink(cfg: Config, data_root: Path, work_dir: Path, crop: int) -> Config:
 
 @pytest.fixture
 def _one_thread():
-    """For images this small a second thread mostly waits, dearly so on a busy machine."""
+    """More threads slow such small images down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -474,7 +474,7 @@ def test_trains_and_tests(recipe: str, tiny_imagenet: Path, work_dir: Path):
     crop = 224 if recipe == REFERENCE else 32
     cfg = shrink(load(recipe), tiny_imagenet, work_dir, crop)
     cfg.log_level = "WARNING"
-    if recipe != REFERENCE:  # one recipe shows that checkpoints are written
+    if recipe != REFERENCE:  # one recipe is enough to test checkpoints
         cfg.default_hooks.checkpoint.update(interval=-1, save_best=None)
     runner = Runner.from_cfg(cfg)
 
@@ -494,7 +494,7 @@ def test_trains_and_tests(recipe: str, tiny_imagenet: Path, work_dir: Path):
 
     assert runner.iter == 2
     size = (2, 3, crop, crop)
-    # Two iterations each of training, of the validation after it, and of the test.
+    # Two iterations each of training, validation and test.
     assert inputs == [(True, size)] * 2 + [(False, size)] * 4
     assert all(finite)
     half = torch.float16 if get_device() == "cuda" else torch.bfloat16
@@ -502,10 +502,10 @@ def test_trains_and_tests(recipe: str, tiny_imagenet: Path, work_dir: Path):
 
     losses, _ = runner.message_hub.get_scalar("train/loss").data
     assert len(losses) == 2
-    # An untrained classifier of 1000 classes is about as good as a guess.
+    # An untrained classifier of 1000 classes has chance accuracy.
     assert losses[0] == pytest.approx(math.log(1000), abs=1.0)
     assert runner.optim_wrapper.get_lr()["lr"][0] == pytest.approx(official_lr(1))
-    # The last norm of each block starts at zero; the optimizer has moved it.
+    # The last norm of each block is initialized with zero; the optimizer has changed it.
     assert all(block.bn3.weight.any() for block in runner.model.backbone.layer4)
     assert all(p.isfinite().all() for p in runner.model.parameters())
     assert set(metrics) == {"accuracy/top1", "accuracy/top5"}

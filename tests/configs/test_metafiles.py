@@ -1,4 +1,4 @@
-"""The metafiles name every config, and what they say of it is true."""
+"""The metafiles name every config, with correct data."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_every_config_is_listed_once_by_its_name(folder):
 
 
 def test_configs_import_nothing():
-    """mmengine 0.10.7 takes a config that imports, even from the standard library, for a lazy one,
-    and refuses it beside others."""
+    """mmengine 0.10.7 treats a config with an import, even of the standard library, as a lazy one,
+    and refuses to mix it with others."""
     importing = [
         path.name
         for path in ROOT.glob("configs/**/*.py")
@@ -60,7 +60,7 @@ def test_configs_import_nothing():
 def test_no_result_without_its_source_and_no_missing_weights(folder):
     for model in models(folder):
         assert ("Results" in model) == ("Results From" in model["Metadata"])
-        # `mim download` stumbles over a null.
+        # `mim download` fails on null.
         assert model.get("Weights", "https://") is not None
 
 
@@ -91,7 +91,7 @@ def test_parameters(name):
     assert sum(p.numel() for p in model.parameters()) == metadata["Parameters"]
 
 
-# The others differ from these in depth or classes alone; a counted pass takes a second of each.
+# The others differ only in depth or classes; counting takes a second for each.
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,4 +1,4 @@
-"""The recipes in pure Python are those of configs/, and every tool's functions take them."""
+"""The pure Python recipes equal those of configs/, and the functions of the tools accept them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FUNCTIONS = ("nms", "RoIAlign")
 
 
 def found(kind: str, scope: str) -> object:
-    """What a config's `type` stands for."""
+    """The class that a config's `type` names."""
     if kind.rpartition(".")[2] in FUNCTIONS:
         return kind.rpartition(".")[2]
     for registry in REGISTRIES:
@@ -63,7 +63,7 @@ def test_is_the_recipe_of_names(path):
     ours, theirs = Config.fromfile(path), Config.fromfile(named)
     init_default_scope(theirs.default_scope)
     ours, theirs = (resolved(cfg.to_dict(), theirs.default_scope) for cfg in (ours, theirs))
-    # What the names need, variables of bases, and what overrides a replaced network's own.
+    # Settings for names, variables of bases, and overrides of a replaced network's settings.
     for name in ("custom_imports", "dataset_type", "backend_args", "vis_backends", "ddf_resnet"):
         theirs.pop(name, None)
     for name in ("dcn", "stage_with_dcn"):
@@ -94,7 +94,7 @@ data_preprocessor.update(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
     assert batch["inputs"][0].shape == (4, 32, 32)
     inputs, samples = analysis.preprocessed(model, batch)
     assert model(inputs, samples, mode="tensor").shape == (2, 7)
-    # What a runner dumps is read again: with dotted names in the place of classes.
+    # Dumped configs have dotted names in place of classes.
     cfg.dump(tmp_path / "dumped.py")
     again = analysis.read_config(str(tmp_path / "dumped.py"))
     assert isinstance(again.model.type, str)

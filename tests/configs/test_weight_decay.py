@@ -1,4 +1,4 @@
-"""No recipe lets weight decay pull at FilterNorm where it spares the other norms."""
+"""No recipe decays FilterNorm's parameters if it does not decay those of other norms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_filter_norm_has_the_decay_of_a_norm(recipe):
     model = nn.Sequential(
         nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), FilterNorm(1, 3, "channel", running_std=True)
     )
-    cfg.optim_wrapper.type = "mmengine.OptimWrapper"  # mixed precision wants a GPU
+    cfg.optim_wrapper.type = "mmengine.OptimWrapper"  # mixed precision needs a GPU
     cfg.optim_wrapper.pop("loss_scale", None)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}

@@ -1,4 +1,4 @@
-"""The digit scenes: what is written, that it is repeatable, and that the toolboxes read it."""
+"""The digit scenes: files, reproducibility, and reading by the toolboxes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_scene():
         # Visible parts: no pixel belongs to two digits.
         assert scene.masks.sum(axis=0).max() == 1
         assert scene.labels.tolist() == targets[scene.digits].tolist()
-        # A nearer digit is in front of those before it, all are in front of the background.
+        # Each digit is nearer than the previous ones, all are nearer than the background.
         depth = [scene.depth[mask].mean() for mask in scene.masks]
         assert max(depth) < scene.depth[~scene.masks.any(axis=0)].min()
 
@@ -151,7 +151,7 @@ def test_mmdet_and_mmseg_read_it(data):
                 thing_classes=CLASSES,
                 stuff_classes=("background",),
             ),
-            # Reading their pixels takes panopticapi, which mmdet does not bring.
+            # Reading their pixels needs panopticapi, which mmdet does not install.
             pipeline=[],
         )
     )

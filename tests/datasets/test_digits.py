@@ -1,4 +1,4 @@
-"""DigitsDataset: its split, its data infos, its errors, and what it needs to be imported."""
+"""DigitsDataset: split, data infos, errors and import."""
 
 import subprocess
 import sys

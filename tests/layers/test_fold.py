@@ -1,4 +1,4 @@
-"""Batch norms folded into DDFPacks: same results, refusals, and the ways of the toolboxes."""
+"""Batch norms folded into DDFPacks: results, errors, and the toolboxes' tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddf_mm.models import DDFResNet
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """In evaluation mode, with norms that have seen something."""
+    """In evaluation mode, with nontrivial running statistics."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_mean, module.bias, module.weight):

@@ -1,4 +1,4 @@
-"""The layers under their MMCV names: `DDF` as a conv layer, `DDFUp` as an upsample layer."""
+"""The MMCV layers: conv layer `DDF` and upsample layer `DDFUp`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs at the edge of what numbers can hold: constant, huge, tiny, and NaN."""
+"""Numerical limits: constant, huge, tiny and NaN inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_constant_features(name, constant, dtype):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_filters_of_zero_variance(name):
-    """All taps of every filter are alike, as zeroed weights make them."""
+    """All taps of a filter are equal, as with zero weights."""
     layer = LAYERS[name]()
     for module in layer.modules():
         if isinstance(module, nn.Conv2d):
@@ -49,9 +49,9 @@ def test_filters_of_zero_variance(name):
 # Over ten seeds the largest errors were 1.2e-4, from the epsilon, and 3.6e-7.
 @pytest.mark.parametrize("scale, tolerance", [(1e-3, 5e-4), (1e6, 2e-6), (1e15, 2e-6)])
 def test_filters_do_not_depend_on_the_scale_of_the_features(name, scale, tolerance):
-    """FilterNorm divides it out where the convolutions add no bias: the layer is homogeneous.
+    """FilterNorm cancels the scale if the convolutions have no bias: the layer is homogeneous.
 
-    Not so for features of 1e-6, where its epsilon of 1e-10 is no longer small.
+    Except for features of 1e-6, where the epsilon of 1e-10 is not small.
     """
     layer = LAYERS[name]()
     for module in layer.modules():
@@ -79,7 +79,7 @@ def test_nan_stays_in_its_image():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gradients_are_those_of_float32(dtype):
-    """They agree in direction as far as the dtype's rounding of activations lets them."""
+    """They have the same direction up to the rounding of activations."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), DDFPack(16), nn.BatchNorm2d(16), nn.ReLU())
     images, target = torch.randn(8, 3, 16, 16), torch.randn(8, 16, 14, 14)

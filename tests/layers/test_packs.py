@@ -92,7 +92,7 @@ def test_layout_empty_batch_and_odd_sizes(layer, size):
     x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
     out = layer(x)
     torch.testing.assert_close(out, layer(x.contiguous()), rtol=1e-4, atol=1e-5)
-    # One pixel is stored alike in both formats, so nothing tells which one is meant.
+    # One pixel has the same strides in both layouts.
     assert out.is_contiguous(memory_format=torch.channels_last) or size == (1, 1)
     assert layer(x[:0]).shape == (0, *out.shape[1:])
 
@@ -107,7 +107,7 @@ def test_half_precision_keeps_its_dtype_and_stays_close(layer, dtype):
     got = half(x.to(dtype))
     assert got.dtype == dtype
     relative = (got - want).norm() / want.norm()
-    # Seen: 0.9 % for bfloat16, 0.1 % for float16.
+    # Measured: 0.9 % for bfloat16, 0.1 % for float16.
     assert relative < 4 * torch.finfo(dtype).eps
 
 
@@ -153,7 +153,7 @@ def test_up_pack_writes_branch_ij_to_subpixel_ij():
 
 
 def by_branches(up, x):
-    """The layer's output, one branch after the other."""
+    """The layer's output, computed branch by branch."""
     channel = torch.stack([branch(x) for branch in up.channel_branch], dim=1)
     channel = channel.unflatten(2, (up.in_channels, up.kernel_size, up.kernel_size))
     spatial = torch.stack([branch(x) for branch in up.spatial_branch], dim=1)
@@ -205,7 +205,7 @@ def test_guidance_of_the_upsampled_size_is_read_by_phase(joint_channels):
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     guide = torch.randn(2, channels, 6, 10, dtype=torch.float64)
     out = up(x, guide)
-    # Each phase alone, as a guidance of the features' own size, gives the same subpixels.
+    # Each phase alone, as a guidance of the features' size, gives the same subpixels.
     for p in range(2):
         for q in range(2):
             alone = up(x, guide[:, :, p::2, q::2])
@@ -225,7 +225,7 @@ def test_guidance_of_another_shape_is_refused():
 @pytest.mark.parametrize("layer", [DDFPack(64, head=2), DDFUpPack(64, dw_kernel_size=5)])
 def test_branches_start_as_the_official_code_starts_them(layer):
     before = {name: p.clone() for name, p in layer.named_parameters()}
-    # What an enclosing backbone's or neck's init_cfg does first.
+    # As the init_cfg of an enclosing backbone or neck does first.
     for module in layer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
@@ -236,7 +236,7 @@ def test_branches_start_as_the_official_code_starts_them(layer):
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             fan_out = module.weight[:, 0].numel()
-            # timm's for the pack in a network; PyTorch's, U(-b, b), b = 1/sqrt(fan_in), else.
+            # timm's initialization for the pack; PyTorch's otherwise: U(-b, b), b = 1/sqrt(fan_in).
             kaiming = math.sqrt(2 / fan_out)
             expected = kaiming if isinstance(layer, DDFPack) else 1 / math.sqrt(3 * fan_in)
             assert module.weight.std().item() == pytest.approx(expected, rel=0.25), name
@@ -293,7 +293,7 @@ def test_bad_arguments_of_one_layer_are_named():
 
 
 def test_narrow_layers_keep_one_hidden_channel():
-    # int(2 * 0.2) is no channel at all.
+    # int(2 * 0.2) is zero channels.
     pack = DDFPack(2)
     assert shapes(pack)["channel_branch.1.weight"] == [1, 2, 1, 1]
     assert pack(torch.randn(1, 2, 4, 4)).isfinite().all()
@@ -484,7 +484,7 @@ def test_one_image_and_its_guidance():
         ([X], TypeError, "x must be a torch.Tensor, got list"),
         (None, TypeError, "x must be a torch.Tensor, got NoneType"),
     ],
-    # Not of the features, whose random numbers each worker draws for itself.
+    # Not of the features, which are random in each worker.
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", None),
 )
 def test_wrong_features_are_named(layer, x, exception, message):
@@ -554,7 +554,7 @@ def test_a_guidance_of_another_dtype_or_device_is_named():
 
 
 def test_a_branch_that_was_modified_reads_what_it_takes():
-    """It may well cast; the check knows the stock convolutions only."""
+    """A custom module may cast; only stock convolutions are checked."""
     pack = DDFPack(8).double()
     want = pack(X.double())
     for branch, i in ((pack.spatial_branch, 0), (pack.channel_branch, 1)):

@@ -96,12 +96,12 @@ def test_batched_gradients_of_16_bits(layout, autocast):
             want = torch.autograd.grad(out, of, grads[i], retain_graph=True)
             for g, w in zip(got, want, strict=True):
                 assert g.dtype == w.dtype
-                # 0.006 when written: filters rounded to 8 bits in the one and not in the other.
+                # Measured: 0.006; only one of them rounds the filters to 8 bits.
                 assert (g[i] - w).float().norm() < 0.02 * w.float().norm()
 
 
 class User(nn.Module):
-    """Layers in the model of somebody else."""
+    """A user's model with DDF layers."""
 
     def __init__(self) -> None:
         super().__init__()

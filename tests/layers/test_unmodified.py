@@ -1,7 +1,7 @@
-"""Fused paths against the modules that they stand for, after changes of every kind to the modules.
+"""Fused paths compared with the modules that they replace, after modifications of the modules.
 
-Each change is applied to a layer; the layer must then compute exactly what its modules, called one
-after the other, compute, with their gradients, call their hooks and raise their errors.
+After each modification the layer must have the output, gradients, hook calls and errors of its
+modules, called one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHANNELS = 8
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Thousands of tiny calls, which threads only slow down."""
+    """Thousands of tiny calls, which threads slow down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ LAYERS = ["pack", "strided", "conv", "up", "guided"]
 
 
 def by_modules(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The layer by its modules, one after the other."""
+    """The layer as its modules, called one by one."""
     if isinstance(layer, DDFPack):
         k, dilation, stride, combine = layer._filter_arguments
         channel = layer.channel_branch(x).unflatten(1, (layer.in_channels, k, k))
@@ -120,7 +120,7 @@ def instance_forward(layer, path, module, seen):
 
 
 def offloaded(layer, path, module, seen):
-    """What weight-offloading libraries do: no parameters, and a forward that brings them."""
+    """As in weight-offloading libraries: no parameters, and a forward that loads them."""
     stored = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
     shadow = copy.deepcopy(module)
 
@@ -181,7 +181,7 @@ def parameter_subclass(layer, path, module, seen):
 
 
 def registered_anew(layer, path, module, seen):
-    """The parameters in the reverse order, and one more."""
+    """The parameters in reverse order, and an additional one."""
     for name in reversed(list(module._parameters)):
         module._parameters[name] = module._parameters.pop(name)
     module.register_parameter("extra", nn.Parameter(torch.zeros(3)))
@@ -265,7 +265,7 @@ def pruned(layer, path, conv, seen):
 
 
 def weight_attribute(layer, path, conv, seen):
-    """A plain tensor in the place of the parameter, as flat parameters of wrappers have it."""
+    """A plain tensor in place of the parameter, as in wrappers with flat parameters."""
     weight = conv._parameters.pop("weight")
     conv.weight = weight.detach() * 1.5
 
@@ -372,7 +372,7 @@ def run(function, layer, x, seen):
 
 
 def check_like_modules(layer, x, seen):
-    """The layer computes, differentiates, calls and refuses what its modules do."""
+    """The layer has the output, gradients, hook calls and errors of its modules."""
     got = run(lambda module, value: module(value), layer, x, seen)
     want = run(by_modules, layer, x, seen)
     if isinstance(want[0], type):
@@ -399,7 +399,7 @@ def check_like_modules(layer, x, seen):
 def test_every_change_of_every_module(kind):
     require_compiled("cpu")
     paths = [name for name, _ in make_layer(kind).named_modules() if "branch" in name]
-    # The branches of an upsampler are alike: the first and the last stand for all.
+    # The branches of an upsampler are alike: the first and the last are enough.
     paths = [p for p in paths if not any(f"branch.{i}" in p for i in (1, 2)) or kind[0] not in "ug"]
     for path in paths:
         for change in changes_of(make_layer(kind).get_submodule(path)):

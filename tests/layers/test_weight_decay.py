@@ -15,14 +15,14 @@ from ddf_mm.models import DDFResNet
 def network() -> nn.Module:
     model = nn.Module()
     model.backbone = DDFResNet(26, base_channels=8)
-    # What no network of the package has: the learned shift.
+    # No network of the package has a learned shift.
     model.norm = FilterNorm(2, 3, "spatial", running_std=True, running_mean=True)
     model.get_layer_depth = lambda name: model.backbone.get_layer_depth(name, "backbone.")
     return model
 
 
 def decays(model: nn.Module, paramwise_cfg: dict, **optim_wrapper) -> dict[str, float]:
-    """Weight decay of each parameter, for one of 1."""
+    """Weight decay of each parameter, with a base value of 1."""
     cfg = dict(optimizer=dict(type="SGD", lr=1.0, weight_decay=1.0), **optim_wrapper)
     optimizer = build_optim_wrapper(model, ConfigDict(cfg, paramwise_cfg=paramwise_cfg))
     found = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -67,7 +67,7 @@ def test_flat_decay_mult_and_custom_keys_reach_it(constructor):
 
 
 def test_other_code_for_norms_leaves_it_alone():
-    """Loops over norms, as models initialize and freeze theirs, know it by no public class."""
+    """Code that initializes or freezes public norm classes does not affect it."""
     norm = FilterNorm(2, 3, "spatial", running_std=True)
     public = [getattr(nn, name) for name in dir(nn) if name.endswith(("Norm", "1d", "2d", "3d"))]
     assert not any(isinstance(norm, kind) for kind in public)

@@ -1,4 +1,4 @@
-"""DDFResNet: the official names and sizes, and every ResNet argument of the three toolboxes."""
+"""DDFResNet: official parameter names and sizes, and the toolboxes' ResNet arguments."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_half_precision_and_channels_last():
     assert last.is_contiguous(memory_format=torch.channels_last)
     half = model.bfloat16()(x.bfloat16())[0]
     assert half.dtype == torch.bfloat16
-    assert (half - want).norm() / want.norm() < 0.05  # seen: 0.012
+    assert (half - want).norm() / want.norm() < 0.05  # measured: 0.012
 
 
 def test_registered_once_in_the_root():

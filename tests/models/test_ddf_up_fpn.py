@@ -1,4 +1,4 @@
-"""DDFUpFPN: FPN with other upsamplers; sizes, guidance, initialization, compilation, errors."""
+"""DDFUpFPN: equality with FPN, sizes, guidance, initialization, compilation, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHANNELS = [4, 6, 8, 10]
 
 
 def pyramid(height: int, width: int, channels=CHANNELS, batch: int = 2, **kwargs):
-    """Inputs whose sizes strides of 2 with padding make of the first one's."""
+    """Inputs with the sizes that padded strides of 2 give."""
     return [
         torch.randn(batch, c, math.ceil(height / 2**i), math.ceil(width / 2**i), **kwargs)
         for i, c in enumerate(channels)
@@ -30,7 +30,7 @@ def fpn_of(toolbox: str) -> type[nn.Module]:
 
 
 class Nearest(nn.Module):
-    """What FPN upsamples with."""
+    """The upsampling of FPN."""
 
     scale_factor = 2
 
@@ -109,7 +109,7 @@ def test_top_down_path_is_ddf_up_cropped_to_the_lateral(guidance):
 
 
 def test_guidance_reaches_the_upsamplers_pixel_by_pixel():
-    """A change of one pixel of the fine input changes the upsampled features there alone."""
+    """A change of one pixel of the fine input changes the upsampled features only there."""
     neck = DDFUpFPN([4, 6], 8, 2, guidance=True).double()
     neck.fpn_convs[0] = nn.Identity()
     fine, coarse = pyramid(8, 8, [4, 6], dtype=torch.float64)

@@ -35,7 +35,7 @@ def test_starts_as_bilinear_upsampling(scale):
 
 
 def trained(net: DDFUpNet) -> DDFUpNet:
-    """The network with a head that is not zero."""
+    """The network with a nonzero head."""
     torch.nn.init.normal_(net.head.weight)
     return net
 
@@ -134,7 +134,7 @@ def test_rmse_is_the_mean_over_maps():
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Three images with a bright box that is nearer than the rest."""
+    """Three images with a bright box, nearer than the background."""
     random = np.random.default_rng(0)
     for kind in ("images", "depth"):
         (tmp_path / kind).mkdir()

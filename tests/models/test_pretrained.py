@@ -1,4 +1,4 @@
-"""Initialization resets nothing that was loaded, however a config writes ``PretrainedInit``."""
+"""Initialization keeps loaded weights, however a config writes ``PretrainedInit``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(request: pytest.FixtureRequest):
 
 
 def save(module: nn.Module, path: Path, prefix: str = "") -> dict:
-    """Parameters that no initialization makes, saved; and the config that loads them."""
+    """A checkpoint with values that no initialization produces, and the config that loads it."""
     for parameter in module.parameters():
         nn.init.uniform_(parameter, 5, 6)
     torch.save({prefix + name: value for name, value in module.state_dict().items()}, path)
@@ -61,7 +61,7 @@ def test_a_module_that_loads_keeps_what_it_loaded(make, name, form, tmp_path):
     module = make(init_cfg=cfg)
     module.init_weights()
     assert_loaded(module)
-    module.init_weights()  # as a Runner does for a model that was initialized before
+    module.init_weights()  # as a Runner does again for an initialized model
     assert_loaded(module)
 
 
@@ -109,7 +109,7 @@ def test_a_child_that_loads(name, tmp_path):
 
 
 def test_classifiers_detectors_and_segmentors_that_load(tmp_path):
-    """Their own ``pretrained`` and ``init_cfg``, and what mmseg hands on to the backbone."""
+    """``pretrained`` and ``init_cfg``, also as passed on to the backbone by mmseg."""
     pytest.importorskip("mmpretrain")
     backbone = dict(type="DDFResNet", depth=26, base_channels=8)
     head = dict(type="LinearClsHead", num_classes=2, in_channels=256)

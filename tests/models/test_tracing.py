@@ -1,5 +1,5 @@
-"""torch.jit's tracer, the ONNX exporter that uses it, and torch.fx: what they make of layers and
-models computes the same as these at sizes that were not traced."""
+"""torch.jit.trace, the ONNX exporter that uses it, and torch.fx: traced layers and models give the
+same results at sizes that were not traced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddf_mm.ops import library
 
 
 class Levels(nn.Module):
-    """A neck behind strided convolutions, which round sizes up or, without padding, down."""
+    """A neck after strided convolutions, which round sizes up or, without padding, down."""
 
     def __init__(self, strides=(2, 2), padding: bool = True, **neck) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def check(run, model: nn.Module, name: str) -> None:
     for size in SIZES:
         tensors = inputs(name, *size)
         got, want = outputs(run(*tensors)), outputs(model(*tensors))
-        # 3e-6 when written, of values up to 10.
+        # Measured: 3e-6, for values up to 10.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_trace(name, traced):
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         graph = torch.jit.trace(model, inputs(name, *traced))
-    # It runs where this package is not, and on another device.
+    # It runs without this package and on another device.
     assert "ddf_mm::" not in (text := str(graph.inlined_graph))
     assert ": Device = prim::Constant" not in text
     check(graph, model, name)

@@ -51,7 +51,7 @@ def test_draws_before_and_during_training(tmp_path):
     drawn = pictures(tmp_path)
     names = {f"{name}_{n}" for name in ("ddf_filters", "ddf_combined_filters") for n in (0, 1, 2)}
     assert set(drawn) == names
-    # The same image and points, other filters.
+    # The same image and points, different filters.
     first, last = drawn["ddf_filters_0"], drawn["ddf_filters_2"]
     assert first.shape == last.shape and (first != last).any()
 

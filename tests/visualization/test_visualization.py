@@ -1,4 +1,4 @@
-"""What is drawn is what the layers apply, in any model that holds them."""
+"""The drawn filters are those that the layers apply, in any model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_filters_are_those_the_layers_apply(sample, kernel_combine):
     expected = ddf_reference(x[None], channel[None], spatial[None], 3, 1, 2, kernel_combine)[0]
     torch.testing.assert_close(expected, y)
 
-    # Each combined filter, applied to its window, gives its pixel of the result.
+    # Each combined filter, applied to its window, gives a pixel of the result.
     for name, stride, s in (("layer1.1", 2, 1), ("up", 1, 2)):
         x, y = seen[name]
         for row, column, c in ((0, 0, 0), (3, 5, 3), (4, 2, 4), (5, 7, 7)):
@@ -175,7 +175,7 @@ def test_page_holds_the_filters_and_needs_no_network(sample, tmp_path):
     visualization.write_page(path, image, filters, [(3, 4)], [figure], "<b> & </script>")
     page = path.read_text(encoding="utf-8")
     assert "&lt;b&gt; &amp; &lt;/script&gt;" in page and page.count("</script>") == 2
-    # Nothing is fetched: the page names no address but those that hold their pictures.
+    # The page loads nothing: its only addresses are data URIs.
     assert page.count("data:image/png;base64,") == 2 * 2 + 2
     script = re.search(r'application/json">(.*?)</script>', page, re.DOTALL).group(1)
     rest = re.sub(r"data:image/png;base64,[\w+/=]+", "", page.replace(script, ""))
