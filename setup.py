@@ -132,33 +132,33 @@ def toolkit_version(home: Path) -> str | None:
     return match.group(1) if match else None
 
 
-def usual_cuda_homes(wanted: str) -> list[Path]:
+def usual_cuda_homes(version: str) -> list[Path]:
     on_path = shutil.which("nvcc")
     return [
-        Path(f"/usr/local/cuda-{wanted}"),
+        Path(f"/usr/local/cuda-{version}"),
         *([Path(on_path).resolve().parent.parent] if on_path else []),
         Path("/usr/local/cuda"),
     ]
 
 
-def find_cuda(wanted: str | None) -> CudaToolkit:
-    """The CUDA toolkit for a torch built with CUDA ``wanted`` (MAJOR.MINOR; None: a CPU build).
+def find_cuda(version: str | None) -> CudaToolkit:
+    """The CUDA toolkit for a torch built with CUDA ``version`` (MAJOR.MINOR; None: a CPU build).
 
     If CUDA_HOME is set, no other folder is searched. Otherwise a toolkit of torch's CUDA version is
     preferred to one of the same major version, which is compatible.
     """
-    if wanted is None:
+    if version is None:
         raise NoOps("torch is a CPU build", "install a CUDA build of torch to build them")
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    homes = [Path(given)] if given else usual_cuda_homes(wanted)
-    found = [CudaToolkit(home, version) for home in homes if (version := toolkit_version(home))]
-    major = wanted.split(".")[0]
+    homes = [Path(given)] if given else usual_cuda_homes(version)
+    found = [CudaToolkit(home, kit) for home in homes if (kit := toolkit_version(home))]
+    major = version.split(".")[0]
     fitting = [kit for kit in found if kit.version.split(".")[0] == major]
     if fitting:
-        return next((kit for kit in fitting if kit.version == wanted), fitting[0])
-    remedy = f"set CUDA_HOME to a CUDA {wanted} toolkit to build them"
+        return next((kit for kit in fitting if kit.version == version), fitting[0])
+    remedy = f"set CUDA_HOME to a CUDA {version} toolkit to build them"
     if found:
-        reason = f"the toolkit in {found[0].home} is CUDA {found[0].version}, torch has {wanted}"
+        reason = f"the toolkit in {found[0].home} is CUDA {found[0].version}, torch has {version}"
         raise NoOps(reason, remedy)
     raise NoOps(f"no CUDA toolkit in {given}" if given else "no CUDA toolkit was found", remedy)
 

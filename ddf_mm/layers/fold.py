@@ -19,7 +19,7 @@ from ddf_mm.layers.pack import DDFPack, has_own_filters
 from ddf_mm.layers.shift import Shift
 from ddf_mm.layers.unmodified import is_observed, is_unmodified, layers_of
 
-NO_FOLD = "DDFPack cannot take in the batch norm behind it"
+NO_FOLD = "the batch norm after DDFPack cannot be folded"
 
 
 class _Pair(NamedTuple):
@@ -137,11 +137,11 @@ def _obstacle(pair: _Pair, uses: Counter[nn.Module]) -> str | None:
     if norm.training:
         return "the model is in training mode; call eval() first"
     if pack.kernel_combine != "mul":
-        return "kernel_combine 'add' gives no factor of the channel that could hold the norm's"
+        return "kernel_combine 'add' has no factor per channel, which could include the norm's"
     if norm.running_mean is None:
         return "it keeps no running statistics"
     if isinstance(pack.output, Shift):
-        return "the pack has taken in another one"
+        return "the pack has a folded norm already"
     if norm.num_features != pack.in_channels:
         return f"it has {norm.num_features} channels, the pack {pack.in_channels}"
     if _is_shared(pair, uses):
@@ -157,7 +157,7 @@ def _obstacle(pair: _Pair, uses: Counter[nn.Module]) -> str | None:
     ):
         return "the pack has hooks, or a module or method of it was replaced"
     if not isinstance(channel_norm.std, nn.Parameter):
-        return "its channel filters have no learned scale, which could hold the norm's"
+        return "its channel filters have no learned scale, which could include the norm's"
     return None
 
 

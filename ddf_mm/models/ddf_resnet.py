@@ -355,8 +355,8 @@ class DDFResNet(BaseModule):
             a and b for a, b in zip(stage_with_dcn, stage_with_ddf, strict=False)
         ):
             raise ValueError(
-                "dcn asks for the place of DDF: stage_with_dcn and stage_with_ddf must not both "
-                f"hold for a stage, got {tuple(stage_with_dcn)} and {tuple(stage_with_ddf)}"
+                "dcn and DDF replace the same layer: stage_with_dcn and stage_with_ddf must not "
+                f"both be true for a stage, got {tuple(stage_with_dcn)} and {tuple(stage_with_ddf)}"
             )
 
         self.depth = depth

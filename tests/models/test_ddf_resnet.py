@@ -373,7 +373,7 @@ def test_registered_once_in_the_root():
         (
             dict(dcn=dict(type="DDF"), stage_with_dcn=(False, True, True, True)),
             ValueError,
-            "stage_with_dcn and stage_with_ddf must not both",
+            "stage_with_dcn and stage_with_ddf must not both be true",
         ),
         (
             dict(pretrained="a.pth", init_cfg=dict(type="Kaiming")),
