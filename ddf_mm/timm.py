@@ -1,8 +1,8 @@
 """DDF-ResNets for timm (PyTorch Image Models): importing this module registers them there.
 
 The names are the official ones, ``ddf_mul_resnet50``, ``ddf_add_resnet50`` and the same for the
-depths 101 and 152. Parameters are named as in the official checkpoints, which timm loads as they
-are. Each network takes the arguments of timm's ResNet; ``block_args`` are those of
+depths 101 and 152. Parameters have the names of the official checkpoints, which timm loads
+unchanged. Each network accepts the arguments of timm's ResNet; ``block_args`` are those of
 :class:`DDFBottleneck`.
 
 Example:
@@ -41,8 +41,8 @@ __all__ = ["DDFBottleneck"]  # register_model adds the networks
 _LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _NAMES = {f"ddf_{c}_resnet{depth}": (c, depth) for c, depth in product(COMBINES, _LAYERS)}
 
-# What the official networks were trained with. Their checkpoints lie where no program can fetch
-# them, so there is no `url`.
+# Settings of the official training. The checkpoints cannot be downloaded by a program, hence no
+# `url`.
 default_cfgs = generate_default_cfgs(
     {
         name: dict(
@@ -76,8 +76,8 @@ class DDFBottleneck(Bottleneck):
         se_ratio: width of the channel branch's bottleneck over its channels.
 
     Raises:
-        ValueError: an argument asks for a ``conv2`` that changes the number of channels
-            (``reduce_first``), or is no such value.
+        ValueError: ``conv2`` would change the number of channels (``reduce_first``), or an argument
+            has an invalid value.
     """
 
     def __init__(

@@ -168,6 +168,8 @@ class DDFPack(BaseModule):
         torch.Size([2, 64, 29, 29])
     """
 
+    init_cfg: dict | list[dict] | None
+
     def __init__(
         self,
         in_channels: int,
@@ -223,12 +225,13 @@ class DDFPack(BaseModule):
             return DDFPack.forward(self, x[None])[0]
         norms = self._norms_to_fuse(x)
         if norms is None:
-            return self.output(ddf(x, *self.generate_filters(x), *self._filter_arguments))
+            channel_filter, spatial_filter = self.generate_filters(x)
+            return self.output(ddf(x, channel_filter, spatial_filter, *self._filter_arguments))
         try:
             raw_channel = _run_all_but_last(self.channel_branch, x)
             raw_spatial = _run_all_but_last(self.spatial_branch, x)
         except RuntimeError:
-            self._check_placement(x)  # a better message, and 10 us only where there is an error
+            self._check_placement(x)  # raises a better message; only here, since it costs 10 us
             raise
         return self._filter_by_raw(x, raw_channel, raw_spatial, *norms)
 
@@ -238,8 +241,8 @@ class DDFPack(BaseModule):
         return self.kernel_size, self.dilation, self.stride, self.kernel_combine
 
     def _norms_to_fuse(self, x: Tensor) -> tuple[FilterNorm, FilterNorm] | None:
-        """FilterNorm of the channel and of the spatial filters, if ``ddf_pack`` computes for a
-        batch x all that they would."""
+        """The FilterNorms of the channel and the spatial filters, or ``None`` if ``ddf_pack`` would
+        not equal them for a batch x."""
         if is_observed() or not (
             type(x) in (Tensor, nn.Parameter)
             and x.numel() > 0
@@ -251,7 +254,7 @@ class DDFPack(BaseModule):
             return None
         kernel_size, *options, combine = self._filter_arguments
         if combine not in COMBINES or not all(type(n) is int and n > 0 for n in options):
-            return None  # ddf tells what is wrong
+            return None  # ddf raises the error
         taps = kernel_size**2
         channel_norm = next(reversed(self.channel_branch._modules.values()), None)
         spatial_norm = next(reversed(self.spatial_branch._modules.values()), None)
@@ -269,8 +272,8 @@ class DDFPack(BaseModule):
         channel_norm: FilterNorm,
         spatial_norm: FilterNorm,
     ) -> Tensor:
-        """Filters x by the filters as they are before their norms, in one call of ``ddf_pack``."""
-        k, *options = self._filter_arguments
+        """Filters x by the filters before FilterNorm, in one call of ``ddf_pack``."""
+        k, dilation, stride, combine = self._filter_arguments
         shape = x.shape[0], self.in_channels, k, k
         features, channel, spatial = library.autocast_inputs(x, raw_channel, raw_spatial)
         if not (
@@ -280,9 +283,11 @@ class DDFPack(BaseModule):
             and channel.shape[:2] == (shape[0], math.prod(shape[1:]))
             and channel.numel() == math.prod(shape)
             and spatial.dim() == 4
-        ):  # layers before the norms were replaced
+        ):  # a layer before a norm was replaced
             channel = channel_norm(raw_channel).reshape(-1, *shape[1:])
-            return self.output(ddf(x, channel, spatial_norm(raw_spatial), k, *options))
+            return self.output(
+                ddf(x, channel, spatial_norm(raw_spatial), k, dilation, stride, combine)
+            )
         std = channel_norm.std.to(accumulate_dtype(features.dtype))
         bias, relu = None, False
         if folds := is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
@@ -298,7 +303,9 @@ class DDFPack(BaseModule):
             bias,
             relu,
             k,
-            *options,
+            dilation,
+            stride,
+            combine,
         )
         return out if folds else self.output(out)
 
@@ -338,7 +345,7 @@ def has_own_filters(pack: DDFPack) -> bool:
 
 
 def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
-    """The filters that the branches make of one input each: ``Tensor[B, branches, …]``."""
+    """The filters that the branches predict from one input each: ``Tensor[B, branches, …]``."""
     return torch.stack([f(x) for f, x in zip(branches, inputs, strict=True)], dim=1)
 
 
@@ -403,6 +410,8 @@ class DDFUpPack(BaseModule):
         >>> up(torch.randn(2, 64, 25, 19), torch.randn(2, 3, 50, 38)).shape
         torch.Size([2, 64, 50, 38])
     """
+
+    init_cfg: dict | list[dict] | None
 
     def __init__(
         self,

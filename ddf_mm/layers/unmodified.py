@@ -7,6 +7,8 @@ run the modules.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -86,7 +88,7 @@ def layers_of(branch: nn.Module) -> list[nn.Module]:
 
 def is_filter_norm(
     module: nn.Module | None, device: torch.device, filters: int, filter_type: str, taps: int
-) -> bool:
+) -> TypeGuard[FilterNorm]:
     """Whether ``module`` is an unmodified FilterNorm of this geometry without a learned mean,
     whose scale is learned for channel filters and a number for spatial ones."""
     if not is_unmodified(module, FilterNorm):
@@ -103,7 +105,8 @@ def is_filter_norm(
     std = own["_parameters"].get("std")
     # Of any dtype: FilterNorm casts it.
     return (
-        type(std) in (nn.Parameter, Tensor)
+        std is not None
+        and type(std) in (nn.Parameter, Tensor)
         and std.shape == (filters * taps,)
         and std.dtype.is_floating_point
         and std.device == device

@@ -13,9 +13,9 @@ from ddf_mm.models.ddf_resnet import DDFResNet
 class DDFResNet_CIFAR(DDFResNet):
     """DDFResNet with the stem of mmpretrain's ``ResNet_CIFAR``, for small images.
 
-    A 3x3 convolution with stride 1 takes the place of the 7x7 one with stride 2 and of the
-    pooling, so that the stages have 1, 1/2, 1/4 and 1/8 of the image's rows and columns.
-    Parameters are named as those of ``ResNet_CIFAR``.
+    A 3x3 convolution with stride 1 replaces the 7x7 one with stride 2 and the pooling, so that the
+    stages have 1, 1/2, 1/4 and 1/8 of the image's rows and columns. Parameters have the names of
+    ``ResNet_CIFAR``.
 
     Args:
         args, kwargs: those of :class:`DDFResNet`.

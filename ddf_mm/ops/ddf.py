@@ -68,12 +68,12 @@ def ddf(
     options = kernel_size, dilation, stride, kernel_combine
     if has_torch_function_variadic(*tensors):  # torch.fx records the call
         return handle_torch_function(ddf, tensors, *tensors, *options)
-    tensors = library.autocast_inputs(*tensors)
-    geometry = check_ddf(*tensors, *options)
-    if library.serves(tensors[0]):
-        return torch.ops.ddf_mm.ddf(*tensors, *options)
-    library.warn_about_reference(tensors[0].device.type)
-    return ddf_formula(*tensors, geometry)
+    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+    geometry = check_ddf(features, channel_filter, spatial_filter, *options)
+    if library.serves(features):
+        return torch.ops.ddf_mm.ddf(features, channel_filter, spatial_filter, *options)
+    library.warn_about_reference(features.device.type)
+    return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
 
 def ddf_up(
@@ -116,9 +116,9 @@ def ddf_up(
     options = kernel_size, scale_factor, dilation, kernel_combine
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(ddf_up, tensors, *tensors, *options)
-    tensors = library.autocast_inputs(*tensors)
-    geometry = check_ddf_up(*tensors, *options)
-    if library.serves(tensors[0]):
-        return torch.ops.ddf_mm.ddf_up(*tensors, *options)
-    library.warn_about_reference(tensors[0].device.type)
-    return ddf_up_formula(*tensors, geometry)
+    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+    geometry = check_ddf_up(features, channel_filter, spatial_filter, *options)
+    if library.serves(features):
+        return torch.ops.ddf_mm.ddf_up(features, channel_filter, spatial_filter, *options)
+    library.warn_about_reference(features.device.type)
+    return ddf_up_formula(features, channel_filter, spatial_filter, geometry)

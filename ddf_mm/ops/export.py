@@ -44,35 +44,42 @@ def decompositions() -> dict[Any, Callable]:
 
 
 def _onnx_ddf(
-    features,
-    channel_filter,
-    spatial_filter,
+    features: Any,
+    channel_filter: Any,
+    spatial_filter: Any,
     kernel_size: int = 3,
     dilation: int = 1,
     stride: int = 1,
     kernel_combine: str = "mul",
-):
+) -> Any:
     groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
     filters = (channel_filter, spatial_filter)
     return _onnx_taps(features, *filters, kernel_size, dilation, stride, kernel_combine, groups)
 
 
 def _onnx_taps(
-    features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine, groups
-):
+    features: Any,
+    channel_filter: Any,
+    spatial_filter: Any,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+    groups: int,
+) -> Any:
     from onnxscript import opset18 as op
 
     channels = features.shape[1]
     taps = kernel_size**2
     before = dilation * (kernel_size // 2)
 
-    def constant(*values: int):
+    def constant(*values: int) -> Any:
         return op.Constant(value_ints=values)
 
-    def reshape(value, *shape: int):
+    def reshape(value: Any, *shape: int) -> Any:
         return op.Reshape(value, constant(*shape))
 
-    def split(value, axis: int):
+    def split(value: Any, axis: int) -> Any:
         return op.Split(value, axis=axis, num_outputs=taps)
 
     # Groups join the batch, so that everything has four dimensions; a 0 keeps a dimension.
@@ -115,17 +122,17 @@ def _onnx_taps(
 
 
 def _onnx_ddf_up(
-    features,
-    channel_filter,
-    spatial_filter,
+    features: Any,
+    channel_filter: Any,
+    spatial_filter: Any,
     kernel_size: int = 3,
     scale_factor: int = 2,
     dilation: int = 1,
     kernel_combine: str = "mul",
-):
+) -> Any:
     from onnxscript import opset18 as op
 
-    def of_subpixel(filters, r: int):
+    def of_subpixel(filters: Any, r: int) -> Any:
         return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
 
     groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2

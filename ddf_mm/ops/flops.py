@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ddf_mm.ops import library
 
+Shape = Sequence[int]
 
-def count_taps(out_shape: Sequence[int], kernel_size: int) -> int:
+
+def count_taps(out_shape: Shape, kernel_size: int) -> int:
     """Taps of a dynamic filter: one multiply-add each, as those of a depthwise convolution.
 
     What combines the two filters is not counted, as biases and norms are not.
@@ -23,19 +26,42 @@ def count_taps(out_shape: Sequence[int], kernel_size: int) -> int:
     return math.prod(out_shape) * kernel_size**2
 
 
-def _forward_flops(features, channel, spatial, kernel_size, *args, out_shape, **kwargs) -> int:
+def _forward_flops(
+    features: Shape,
+    channel: Shape | None,
+    spatial: Shape | None,
+    kernel_size: int,
+    *args: object,
+    out_shape: Shape,
+    **kwargs: object,
+) -> int:
     return 2 * count_taps(out_shape, kernel_size)
 
 
-def _backward_flops(grad, features, channel, spatial, kernel_size, *args, **kwargs) -> int:
-    # Three more options, then which gradients are wanted.
-    wanted = args[3:6]
+def _backward_flops(
+    grad: Shape,
+    features: Shape,
+    channel: Shape | None,
+    spatial: Shape | None,
+    kernel_size: int,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    # After three more options: which gradients are needed.
+    needed = args[3:6]
     given = (features, channel, spatial)
-    count = sum(need and of is not None for need, of in zip(wanted, given, strict=True))
+    count = sum(bool(need) and of is not None for need, of in zip(needed, given, strict=True))
     return count * 2 * count_taps(grad, kernel_size)
 
 
-def _pack_flops(features, channel, spatial, *args, out_shape, **kwargs) -> int:
+def _pack_flops(
+    features: Shape,
+    channel: Shape,
+    spatial: Shape,
+    *args: Any,
+    out_shape: Shape,
+    **kwargs: object,
+) -> int:
     # The last options are kernel_size, dilation, stride and kernel_combine.
     return 2 * count_taps(out_shape, args[-4])
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def _package_with_libraries() -> Path:
         callers = [
             path.relative_to(here) for of in ("ops", "layers") for path in here.glob(f"{of}/*.py")
         ]
-        _, differing, missing = filecmp.cmpfiles(here, installed, ["version.py", *callers], False)
+        _, differing, missing = filecmp.cmpfiles(
+            here, installed, [Path("version.py"), *callers], False
+        )
         compiled = library.stat().st_mtime
         if differing or missing or any(f.stat().st_mtime > compiled for f in sources.rglob("*.*")):
             raise _Missing(
@@ -179,7 +181,7 @@ def warn_about_reference(device_type: str) -> None:
     )
 
 
-def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on.
 
     It casts no float64, as for every operation; a call that mixes them is left as it is, so that

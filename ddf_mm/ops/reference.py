@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +101,14 @@ def ddf_formula(
             weights = split_channels(weights, groups, taps)
         per_pixel = weights.split(1, -3)
 
-    out = None
-    for window, of_channel, of_pixel in zip(product(*windows), per_channel, per_pixel, strict=True):
+    out: Any = None
+    for (rows, columns), of_channel, of_pixel in zip(
+        product(*windows), per_channel, per_pixel, strict=True
+    ):
         weight = of_pixel if of_channel is None else of_channel
         if of_channel is not None and of_pixel is not None:
             weight = weight * of_pixel if geometry.kernel_combine == "mul" else weight + of_pixel
-        term = padded[(..., *window)] * weight
+        term = padded[..., rows, columns] * weight
         out = term if out is None else out + term
 
     if groups > 1:

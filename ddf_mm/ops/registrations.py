@@ -250,7 +250,7 @@ def _differentiate_filter_norm(ctx: Any, grad: Tensor) -> tuple:
         )
     else:
         grads = _gradients(
-            lambda *given: _filter_norm_formula(*given, filters, scale, eps),
+            lambda x, std, mean: _filter_norm_formula(x, std, mean, filters, scale, eps),
             (x, std, mean),
             needed,
             grad,
@@ -272,7 +272,13 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
     channels, options = features.shape[1], ctx.options
     groups = raw_spatial.shape[1] // options[0] ** 2
 
-    def formula(features, raw_channel, raw_spatial, std, bias):
+    def formula(
+        features: Tensor,
+        raw_channel: Tensor,
+        raw_spatial: Tensor,
+        std: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         channel = _filter_norm_formula(
             raw_channel.flatten(1), std, None, channels, channel_scale, eps
         )
