@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 import pytest
@@ -46,8 +47,13 @@ LONGEST = [
 ]
 
 
+# The library of cuda_host/emulated.py, if the tests of CUDA are to run on the devices made there.
+CUDA_ON_HOST = os.environ.get("DDF_MM_TEST_CUDA_ON_HOST")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device, or one that is emulated")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: left out by `make test-fast`")
     config.addinivalue_line(
         "markers", "kernels: numbers of the compiled kernels, the same with every torch"
@@ -57,11 +63,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
-    if torch.cuda.is_available():
+    if CUDA_ON_HOST:
+        from cuda_host import emulated
+
+        emulated.install(CUDA_ON_HOST)
+    elif torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("gpu" if CUDA_ON_HOST else "cuda"):
             item.add_marker(skip)
 
 

@@ -21,8 +21,14 @@ class Launcher {
                   size_t shared_bytes, const Given&... given) const {
     STD_TORCH_CHECK(blocks <= kMaxBlocks, name, ": the tensors need ", blocks,
                     " blocks, CUDA allows ", kMaxBlocks);
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream_>>>(given...);
-    const cudaError_t error = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, given...);
+    // So that nobody who asks later takes it for his own.
+    if (error != cudaSuccess) cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, name,
                     ": the kernel did not start: ", cudaGetErrorString(error));
   }

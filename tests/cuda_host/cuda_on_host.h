@@ -46,24 +46,19 @@ constexpr unsigned char kPoison = 0xff;
 
 enum class Use { input, result, scratch };  // a scratch is written by one kernel, read by the next
 
-// A tensor's bytes between red zones, at an address as (mis)aligned as `like`.
-class GlobalMemory {
+// Memory that kernels may use.
+class Memory {
  public:
-  GlobalMemory(const void* like, size_t bytes, Use use)
-      : use_(use), bytes_(bytes), storage_(bytes + 2 * kRedZone + 2 * kAlignment, kPoison) {
-    const auto start = reinterpret_cast<uintptr_t>(storage_.data()) + kRedZone;
-    const auto offset = reinterpret_cast<uintptr_t>(like) % kAlignment;
-    begin_ = reinterpret_cast<unsigned char*>((start / kAlignment + 1) * kAlignment + offset);
-    if (use == Use::input) {
-      std::memcpy(begin_, like, bytes);
-    } else {
-      written_.assign(bytes, false);
-    }
+  Memory(unsigned char* begin, size_t bytes, Use use) : begin_(begin), bytes_(bytes), use_(use) {
+    if (use != Use::input) written_.assign(bytes, false);
   }
 
   unsigned char* data() const { return begin_; }
   bool holds(const unsigned char* p, size_t bytes) const {
     return p >= begin_ && p + bytes <= begin_ + bytes_;
+  }
+  bool overlaps(const unsigned char* p, size_t bytes) const {
+    return p < begin_ + bytes_ && begin_ < p + bytes;
   }
 
   void check_use(const unsigned char* p, size_t bytes, bool write) {
@@ -85,6 +80,26 @@ class GlobalMemory {
     }
   }
 
+ protected:
+  unsigned char* begin_;
+  size_t bytes_;
+
+ private:
+  Use use_;
+  std::vector<bool> written_;
+};
+
+// A copy of a tensor's bytes between red zones, at an address as (mis)aligned as `like`.
+class GlobalMemory : private std::vector<unsigned char>, public Memory {
+ public:
+  GlobalMemory(const void* like, size_t bytes, Use use)
+      : vector(bytes + 2 * kRedZone + 2 * kAlignment, kPoison),
+        Memory(aligned_as(like), bytes, use) {
+    if (use == Use::input) std::memcpy(begin_, like, bytes);
+  }
+
+  using Memory::data;
+
   void check_red_zones() const {
     const auto clean = [](unsigned char byte) { return byte == kPoison; };
     if (!std::all_of(begin_ - kRedZone, begin_, clean) ||
@@ -95,11 +110,12 @@ class GlobalMemory {
 
  private:
   static constexpr size_t kAlignment = 64;
-  Use use_;
-  size_t bytes_;
-  std::vector<unsigned char> storage_;
-  unsigned char* begin_;
-  std::vector<bool> written_;
+
+  unsigned char* aligned_as(const void* like) {
+    const auto start = reinterpret_cast<uintptr_t>(vector::data()) + kRedZone;
+    const auto offset = reinterpret_cast<uintptr_t>(like) % kAlignment;
+    return reinterpret_cast<unsigned char*>((start / kAlignment + 1) * kAlignment + offset);
+  }
 };
 
 enum class Order { forward, backward, shuffled };
@@ -107,7 +123,7 @@ enum class Order { forward, backward, shuffled };
 class Machine {
  public:
   Order order = Order::forward;  // of blocks and of the threads between two barriers
-  std::vector<GlobalMemory*> tensors;
+  std::vector<Memory*> tensors;
 
   void launch(const std::function<void()>& kernel, int64_t blocks, int threads, size_t shared_bytes,
               size_t parameter_bytes) {
@@ -159,7 +175,7 @@ class Machine {
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
       fail("misaligned ", action, " of ", bytes, " bytes");
     }
-    for (GlobalMemory* const tensor : tensors) {
+    for (Memory* const tensor : tensors) {
       if (!tensor->holds(p, bytes)) continue;
       return tensor->check_use(p, bytes, write);
     }

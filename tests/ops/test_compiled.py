@@ -437,6 +437,7 @@ def test_results_are_repeatable_bit_for_bit(dtype, layout):
 
 
 @pytest.mark.cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 def test_side_stream(layout):
     """The kernels run after what is before them in the current stream, and their scratch lives."""
@@ -458,6 +459,7 @@ def test_side_stream(layout):
 
 
 @pytest.mark.cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
 def test_graph_capture(k, stride, layout):
@@ -491,6 +493,7 @@ def test_graph_capture(k, stride, layout):
 
 
 @pytest.mark.cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
 def test_more_elements_than_32_bits_count(k, stride, layout):

@@ -214,6 +214,7 @@ def test_small_cases_of_every_kernel(k, dilation, stride, layout):
 
 
 @pytest.mark.cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_side_stream(dilation, layout):
@@ -236,6 +237,7 @@ def test_side_stream(dilation, layout):
 
 
 @pytest.mark.cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_graph_capture(dilation, layout):

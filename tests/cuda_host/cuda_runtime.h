@@ -1,0 +1,59 @@
+// What csrc/cuda uses of the CUDA runtime, on the host. ops_on_host.h has the devices.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda_on_host.h"
+
+struct CUstream_st {
+  int device;
+};
+using cudaStream_t = CUstream_st*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error"
+                              : "no kernel image is available for execution on the device";
+}
+
+struct dim3 {
+  unsigned x = 1;
+  dim3() = default;
+  dim3(unsigned x) : x(x) {}
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+struct cudaFuncAttributes {};
+
+namespace ddf::host {
+
+// Of the current device.
+cudaError_t last_error();
+cudaError_t error_of_kernels();
+// Tells of a launch on `stream` with a block of so many threads.
+void note_launch(cudaStream_t stream);
+
+}  // namespace ddf::host
+
+inline cudaError_t cudaGetLastError() { return ddf::host::last_error(); }
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return ddf::host::error_of_kernels();
+}
+
+template <typename... Parameters, typename... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Given&... given) {
+  const cudaError_t error = ddf::host::error_of_kernels();
+  if (error != cudaSuccess) return error;
+  ddf::host::note_launch(config->stream);
+  ddf::host::machine().launch([&] { kernel(given...); }, config->gridDim.x, config->blockDim.x,
+                              config->dynamicSmemBytes, (sizeof(Parameters) + ...));
+  return cudaSuccess;
+}
