@@ -5,9 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import defaultdict
+from random import Random
 
 import pytest
 import torch
+
+# The library of cuda_host/emulated.py, if the tests of CUDA are to run on the devices made there.
+CUDA_ON_HOST = os.environ.get("DDF_MM_TEST_CUDA_ON_HOST")
+CASES_ON_HOST = int(os.environ.get("DDF_MM_TEST_CASES_ON_HOST", "8"))
+if CUDA_ON_HOST:
+    from cuda_host import emulated
+
+    emulated.install(CUDA_ON_HOST)
 
 # tests/ops needs only torch, so nothing else is imported here.
 with contextlib.suppress(ImportError):
@@ -25,7 +35,8 @@ with contextlib.suppress(ImportError):
     settings.register_profile(
         "thorough", settings.get_profile("suite"), derandomize=False, max_examples=20_000
     )
-    settings.load_profile("suite")
+    settings.register_profile("cuda on host", settings.get_profile("suite"), max_examples=30)
+    settings.load_profile("cuda on host" if CUDA_ON_HOST else "suite")
 
 
 # The slowest files, slowest first, so that none runs alone at the end.
@@ -47,13 +58,9 @@ LONGEST = [
 ]
 
 
-# The library of cuda_host/emulated.py, if the tests of CUDA are to run on the devices made there.
-CUDA_ON_HOST = os.environ.get("DDF_MM_TEST_CUDA_ON_HOST")
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA device, or one that is emulated")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device, or an emulated one")
+    config.addinivalue_line("markers", "gpu: no emulated CUDA device does for it")
     config.addinivalue_line("markers", "slow: left out by `make test-fast`")
     config.addinivalue_line(
         "markers", "kernels: numbers of the compiled kernels, the same with every torch"
@@ -64,15 +71,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     if CUDA_ON_HOST:
-        from cuda_host import emulated
+        items[:] = sample_for_the_host(items)
+    elif not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
 
-        emulated.install(CUDA_ON_HOST)
-    elif torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device")
+
+def sample_for_the_host(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Some cases of each test that needs a CUDA device: the host takes its time for all."""
+    cases = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu" if CUDA_ON_HOST else "cuda"):
-            item.add_marker(skip)
+        if item.get_closest_marker("cuda") and not item.get_closest_marker("gpu"):
+            cases[item.nodeid.split("[")[0]].append(item)
+    return [
+        item
+        for name, all_of_one in cases.items()
+        for item in Random(name).sample(all_of_one, min(CASES_ON_HOST, len(all_of_one)))
+    ]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -7,6 +7,7 @@
 // orders of the threads. Not seen: races that need threads to be interrupted between barriers, and
 // speed.
 #pragma once
+#include <setjmp.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
@@ -185,7 +186,8 @@ class Machine {
  private:
   enum class State { ready, at_barrier, in_shuffle, done };
   struct Fiber {
-    ucontext_t context;
+    bool is_started = false;
+    jmp_buf place;
     std::vector<char> stack = std::vector<char>(kStackBytes);
     State state;
     float sent, received;
@@ -200,7 +202,22 @@ class Machine {
   void wait(State state) {
     Fiber& fiber = *fibers_[current_];
     fiber.state = state;
-    swapcontext(&fiber.context, &scheduler_);
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
+  }
+
+  // Lets a thread run until it waits or is done. A context starts it, once for all blocks; jumps
+  // do the rest, without the signal masks for which contexts call the operating system.
+  void run_thread(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.is_started) _longjmp(fiber.place, 1);
+    fiber.is_started = true;
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fiber.stack.data();
+    start.uc_stack.ss_size = fiber.stack.size();
+    start.uc_link = nullptr;
+    makecontext(&start, enter, 0);
+    setcontext(&start);
   }
 
   int count(State state, int begin, int end) const {
@@ -240,29 +257,31 @@ class Machine {
     return indices;
   }
 
-  // An exception must not leave the fiber that it was thrown in.
+  // Runs the body in each block. An exception must not leave the fiber that it was thrown in.
   static void enter();
 
   void run_block(int threads) {
+    try {
+      run_threads(threads);
+    } catch (...) {
+      // Some are in the middle of the body.
+      fibers_.clear();
+      throw;
+    }
+  }
+
+  void run_threads(int threads) {
     while (fibers_.size() < static_cast<size_t>(threads)) {
       fibers_.push_back(std::make_unique<Fiber>());
     }
-    for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = *fibers_[i];
-      fiber.state = State::ready;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, enter, 0);
-    }
+    release(0, threads);
     const std::vector<int64_t> turns = sequence(threads);
     error_ = nullptr;
     for (;;) {
       for (const int64_t turn : turns) {
         Fiber& fiber = *fibers_[turn];
         current_ = turn;
-        if (fiber.state == State::ready) swapcontext(&scheduler_, &fiber.context);
+        if (fiber.state == State::ready) run_thread(fiber);
         if (error_) std::rethrow_exception(error_);
       }
       if (resolve_shuffles(threads)) continue;
@@ -278,7 +297,7 @@ class Machine {
 
   std::function<void()> body_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<Unit> shared_;
   size_t shared_bytes_ = 0;
   std::exception_ptr error_;
@@ -293,12 +312,14 @@ inline Machine& machine() {
 
 inline void Machine::enter() {
   Machine& self = machine();
-  try {
-    self.body_();
-  } catch (...) {
-    self.error_ = std::current_exception();
+  for (;;) {
+    try {
+      self.body_();
+    } catch (...) {
+      self.error_ = std::current_exception();
+    }
+    self.wait(State::done);
   }
-  self.fibers_[self.current_]->state = State::done;
 }
 
 }  // namespace ddf::host

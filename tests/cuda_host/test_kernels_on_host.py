@@ -7,28 +7,18 @@ tests break a copy of the kernels on purpose and expect to hear of it.
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_host.build import CSRC, HERE, NEEDS_HOST, compile_for_host
 from torch import Tensor
 
 from ddf_mm.ops import ddf_reference, ddf_up_reference
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-
-pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fibers are glibc's ucontext"),
-    pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler"),
-]
+pytestmark = NEEDS_HOST
 
 PASSES = ["forward", "grad_features", "grad_channel", "grad_spatial"]
 # Roundings to the dtype of a result, and of a term of a sum.
@@ -106,11 +96,7 @@ class Host:
 
     def __init__(self, csrc: Path, folder: Path, *options: str) -> None:
         library = folder / "kernels_on_host.so"
-        includes = [csrc, csrc / "cuda", HERE, Path(torch.__file__).parent / "include"]
-        command = [*COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *options]
-        command += [f"-I{path}" for path in includes]
-        command += [str(HERE / "run_kernels.cpp"), "-ldl", "-o", str(library)]
-        subprocess.run(command, check=True)
+        compile_for_host(HERE / "run_kernels.cpp", library, csrc, *options)
         self.library = ctypes.CDLL(str(library))
         self.library.ddf_run_on_host.restype = ctypes.c_char_p
         self.library.ddf_norm_on_host.restype = ctypes.c_char_p

@@ -172,6 +172,7 @@ def test_compiled_op_equals_the_formula(dtype, layout, shape, device):
         assert out.shape == x.shape and out.dtype == dtype and layout_of(out) == layout_of(x)
 
 
+@pytest.mark.gpu
 @COMPILED
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("shape", [(2, 18, 5, 7), (3, 18)], ids=str)

@@ -208,6 +208,7 @@ def test_derivatives_up_to_the_third(which, combine, device):
     assert torch.autograd.gradgradcheck(gradients, given, fast_mode=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("which", ["both", "channel", "spatial"])
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 def test_opcheck(layout, which, device):
@@ -262,6 +263,7 @@ def test_the_ops_refuse_what_they_could_not_read(change):
         UP_BACKWARD(grad[:, :, 1:], **good, **needs)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 def test_compiles_in_one_graph(layout, device):
     torch._dynamo.reset()
@@ -281,6 +283,7 @@ class Upsample(torch.nn.Module):
         return ddf_up(features, channel_filter, spatial_filter)
 
 
+@pytest.mark.gpu
 def test_exports(device):
     tensors = make(device=device)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -291,10 +294,15 @@ def test_exports(device):
     torch.testing.assert_close(program.module()(*others), ddf_up(*others))
 
 
-def test_autocast_vmap_and_transforms(device):
+def test_autocast(device):
     x, cf, sf = make(dtype=torch.float32, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert ddf_up(x, cf, sf).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_vmap_and_transforms(device):
+    x, cf, sf = make(dtype=torch.float32, device=device)
     stacked = torch.stack([x, 2 * x])
     got = torch.vmap(ddf_up, (0, None, None))(stacked, cf, sf)
     torch.testing.assert_close(got, torch.stack([ddf_up(x, cf, sf), ddf_up(2 * x, cf, sf)]))
