@@ -23,28 +23,31 @@ NEEDS_HOST = [
 ]
 
 
-def compile_for_host(source: Path, library: Path, csrc: Path, *options: str) -> None:
+def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Path) -> None:
+    """Compiles and, if ``output`` is a library, links."""
     includes = [csrc, csrc / "cuda", HERE, TORCH / "include"]
     # A jump from fiber to fiber is what the fortified longjmp looks for.
-    command = [*COMPILER, "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    command = [*COMPILER, "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE"]
     command += [f"-I{path}" for path in includes]
-    subprocess.run([*command, str(source), *options, "-ldl", "-o", str(library)], check=True)
+    command += ["-c"] if output.suffix == ".o" else ["-shared"]
+    command += [source, *options, *(["-ldl"] if output.suffix == ".so" else []), "-o", output]
+    subprocess.run(list(map(str, command)), check=True)
 
 
-def compile_ops_for_host(library: Path, csrc: Path = CSRC) -> None:
-    """All that an install compiles by nvcc, with tests/cuda_host/ops_on_host.cpp, as a library."""
-    files = [*sorted(csrc.glob("cuda/*.cu")), HERE / "ops_on_host.cpp"]
-    together = library.with_suffix(".cpp")
+def compile_kernels_for_host(output: Path, csrc: Path = CSRC) -> None:
+    """All that an install compiles by nvcc but ops.cu."""
+    together = output.with_suffix(".cpp")
+    files = [file for file in sorted(csrc.glob("cuda/*.cu")) if file.name != "ops.cu"]
     together.write_text("".join(f'#include "{file}"\n' for file in files))
-    compile_for_host(
-        together,
-        library,
-        csrc,
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DUSE_CUDA",
-        "-Wno-psabi",
-        "-Wl,-Bsymbolic",
-        f"-L{TORCH / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
-    )
+    compile_for_host(together, output, csrc)
+
+
+def compile_ops_for_host(
+    library: Path, kernels: Path, ops: Path = CSRC / "cuda" / "ops.cu", csrc: Path = CSRC
+) -> None:
+    """ops.cu and what emulates devices for it, with the kernels in a library."""
+    together = library.with_suffix(".cpp")
+    together.write_text("".join(f'#include "{file}"\n' for file in (ops, HERE / "ops_on_host.cpp")))
+    macros = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    compile_for_host(together, library, csrc, *macros, "-Wl,-Bsymbolic", kernels, *libraries)

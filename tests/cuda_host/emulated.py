@@ -19,13 +19,17 @@ DEVICES = 2
 # Bytes that one allocation may have.
 MEMORY = 1 << 30
 library: ctypes.CDLL
+# In a call of an op's kernel.
 _is_inside = False
+# In a copy to a CPU that is meant: PyTorch's C++ code also names the device that it takes emulated
+# tensors to be on.
+_is_moving = False
 
 
 class EmulatedTensor(Tensor):
     """A tensor of device ``cuda:index`` whose values are those of a CPU tensor.
 
-    PyTorch's C++ code takes it for one of the CPU, but asks nothing of its memory.
+    PyTorch's C++ code takes it for one of the CPU, and passes operators of it on to this class.
     """
 
     @staticmethod
@@ -38,7 +42,7 @@ class EmulatedTensor(Tensor):
             dtype=values.dtype,
             device=values.device,
         )
-        made.values, made.index = values, index
+        made.memory, made.index = values, index
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -59,11 +63,14 @@ class EmulatedTensor(Tensor):
         else:
             if op is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
                 device = torch.device(kwargs["device"])
-                index = (device.index or 0) if device.type == "cuda" else None
-                kwargs["device"] = "cpu" if device.type == "cuda" else device
-            result = op(*tree_map(_values, args), **tree_map(_values, kwargs))
+                if device.type == "cuda":
+                    index = device.index or 0
+                    kwargs["device"] = "cpu"
+                elif _is_moving or device.type != "cpu":
+                    index = None
+            result = op(*tree_map(_memory, args), **tree_map(_memory, kwargs))
         # An operator returns what it changed in place.
-        same = {id(_values(t)): t for t in given}
+        same = {id(_memory(t)): t for t in given}
 
         def emulated(value):
             if not isinstance(value, Tensor) or index is None:
@@ -73,11 +80,11 @@ class EmulatedTensor(Tensor):
         return tree_map(emulated, result)
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        return f"EmulatedTensor({self.values!r}, device='{self.device}')"
+        return f"EmulatedTensor({self.memory!r}, device='{self.device}')"
 
 
-def _values(x):
-    return x.values if isinstance(x, EmulatedTensor) else x
+def _memory(x):
+    return x.memory if isinstance(x, EmulatedTensor) else x
 
 
 def _run_op(op, args, kwargs, given):
@@ -86,11 +93,11 @@ def _run_op(op, args, kwargs, given):
     library.ddf_host_begin()
     for t in given:
         index = t.index if isinstance(t, EmulatedTensor) else -1
-        library.ddf_host_place(_values(t).data_ptr(), index)
+        library.ddf_host_place(_memory(t).data_ptr(), index)
     completed, _is_inside = False, True
     try:
         result = op._op_dk(
-            torch._C.DispatchKey.CUDA, *tree_map(_values, args), **tree_map(_values, kwargs)
+            torch._C.DispatchKey.CUDA, *tree_map(_memory, args), **tree_map(_memory, kwargs)
         )
         completed = True
     finally:
@@ -123,6 +130,7 @@ _to_of_torch = Tensor.to
 
 def _to(self, *args, **kwargs) -> Tensor:
     """``Tensor.to`` that knows the emulated devices."""
+    global _is_moving
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -131,7 +139,12 @@ def _to(self, *args, **kwargs) -> Tensor:
     if device == self.device:
         kept = dict(memory_format=memory_format, copy=kwargs.get("copy", False))
         return _to_of_torch(self, dtype, **kept)
-    return torch.ops.aten._to_copy(self, dtype=dtype, device=device, memory_format=memory_format)
+    _is_moving = True
+    try:
+        options = dict(dtype=dtype, device=device, memory_format=memory_format)
+        return torch.ops.aten._to_copy(self, **options)
+    finally:
+        _is_moving = False
 
 
 def _with_index(device) -> torch.device:

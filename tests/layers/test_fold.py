@@ -42,22 +42,24 @@ def check_same(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("stride, head", [(1, 1), (2, 2)])
-def test_a_pack_takes_in_the_norm_behind_it(stride, head, affine, layout):
+def test_a_pack_takes_in_the_norm_behind_it(stride, head, affine, layout, device):
     model = randomized(
         nn.Sequential(DDFPack(16, stride=stride, head=head), nn.BatchNorm2d(16, affine=affine))
-    )
+    ).to(device, torch.float64)
     folded = fuse_ddf_bn(copy.deepcopy(model))
     assert norms(folded) == 0 and isinstance(folded[0].output, Shift)
-    check_same(folded, model, torch.randn(2, 16, 9, 11).contiguous(memory_format=layout))
+    x = torch.randn(2, 16, 9, 11, dtype=torch.float64).to(device).contiguous(memory_format=layout)
+    check_same(folded, model, x)
     state = copy.deepcopy(folded.state_dict())
     assert fuse_ddf_bn(folded) is folded
     assert all(torch.equal(value, folded.state_dict()[name]) for name, value in state.items())
 
 
-def test_a_folded_pack_still_trains():
-    model = randomized(nn.Sequential(DDFPack(8), nn.BatchNorm2d(8)))
+def test_a_folded_pack_still_trains(device):
+    exact = dict(dtype=torch.float64, device=device)
+    model = randomized(nn.Sequential(DDFPack(8), nn.BatchNorm2d(8))).to(**exact)
     folded = fuse_ddf_bn(copy.deepcopy(model))
-    x = torch.randn(2, 8, 5, 7, requires_grad=True)
+    x = torch.randn(2, 8, 5, 7, **exact, requires_grad=True)
     grads = [torch.autograd.grad(net(x).square().sum(), x)[0] for net in (model, folded)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -88,8 +89,10 @@ def test_heads_filter_their_own_channels():
 
 @pytest.mark.parametrize("layer", [DDFPack(8), DDFPack(8, stride=2, head=2), DDFUpPack(8)])
 @pytest.mark.parametrize("size", [(7, 5), (1, 1), (8, 6)])
-def test_layout_empty_batch_and_odd_sizes(layer, size):
-    x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
+def test_layout_empty_batch_and_odd_sizes(layer, size, device):
+    layer = copy.deepcopy(layer).to(device, torch.float64)
+    x = torch.randn(2, 8, *size, dtype=torch.float64, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
     out = layer(x)
     torch.testing.assert_close(out, layer(x.contiguous()), rtol=1e-4, atol=1e-5)
     # One pixel has the same strides in both layouts.
@@ -99,22 +102,22 @@ def test_layout_empty_batch_and_odd_sizes(layer, size):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layer", [DDFPack(16, head=2), DDFUpPack(16)])
-def test_half_precision_keeps_its_dtype_and_stays_close(layer, dtype):
+def test_half_precision_keeps_its_dtype_and_stays_close(layer, dtype, device):
     x = torch.randn(2, 16, 9, 9)
     want = layer(x)
-    half = type(layer)(16, head=layer.head).to(dtype)
-    half.load_state_dict(layer.state_dict())
-    got = half(x.to(dtype))
+    half = copy.deepcopy(layer).to(device, dtype)
+    got = half(x.to(device, dtype))
     assert got.dtype == dtype
-    relative = (got - want).norm() / want.norm()
+    relative = (got.cpu() - want).norm() / want.norm()
     # Measured: 0.9 % for bfloat16, 0.1 % for float16.
     assert relative < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layer", [DDFPack(16), DDFUpPack(16)])
-def test_trains_under_autocast(layer):
-    x = torch.randn(2, 16, 8, 8, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_trains_under_autocast(layer, device):
+    layer = copy.deepcopy(layer).to(device)
+    x = torch.randn(2, 16, 8, 8, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = layer(x)
         assert out.dtype == torch.bfloat16
         loss = out.float().square().mean()
@@ -124,11 +127,12 @@ def test_trains_under_autocast(layer):
         assert parameter.grad.dtype == torch.float32
 
 
-def test_gradcheck_of_the_packs():
-    x = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
-    guide = torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True)
-    up = DDFUpPack(4, joint_channels=2).double()
-    assert torch.autograd.gradcheck(DDFPack(4, stride=2).double(), (x,), fast_mode=True)
+def test_gradcheck_of_the_packs(device):
+    exact = dict(dtype=torch.float64, device=device)
+    x = torch.randn(1, 4, 3, 4, **exact, requires_grad=True)
+    guide = torch.randn(1, 2, 6, 8, **exact, requires_grad=True)
+    up = DDFUpPack(4, joint_channels=2).to(**exact)
+    assert torch.autograd.gradcheck(DDFPack(4, stride=2).to(**exact), (x,), fast_mode=True)
     assert torch.autograd.gradcheck(up, (x, guide), fast_mode=True)
 
 
@@ -166,10 +170,10 @@ def by_branches(up, x):
     "options",
     [dict(), dict(head=2, scale_factor=3, dilation=2), dict(kernel_size=5, kernel_combine="add")],
 )
-def test_up_pack_equals_its_branches(options, layout):
-    up = DDFUpPack(8, **options).double()
-    x = torch.randn(2, 8, 6, 7, dtype=torch.float64).contiguous(memory_format=layout)
-    x.requires_grad_()
+def test_up_pack_equals_its_branches(options, layout, device):
+    up = DDFUpPack(8, **options).to(device, torch.float64)
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64, device=device)
+    x = x.contiguous(memory_format=layout).requires_grad_()
     inputs = [x, *up.parameters()]
     found = []
     for function in (up, lambda value: by_branches(up, value)):
@@ -323,12 +327,11 @@ def by_modules(monkeypatch, call):
 @pytest.mark.parametrize("combine", ["mul", "add"])
 @pytest.mark.parametrize("stride, head, k", [(1, 1, 3), (1, 2, 5), (2, 2, 3)])
 def test_pack_as_one_function_equals_its_modules(
-    stride, head, k, combine, dtype, layout, monkeypatch
+    stride, head, k, combine, dtype, layout, device, monkeypatch
 ):
-    if backend_info()["cpu"] != "compiled":
-        pytest.skip("no compiled ops on this machine")
-    pack = DDFPack(16, k, stride, head=head, kernel_combine=combine).to(dtype)
-    x = torch.randn(3, 16, 11, 9, dtype=dtype).contiguous(memory_format=layout)
+    require_compiled(device)
+    pack = DDFPack(16, k, stride, head=head, kernel_combine=combine).to(device, dtype)
+    x = torch.randn(3, 16, 11, 9, dtype=dtype).to(device).contiguous(memory_format=layout)
     x.requires_grad_()
     assert pack._norms_to_fuse(x) is not None
     grad = torch.randn_like(pack(x))
@@ -346,9 +349,9 @@ def test_pack_as_one_function_equals_its_modules(
         assert torch.equal(pack(x), fused[0])
 
 
-def test_frozen_parameters_get_no_gradient(monkeypatch):
-    pack = DDFPack(8).double()
-    x = torch.randn(2, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+def test_frozen_parameters_get_no_gradient(device, monkeypatch):
+    pack = DDFPack(8).to(device, torch.float64)
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
     pack.spatial_branch.requires_grad_(False)
     pack.channel_branch[1].weight.requires_grad_(False)
     pack(x).square().sum().backward()

@@ -18,16 +18,18 @@ from ddf_mm.ops import ddf_reference, ddf_up_reference
 from ddf_mm.ops.reference import filter_norm_reference
 
 ABSURD = [0, -1, 2, 2**31 - 1, 2**31, 2**62 + 1, 2**63 - 1, -(2**63)]
+ONLY_CPU = ("pointwise_pool", "depthwise_pointwise")
 NEEDS = list(itertools.product((False, True), repeat=3))
 
 
 @pytest.fixture(autouse=True)
-def compiled():
-    require_compiled("cpu")
+def compiled(request: pytest.FixtureRequest):
+    uses_device = "device" in request.fixturenames
+    require_compiled(request.getfixturevalue("device") if uses_device else "cpu")
 
 
-def good_calls(batch: int = 2) -> dict[str, dict]:
-    """Arguments of a good call of each op."""
+def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
+    """Arguments of a good call of each op that ``device`` has."""
 
     def random(*shape):
         return torch.randn(batch, *shape)
@@ -52,7 +54,7 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
     )
     norm = dict(x=random(18, 3, 4), filters=2, std=torch.rand(18))
     needs = dict(need_features=True, need_channel=True, need_spatial=True)
-    return dict(
+    calls = dict(
         ddf=ddf,
         ddf_backward=dict(grad=random(4, 3, 3), **ddf, **needs),
         ddf_up=up,
@@ -83,11 +85,16 @@ def good_calls(batch: int = 2) -> dict[str, dict]:
             need_mean=True,
         ),
     )
+    return {
+        name: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+        for name, call in calls.items()
+        if device == "cpu" or name not in ONLY_CPU
+    }
 
 
 def formula(name: str, call: dict) -> list[torch.Tensor]:
     """What the op ``name`` is to return, in float64."""
-    call = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    call = {k: v.double().cpu() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     if name in ("ddf", "ddf_up"):
         function = ddf_reference if name == "ddf" else ddf_up_reference
         return [function(*call.values())]
@@ -151,9 +158,12 @@ def check(name: str, call: dict) -> bool:
     if got is None and "larger than any memory" in refusal:
         return False
     assert got is not None or "API call failed" not in refusal
-    with FakeTensorMode() as mode:
+    with FakeTensorMode():
         fakes = {
-            k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in call.items()
+            k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+            if isinstance(v, torch.Tensor)
+            else v
+            for k, v in call.items()
         }
         try:
             fake = listed(op(**fakes))
@@ -167,21 +177,31 @@ def check(name: str, call: dict) -> bool:
     for g, want in zip(got, formula(name, call), strict=True):
         # Sums of up to 72 terms about as large as 1.
         tolerance = 1e-4 + 8 * torch.finfo(g.dtype).eps
-        torch.testing.assert_close(g.double(), want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(g.double().cpu(), want, rtol=tolerance, atol=tolerance)
     return True
 
 
 OPS = list(good_calls())
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_a_good_call(name):
-    assert check(name, good_calls()[name])
+# The ops that each device has.
+each_op = pytest.mark.parametrize(
+    "name, device",
+    [
+        *((name, "cpu") for name in OPS),
+        *(pytest.param(n, "cuda", marks=pytest.mark.cuda) for n in OPS if n not in ONLY_CPU),
+    ],
+)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_absurd_integers(name):
-    call = good_calls()[name]
+@each_op
+def test_a_good_call(name, device):
+    assert check(name, good_calls(device)[name])
+
+
+@each_op
+def test_absurd_integers(name, device):
+    call = good_calls(device)[name]
     served = 0
     for key, value in call.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -196,8 +216,8 @@ def test_absurd_integers(name):
     assert served or name in ("filter_norm", "filter_norm_backward")
 
 
-def test_a_stride_beyond_the_features_leaves_one_window():
-    call = good_calls()["ddf"]
+def test_a_stride_beyond_the_features_leaves_one_window(device):
+    call = good_calls(device)["ddf"]
     for stride in (6, 2**31, 2**63 - 1):
         assert check("ddf", {**call, "spatial_filter": None, "stride": stride})
 
@@ -220,19 +240,19 @@ def replacements(tensor: torch.Tensor):
     yield tensor.flatten()[:1].expand([2**9] * tensor.dim())
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_tensors_that_do_not_fit(name):
-    call = good_calls()[name]
+@each_op
+def test_tensors_that_do_not_fit(name, device):
+    call = good_calls(device)[name]
     for key, value in call.items():
         if isinstance(value, torch.Tensor):
             for other in replacements(value):
                 check(name, {**call, key: other})
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_all_tensors_with_nothing_in_a_dimension(name):
+@each_op
+def test_all_tensors_with_nothing_in_a_dimension(name, device):
     """Refused, but for the batch."""
-    call = good_calls()[name]
+    call = good_calls(device)[name]
     first = next(v for v in call.values() if isinstance(v, torch.Tensor))
     for dim in range(1, 4):
         empty = {
@@ -248,9 +268,9 @@ def test_all_tensors_with_nothing_in_a_dimension(name):
 
 @pytest.mark.parametrize("needed", NEEDS, ids=str)
 @pytest.mark.parametrize("name", [name for name in OPS if name.endswith("backward")])
-def test_each_subset_of_gradients(name, needed):
+def test_each_subset_of_gradients(name, needed, device):
     for batch in (0, 2):
-        call = good_calls(batch)[name]
+        call = good_calls(device, batch)[name]
         keys = [k for k in call if k.startswith("need_")]
         call.update(zip(keys, needed, strict=True))
         assert check(name, call)
@@ -262,14 +282,14 @@ def test_each_subset_of_gradients(name, needed):
                     assert check(name, given)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_an_empty_batch(name):
-    assert check(name, good_calls(0)[name])
+@each_op
+def test_an_empty_batch(name, device):
+    assert check(name, good_calls(device, 0)[name])
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_tensors_of_any_strides(name):
-    call = good_calls()[name]
+@each_op
+def test_tensors_of_any_strides(name, device):
+    call = good_calls(device)[name]
     for key, value in call.items():
         if not isinstance(value, torch.Tensor):
             continue
@@ -288,10 +308,10 @@ def test_tensors_of_any_strides(name):
             assert check(name, {**call, key: other})
 
 
-def test_sizes_beyond_memory():
-    one, pixel = torch.ones(1), torch.ones(1, 1, 1, 1)
+def test_sizes_beyond_memory(device):
+    one, pixel = torch.ones(1, device=device), torch.ones(1, 1, 1, 1, device=device)
     huge = one.expand(1, 1, 2**31, 2**31)
-    filters = torch.ones(1, 1, 3, 3)
+    filters = torch.ones(1, 1, 3, 3, device=device)
     calls = [
         ("ddf", (huge, filters, None, 3, 1, 1, "mul")),
         ("ddf", (huge, filters, None, 3, 2**63 - 1, 2**63 - 1, "mul")),
@@ -305,6 +325,8 @@ def test_sizes_beyond_memory():
         ("filter_norm", (one.expand(0, 2**40, 2**40), 2, None, None, 1.0, 0.0)),
     ]
     for name, args in calls:
+        if device != "cpu" and name in ONLY_CPU:
+            continue
         with pytest.raises(RuntimeError, match="larger than any memory"):
             getattr(torch.ops.ddf_mm, name)(*args)
 
