@@ -42,6 +42,7 @@ with contextlib.suppress(ImportError):
 # The slowest files, slowest first, so that none runs alone at the end.
 LONGEST = [
     "test_sanitizers.py",
+    "test_ops_on_host.py",
     "test_kernels_on_host.py",
     "test_train_test.py",
     "test_other_toolboxes.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import filecmp
 import os
 import sys
@@ -72,7 +73,7 @@ def _package_with_libraries() -> Path:
     return here
 
 
-def _load(name: str, package: Path, remedy: str) -> None:
+def _load(name: str, package: Path, remedy: str) -> ctypes.CDLL:
     """Loads ``<package>/<name>*.so``.
 
     Raises:
@@ -88,10 +89,12 @@ def _load(name: str, package: Path, remedy: str) -> None:
             f"{library} does not load with torch {torch.__version__} "
             f"({error.__cause__ or error}); {REINSTALL}"
         ) from error
+    return ctypes.CDLL(str(library))
 
 
 def _load_all() -> tuple[frozenset[str], str]:
     """Device types that now have compiled kernels, and why one that could have them has not."""
+    global _cuda
     compiled: set[str] = set()
     if FORCED:
         return frozenset(), "DDF_MM_FORCE_REFERENCE is set"
@@ -105,7 +108,7 @@ def _load_all() -> tuple[frozenset[str], str]:
         _load("_C", package, f"install a C++ compiler and ninja and {REINSTALL}")
         compiled.add("cpu")
         if "cuda" in COMPILABLE:
-            _load(
+            _cuda = _load(
                 "_C_cuda", package, f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}"
             )
             compiled.add("cuda")
@@ -119,12 +122,50 @@ def backend_info() -> dict[str, str]:
 
     Returns:
         Device type to ``'compiled'`` or to ``'reference'``, the formula in plain PyTorch;
-        ``'default'`` stands for every device type that is not named. ``'why'``, there only if a
-        named device type has the reference: the reason, and what helps.
+        ``'default'`` stands for every device type that is not named, ``'cuda'`` for the current
+        device. ``'why'``, there only if a named device type has the reference: the reason, and
+        what helps.
     """
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
-    return {**info, "why": _WHY} if _WHY else info
+    why = _WHY
+    if "cuda" in COMPILED and torch.cuda.is_available():
+        why = _why_not_on(torch.cuda.current_device())
+        info["cuda"] = "reference" if why else "compiled"
+    return {**info, "why": why} if why else info
+
+
+def _why_not_on(index: int) -> str:
+    """Why a CUDA device does not run the kernels of this install, and what helps; "" if it does."""
+    ask = _cuda.ddf_mm_why_not_on
+    ask.restype = ctypes.c_char_p
+    why = ask(index)
+    if why is None:
+        return ""
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
+    return (
+        f"cuda:{index}, {torch.cuda.get_device_name(index)} of compute capability {capability}, "
+        f"does not run the kernels of this install ({why.decode()}); set "
+        f"TORCH_CUDA_ARCH_LIST={capability} and {REINSTALL}"
+    )
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether a CUDA device runs the kernels of this install; warns, once, where it does not.
+
+    Asked in the first call of a device: the answer takes a CUDA context, which an import must not
+    make.
+    """
+    index = device.index
+    if index not in _runs_on_device:
+        # Such a call records the op, perhaps for another machine.
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+            return True
+        why = _why_not_on(index)
+        _runs_on_device[index] = not why
+        if why:
+            _warn(f"cuda:{index}", why, stacklevel=5)
+    return _runs_on_device[index]
 
 
 def serves(features: Tensor) -> bool:
@@ -134,8 +175,10 @@ def serves(features: Tensor) -> bool:
     with a registered backward there, or drops their tangents silently. The formula has both. Nor
     is it for torch.jit's tracer, whose graphs go where there is no ddf_mm: to ONNX and to C++.
     """
+    device = features.device
     return (
-        features.device.type in COMPILED
+        device.type in COMPILED
+        and (device.type == "cpu" or _runs_on(device))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and (_traces_ops or not torch.jit.is_tracing())
@@ -173,11 +216,15 @@ def warn_about_reference(device_type: str) -> None:
     if FORCED or _warned or not could_have or torch.compiler.is_compiling():
         return
     _warned = True
+    _warn(device_type, _WHY, stacklevel=4)
+
+
+def _warn(device: str, why: str, stacklevel: int) -> None:
     warnings.warn(
-        f"ddf_mm: no compiled ops for {device_type}, so the several times slower formula in plain "
-        f"PyTorch serves: {_WHY}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
+        f"ddf_mm: no compiled ops for {device}, so the several times slower formula in plain "
+        f"PyTorch serves: {why}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 
@@ -203,4 +250,7 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 _warned = False
 _traces_ops = False
+# The library of the CUDA ops, and which devices run its kernels, of those that had a call.
+_cuda: ctypes.CDLL | None = None
+_runs_on_device: dict[int, bool] = {}
 COMPILED, _WHY = _load_all()

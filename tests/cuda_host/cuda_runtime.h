@@ -10,10 +10,19 @@ struct CUstream_st {
 };
 using cudaStream_t = CUstream_st*;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+};
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error"
-                              : "no kernel image is available for execution on the device";
+  return error == cudaErrorNoKernelImageForDevice
+             ? "no kernel image is available for execution on the device"
+             : "an error of CUDA";
 }
 
 struct dim3 {

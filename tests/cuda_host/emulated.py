@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICES = 2
-# Bytes that one allocation may have.
-MEMORY = 1 << 30
+# Allocations that there is memory for, if it is not infinite.
+memory_for: int | None = None
 library: ctypes.CDLL
 # In a call of an op's kernel.
 _is_inside = False
@@ -109,9 +109,12 @@ def _run_op(op, args, kwargs, given):
 
 
 def _allocated(values: Tensor, device) -> Tensor:
-    if values.nbytes > MEMORY:
-        gib = values.nbytes / 2**30
-        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {gib:.2f} GiB.")
+    global memory_for
+    if memory_for is not None:
+        if memory_for == 0:
+            mib = values.nbytes / 2**20
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {mib:.2f} MiB.")
+        memory_for -= 1
     # ops.cu is given the memory itself: of which device it is, the library knows.
     return values if _is_inside else EmulatedTensor(values, torch.device(device).index or 0)
 
@@ -195,6 +198,7 @@ def install(path: Path) -> None:
 
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
+    ops._cuda = library
     library.ddf_host_place.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.ddf_host_end.argtypes = [ctypes.c_bool]
     library.ddf_host_end.restype = library.ddf_host_launches.restype = ctypes.c_char_p
@@ -212,6 +216,8 @@ def install(path: Path) -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.device_count = lambda: DEVICES
     torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (7, 5)
+    torch.cuda.get_device_name = lambda device=None: "emulated"
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     # Autograd makes the gradients that are not there on the device it takes the tensors for.
     for name in ("gradcheck", "gradgradcheck"):

@@ -8,7 +8,6 @@ emulated_cases.py.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +15,18 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from cuda_host.build import CSRC, HERE, NEEDS_HOST, compile_ops_for_host
+from cuda_host.build import (
+    CSRC,
+    HERE,
+    NEEDS_HOST,
+    compile_kernels_for_host,
+    compile_ops_for_host,
+)
 
 TESTS = HERE.parent
 # The CUDA tests, and how many cases of theirs run at least.
 FILES = {
-    "ops/test_ddf.py": 40,
+    "ops/test_ddf.py": 30,
     "ops/test_up.py": 35,
     "ops/test_filter_norm.py": 8,
     "ops/test_pack.py": 40,
@@ -29,6 +34,7 @@ FILES = {
     "ops/test_sweep.py": 2,
     "ops/test_direct_calls.py": 40,
     "layers/test_packs.py": 20,
+    "layers/test_fold.py": 5,
     "cuda_host/emulated_cases.py": 10,
 }
 
@@ -39,8 +45,9 @@ pytestmark = [
 ]
 
 
-def run(library: Path, report: Path, *arguments: str) -> dict[str, list[tuple[str, str]]]:
-    """Runs tests on emulated devices; for each file the name and the error, or "", of each test."""
+def run(library: Path, *arguments: str) -> dict[str, dict[str, str]]:
+    """Runs tests on emulated devices; for each file its tests and their errors, "" if none."""
+    report = library.with_name("report.xml")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= dict(DDF_MM_TEST_CUDA_ON_HOST=str(library), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
@@ -53,41 +60,67 @@ def run(library: Path, report: Path, *arguments: str) -> dict[str, list[tuple[st
         check=False,
     )
     assert report.exists(), ended.stdout + ended.stderr
-    results = {file: [] for file in FILES}
+    results = {file: {} for file in FILES}
     for case in ElementTree.parse(report).iter("testcase"):
         wrong = [e for kind in ("failure", "error", "skipped") for e in case.findall(kind)]
-        text = "\n".join(e.get("message") + "\n" + (e.text or "") for e in wrong)
-        results[case.get("file").removeprefix("tests/")].append((case.get("name"), text))
+        text = "\n".join(f"{e.get('message')}\n{e.text}" for e in wrong)
+        results[case.get("file").removeprefix("tests/")][case.get("name")] = text
     return results
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ops_on_host") / "ops_on_host.so"
-    compile_ops_for_host(path)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kernels") / "kernels.o"
+    compile_kernels_for_host(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def results(library: Path) -> dict[str, list[tuple[str, str]]]:
-    return run(library, library.with_name("report.xml"), *(str(TESTS / file) for file in FILES))
+def results(kernels: Path) -> dict[str, dict[str, str]]:
+    library = kernels.with_name("ops_on_host.so")
+    compile_ops_for_host(library, kernels)
+    return run(library, *(f"tests/{file}" for file in FILES))
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_cuda_tests_pass_on_emulated_devices(results, file):
-    for name, error in results[file]:
+    for name, error in results[file].items():
         assert not error, f"{name}: {error}"
     assert len(results[file]) >= FILES[file]
 
 
-FAULTS = [
-    # The scratch of the sums is too small.
-    ("tensors_.push_back(empty(like_, {elements},", "tensors_.push_back(empty(like_, {elements / 2},"),
-]
+GUARD = "const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());"
+# In ops.cu; and words of the tests that are to find them, and of an error.
+FAULTS = {
+    "half the scratch": (
+        "empty(like_, {elements}",
+        "empty(like_, {elements / 2}",
+        "tests/ops/test_compiled.py -k repeatable",
+        "outside of every tensor",
+    ),
+    "rows for columns": (
+        "t.stride(last - 1), t.stride(last)}",
+        "t.stride(last), t.stride(last - 1)}",
+        "tests/ops/test_compiled.py -k repeatable",
+        "outside of every tensor",
+    ),
+    "no device": (
+        GUARD,
+        "",
+        "tests/cuda_host/emulated_cases.py -k current_stream",
+        "memory of device 1 in a call on device 0",
+    ),
+}
 
 
-@pytest.mark.parametrize("right, wrong", FAULTS)
-def test_a_fault_in_ops_cu_is_found(right, wrong, tmp_path):
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_ops_cu_is_found(name, kernels, tmp_path):
+    right, wrong, tests, message = FAULTS[name]
     text = (CSRC / "cuda" / "ops.cu").read_text()
     assert right in text
-    del re, wrong
+    changed = tmp_path / "ops.cu"
+    changed.write_text(text.replace(right, wrong))
+    library = tmp_path / "ops_on_host.so"
+    compile_ops_for_host(library, kernels, changed)
+    errors = [error for of in run(library, *tests.split()).values() for error in of.values()]
+    assert any(message in error for error in errors), errors

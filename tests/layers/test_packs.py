@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ddf_cases import require_compiled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

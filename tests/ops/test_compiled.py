@@ -349,6 +349,7 @@ def test_exports(strict, device):
     torch.testing.assert_close(program.module()(*others), ddf(*others, stride=2))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 0), (None, 2, None), (0, None, None)])
 def test_vmap(in_dims, device):
     size = 3

@@ -18,7 +18,7 @@ from ddf_mm.ops import ddf_reference, ddf_up_reference
 from ddf_mm.ops.reference import filter_norm_reference
 
 ABSURD = [0, -1, 2, 2**31 - 1, 2**31, 2**62 + 1, 2**63 - 1, -(2**63)]
-ONLY_CPU = ("pointwise_pool", "depthwise_pointwise")
+ONLY_CPU = ("pointwise_pool",)
 NEEDS = list(itertools.product((False, True), repeat=3))
 
 
