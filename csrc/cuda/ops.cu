@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <functional>
 #include <optional>
 #include <string>
@@ -308,28 +309,33 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
   return {to.features, to.channel_filter, to.spatial_filter};
 }
 
+}  // namespace
+
 // Compiled for the same devices as all kernels.
 DDF_KERNEL(1) any_kernel() {}
 
-}  // namespace
 }  // namespace ddf::cuda
 
 // Why a device cannot run kernels that were compiled as these were, or null. Other errors are left
 // to the calls that meet them.
 extern "C" __attribute__((visibility("default"))) const char* ddf_mm_why_not_on(int device) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, ddf::cuda::any_kernel);
-  if (error != cudaSuccess) cudaGetLastError();
-  switch (error) {
-    case cudaErrorInvalidDeviceFunction:
-    case cudaErrorInvalidPtx:
-    case cudaErrorJitCompilerNotFound:
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion:
-      return cudaGetErrorString(error);
-    default:
-      return nullptr;
+  try {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, ddf::cuda::any_kernel);
+    if (error != cudaSuccess) cudaGetLastError();
+    switch (error) {
+      case cudaErrorInvalidDeviceFunction:
+      case cudaErrorInvalidPtx:
+      case cudaErrorJitCompilerNotFound:
+      case cudaErrorNoKernelImageForDevice:
+      case cudaErrorUnsupportedPtxVersion:
+        return cudaGetErrorString(error);
+      default:
+        return nullptr;
+    }
+  } catch (const std::exception&) {
+    return nullptr;
   }
 }
 

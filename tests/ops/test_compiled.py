@@ -369,6 +369,7 @@ def test_vmap(in_dims, device):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.gpu
 def test_batched_gradients(device):
     tensors = make(device=device, requires_grad=True)
     out = ddf(*tensors)
