@@ -859,7 +859,7 @@ def test_pack_of_every_geometry(host, case, combine, layout):
         tensors = make_pack(dtype=dtype, layout=layout, **sizes)
         check_pack(host, tensors, case["k"], dilation, case.get("stride", 1), combine)
         if dtype == torch.float64:
-            assert host.last_kernels.count("filter_norm<double>") == 2 * len(ORDERS)
+            assert host.last_kernels.count("filter_norm_forward<double>") == 2 * len(ORDERS)
             assert host.last_kernels.count("forward_generic<double>") == len(ORDERS)
 
 
