@@ -27,7 +27,7 @@ class Launcher {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, given...);
-    // So that nobody who asks later takes it for his own.
+    // The error must not be reported by a later call.
     if (error != cudaSuccess) cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, name,
                     ": the kernel did not start: ", cudaGetErrorString(error));

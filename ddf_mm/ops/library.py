@@ -250,7 +250,8 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 _warned = False
 _traces_ops = False
-# The library of the CUDA ops, and which devices run its kernels, of those that had a call.
-_cuda: ctypes.CDLL | None = None
+# The library of the CUDA ops, set where there is one; and which devices, of those that had a
+# call, run its kernels.
+_cuda: ctypes.CDLL
 _runs_on_device: dict[int, bool] = {}
 COMPILED, _WHY = _load_all()
