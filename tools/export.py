@@ -130,7 +130,13 @@ def check(run: Callable, model: nn.Module, sizes: list[Size], channels: int) -> 
     """The largest error of a file over several sizes; refuses one above the tolerance."""
     errors = {}
     for size in sizes:
-        errors[size] = export.largest_error(run, model, size.images(channels))
+        try:
+            errors[size] = export.largest_error(run, model, size.images(channels))
+        except Exception as error:
+            raise UserError(
+                f"the file does not take images of {size}: {error}; --static exports it for one "
+                "size, a larger --size checks it with other ones"
+            ) from error
         if not errors[size] <= TOLERANCE:
             raise UserError(
                 f"the file computes something else than the model: an error of {errors[size]:.1e} "

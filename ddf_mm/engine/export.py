@@ -18,6 +18,8 @@ from ddf_mm.ops.export import decompositions, onnx_translations
 
 # Oldest opset that the exporter writes by itself; a newer one is converted from it.
 MIN_OPSET = 18
+# torch.export takes a size of 1 for a constant: maps of strides up to 128 keep two pixels a side.
+_LEAST_TRACED = 256
 
 
 class ImageScores(nn.Module):
@@ -73,19 +75,22 @@ def export_program(
     model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
     """What torch.export makes of a model of images ``Tensor[B, channels, H, W]`` in evaluation
-    mode, traced with one size. B, H and W of a ``dynamic`` program are free. A ``guarded`` one
-    keeps strided max poolings, and their parity of sizes; ONNX, without guards, is faster so."""
+    mode, traced with one size. B, H and W of a ``dynamic`` program are free, which is traced with
+    larger images where these are small. A ``guarded`` one keeps strided max poolings, and their
+    parity of sizes; ONNX, without guards, is faster so."""
     if dynamic:
-        # Sizes that differ and are not 1, which torch.export takes for what they are otherwise.
-        width = size.width + 32 * (size.width == size.height)
-        size = Size(max(size.batch, 2), size.height, width)
+        height, width = (max(side, _LEAST_TRACED) for side in (size.height, size.width))
+        # Sizes that are the same are taken for one, too.
+        size = Size(max(size.batch, 2), height, width + 32 * (width == height))
     shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
     images = size.images(channels)
     pools = MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:
             return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
-    except torch._dynamo.exc.UserError as error:
+    except Exception as error:
+        if not dynamic:
+            raise
         raise UserError(
             f"the model does not take images of every size: {error}; --static exports it for one"
         ) from error

@@ -182,6 +182,22 @@ def test_files_serve_sizes_that_the_tool_did_not_check(exported, size):
         assert (g - w).abs().max() < 1e-4 * w.abs().max()
 
 
+def test_images_so_small_that_maps_have_one_pixel(run, folder):
+    """torch.export takes a size of 1 for a constant. The tool checks images of other sizes, too."""
+    small = ["--size", "8", "8", "--out", "small"]
+    result = run(*small)
+    assert result.code == 0, result.stderr
+    assert "1 x 8 x 8, 1 x 8 x 8, 3 x 21 x 41" in result.stdout
+    program = [*small, "--format", "torch.export"]
+    result = run(*program)
+    assert result.code == 1 and result.stderr.count("\n") == 1
+    assert "the file does not take images of 1 x 8 x 8: " in result.stderr
+    assert "--static exports it for one size" in result.stderr
+    assert not (folder / "here" / "small.pt2").exists()
+    result = run(*program, "--static")
+    assert result.code == 0, result.stderr
+
+
 def test_folded_batch_norms(run, folder, exported):
     result = run("--fold", "--out", "folded")
     assert result.code == 0, result.stderr
