@@ -92,7 +92,8 @@ def main() -> None:
     start = time.time()
     metrics = runner.test()
     if args.out_item == "metrics" and cli.rank() == 0:
-        mmengine.dump(metrics, args.out)
+        with cli.phase(f"writing --out {args.out!r}"):
+            mmengine.dump(metrics, args.out)
     for option, path in (("--out", args.out), ("--show-dir", args.show_dir)):
         if path is not None:
             evaluation.require_written(runner, option, path, start)

@@ -7,8 +7,8 @@ module is superfluous when it reads :func:`load`'s list of types and refuses eve
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,10 +18,6 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import OneCycleParamScheduler
-
-# How torch names what it refuses to unpickle.
-_REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", re.IGNORECASE)
-_PREAMBLE = re.compile(r"Weights only load failed\..*?WeightsUnpickler error: ", re.DOTALL)
 
 
 def load(filename: str, map_location=None, more_types: Sequence[type] = ()) -> object:
@@ -39,19 +35,24 @@ def load(filename: str, map_location=None, more_types: Sequence[type] = ()) -> o
         pickle.UnpicklingError: The file holds something else, or is none of torch's. The text goes
             on where "the file" begins.
     """
-    try:
-        with torch.serialization.safe_globals([*_safe_globals(), *more_types]):
+    with torch.serialization.safe_globals([*_safe_globals(), *more_types]):
+        try:
             return _finished(torch.load(filename, map_location=map_location, weights_only=True))
-    # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
-    except Exception as error:
-        refused = _REFUSED_GLOBAL.search(str(error))
-        reason = _PREAMBLE.sub("", str(error)).strip().splitlines() or [type(error).__name__]
-        raise pickle.UnpicklingError(
-            f"was not loaded: it holds {refused[1]}, which could run code; checkpoints may hold "
-            "tensors, numbers and text only"
-            if refused
-            else f"is not a checkpoint that torch can read: {reason[0]}"
-        ) from error
+        # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
+        except Exception as error:
+            refused = []
+            # Another error than this one: it is no archive of torch 1.6 and later.
+            with contextlib.suppress(Exception):
+                refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(filename))
+            # Around what its unpickler says, torch puts advice how to load such a file anyway.
+            first = (isinstance(error, pickle.UnpicklingError) and error.__context__) or error
+            reason = str(first).strip().splitlines() or [type(first).__name__]
+            raise pickle.UnpicklingError(
+                f"was not loaded: it holds {', '.join(refused)}, which could run code; checkpoints "
+                "may hold tensors, numbers and text only"
+                if refused
+                else f"is not a checkpoint that torch can read: {reason[0].partition('. ')[0]}"
+            ) from error
 
 
 class _StandIn:

@@ -1,12 +1,11 @@
 """Checkpoints: local ones are read without running code that they hold."""
 
-import contextlib
 import errno
 import itertools
 import os
 import os.path as osp
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -55,15 +54,14 @@ def load_safely() -> None:
     CheckpointLoader.register_scheme("", load_from_local_file, force=True)
 
 
-def require_weights(model: nn.Module, checkpoint: dict) -> None:
-    """Check that a checkpoint holds numbers of the kind that a model, or a wrapped one, computes
-    with: PyTorch would take integers for weights. Another precision of floating point is fine."""
-    weights = checkpoint.get("state_dict", checkpoint)
+def require_weights(model: nn.Module, weights: dict) -> str:
+    """Say shortly which weights a model, or a wrapped one, lacks, has besides, or has in another
+    size. Refuses numbers of another kind than it computes with: PyTorch would take integers for
+    weights. Another precision of floating point is fine."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
-        value = weights.get(name, weights.get(f"module.{name}"))
-        if value is None:
+        if (value := weights.get(name)) is None:
             continue
         given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         if not isinstance(value, torch.Tensor) or (
@@ -73,25 +71,40 @@ def require_weights(model: nn.Module, checkpoint: dict) -> None:
                 f"the checkpoint does not match the model: {name} is {given}, where the model has "
                 f"{own.dtype}"
             )
+    given, own = (
+        {n: getattr(v, "shape", ()) for n, v in w.items()} for w in (weights, model.state_dict())
+    )
+    mismatch = {
+        # mmengine leaves counters of batches alone that a checkpoint lacks.
+        "missing": [n for n in own if n not in given and "num_batches_tracked" not in n],
+        "unexpected": [name for name in given if name not in own],
+        "of another size": [n for n, shape in own.items() if given.get(n, shape) != shape],
+    }
+    return summarize(mismatch, _SHOWN_NAMES)
 
 
 class WeightsCheck(OneCheckpointForm):
     """Checks every checkpoint that a runner loads by :func:`require_weights`."""
 
+    mismatch = ""
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check what is about to be copied into the model."""
         super().after_load_checkpoint(runner, checkpoint)
-        require_weights(runner.model, checkpoint)
+        self.mismatch = require_weights(runner.model, checkpoint["state_dict"])
 
 
 def require_matching_checkpoint(runner: Runner) -> None:
-    """Let a ``Runner`` or ``FlexibleRunner`` refuse a checkpoint that does not fit its model, with
-    what was missing, unexpected or of another size; by itself it only warns."""
+    """Let a ``Runner`` or ``FlexibleRunner`` with a :class:`WeightsCheck` refuse a checkpoint that
+    does not fit its model; by itself it only warns."""
     load = runner.load_checkpoint
+    check = next(hook for hook in runner.hooks if isinstance(hook, WeightsCheck))
 
     def load_checkpoint(filename: str, **kwargs):
-        with _refusing_mismatch(filename):
+        try:
             return load(filename, **{**kwargs, "strict": True})
+        except RuntimeError as error:
+            raise _refusal(filename, check.mismatch or error) from error
 
     runner.load_checkpoint = load_checkpoint
 
@@ -107,36 +120,14 @@ def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None 
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu", logger="silent")
     weights = checkpoint.get("state_dict", checkpoint)
     consume_prefix_in_state_dict_if_present(weights, "module.")
-    require_weights(model, checkpoint)
-    with _refusing_mismatch(filename, has_option=allow_partial is not None):
+    mismatch = require_weights(model, weights)
+    try:
         load_state_dict(model, weights, not allow_partial)
+    except RuntimeError as error:
+        raise _refusal(filename, mismatch or error, allow_partial is not None) from error
     return checkpoint
 
 
-@contextlib.contextmanager
-def _refusing_mismatch(filename: str, has_option: bool = True) -> Iterator[None]:
-    """Say shortly what did not fit, where mmengine or torch list every name."""
-    try:
-        yield
-    except RuntimeError as error:
-        hint = "; --allow-partial goes on with what did match" if has_option else ""
-        raise UserError(
-            f"checkpoint {filename!r} does not match the model: {_summarize(str(error))}{hint}"
-        ) from error
-
-
-def _summarize(mismatch: str) -> str:
-    """mmengine's list of mismatches, each kind cut to its first few names."""
-    labels = {
-        "missing keys in source state_dict: ": "missing",
-        "unexpected key in source state_dict: ": "unexpected",
-        "size mismatch for ": "of another size",
-    }
-    found: dict[str, list[str]] = {kind: [] for kind in labels.values()}
-    for line in map(str.strip, mismatch.splitlines()):
-        for start, kind in labels.items():
-            if line.startswith(start):
-                names = line.removeprefix(start)
-                sizes = kind == "of another size"
-                found[kind] += [names.split(":")[0]] if sizes else names.split(", ")
-    return summarize(found, _SHOWN_NAMES) or mismatch
+def _refusal(filename: str, reason: object, has_option: bool = True) -> UserError:
+    hint = "; --allow-partial goes on with what did match" if has_option else ""
+    return UserError(f"checkpoint {filename!r} does not match the model: {reason}{hint}")

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS, METRICS, Registry
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
-from ddf_mm.engine.cli import UserError, rank
+from ddf_mm.engine.cli import UserError, phase, rank
 from ddf_mm.engine.launch import find_class
 from ddf_mm.utils import dicts_with, leaf_datasets, toolbox, type_name
 
@@ -189,7 +189,8 @@ class DumpPredictions(Hook):
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Write those of all processes."""
-        self.metric.evaluate(len(runner.test_dataloader.dataset))
+        with phase(f"writing --out {self.metric.out_file_path!r}"):
+            self.metric.evaluate(len(runner.test_dataloader.dataset))
 
 
 def require_written(runner: Runner, option: str, path: str, since: float) -> None:

@@ -226,6 +226,7 @@ def build_runner(cfg: Config) -> Runner:
     load_safely()
     write_whole_files()
     name_files()
+    cfg.setdefault("env_cfg", {})  # FlexibleRunner wants one
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
     kind = cfg.get("runner_type", "Runner")

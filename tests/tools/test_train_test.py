@@ -59,7 +59,9 @@ custom_hooks = [dict(type="Recorder")]
 
 RECORDER = '''
 """Writes down what happened in a run, and a hook with a fault."""
+import errno
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -96,6 +98,15 @@ class Recorder(Hook):
 
 @HOOKS.register_module()
 class Quota(Hook):
+    def before_save_checkpoint(self, runner, checkpoint):
+        def fsync(_):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        os.fsync = fsync
+
+
+@HOOKS.register_module()
+class SizeLimit(Hook):
     def before_save_checkpoint(self, runner, checkpoint):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
 
@@ -288,6 +299,27 @@ TRAIN_ERRORS = {
         1,
         ["while reading the config '../configs/syntax.py': SyntaxError"],
     ),
+    "config of JSON that does not parse": (
+        ["../configs/syntax.json"],
+        1,
+        ["while reading the config '../configs/syntax.json': JSONDecodeError"],
+    ),
+    "config of YAML that does not parse": (
+        ["../configs/syntax.yaml"],
+        1,
+        ["while reading the config '../configs/syntax.yaml': ParserError"],
+    ),
+    "pure-Python config that does not parse": (
+        ["../configs/pure.py"],
+        1,
+        ["while reading the config '../configs/pure.py': SyntaxError"],
+    ),
+    "pure-Python config without its base": (
+        ["../configs/pure_base.py"],
+        1,
+        ["while reading the config '../configs/pure_base.py': ConfigParsingError", "nothing.py"],
+    ),
+    "config that is no text": (["../configs/bytes.py"], 1, ["while reading the config"]),
     "suffix that matches nothing": (
         [CFG, "--cfg-options", f"{DATASET}.extensions=('.tif',)"],
         1,
@@ -302,6 +334,27 @@ TRAIN_ERRORS = {
     ),
     "no network": (
         [CFG, "--cfg-options", "load_from=https://localhost:9/a.pth"],
+        1,
+        ["while loading the checkpoint 'https://localhost:9/a.pth': URLError"],
+    ),
+    "no network, torchvision": (
+        [CFG, "--cfg-options", "load_from=torchvision://resnet18"],
+        1,
+        ["while loading the checkpoint 'torchvision://resnet18': URLError"],
+    ),
+    "no network, OpenMMLab": (
+        [CFG, "--cfg-options", "model.backbone.init_cfg.type=Pretrained",
+         "model.backbone.init_cfg.checkpoint=open-mmlab://vgg16_caffe"],
+        1,
+        ["while initializing ResNet_CIFAR from the checkpoint 'open-mmlab://vgg16_caffe': URLErr"],
+    ),
+    "no such model of torchvision": (
+        [CFG, "--cfg-options", "load_from=torchvision://resnet19"],
+        1,
+        ["while loading the checkpoint 'torchvision://resnet19'"],
+    ),
+    "no network, to resume": (
+        [CFG, "--resume", "https://localhost:9/a.pth"],
         1,
         ["while loading the checkpoint 'https://localhost:9/a.pth': URLError"],
     ),
@@ -423,6 +476,28 @@ TEST_ERRORS = {
         1,
         ["head.fc.weight is torch.int64", "torch.float32"],
     ),
+    "other model, FlexibleRunner": (
+        [CFG, "../weights.pth", "--cfg-options", "runner_type=FlexibleRunner"],
+        1,
+        ["'../weights.pth'", "unexpected: extra.weight", "of another size: head.fc.weight",
+         "missing: backbone.bn1.bias", "--allow-partial"],
+    ),
+    "no network": (
+        [CFG, "https://localhost:9/a.pth"],
+        1,
+        ["while loading the checkpoint 'https://localhost:9/a.pth': URLError"],
+    ),
+    "predictions into a folder that cannot be": (
+        [CFG, "work_dirs/tiny/epoch_2.pth", "--out", "../notes.txt/a.pkl"],
+        1,
+        ["while writing --out '../notes.txt/a.pkl': "],
+    ),
+    "metrics into a folder that cannot be": (
+        [CFG, "work_dirs/tiny/epoch_2.pth", "--out", "../notes.txt/a.json", "--out-item",
+         "metrics"],
+        1,
+        ["while writing --out '../notes.txt/a.json': "],
+    ),
     "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
     "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
     "pictures of several views": (
@@ -456,6 +531,12 @@ def broken_files(folder, trained):
     (folder / "configs" / "base.py").write_text("_base_ = 'mmocr::textdet/model.py'\n")
     (folder / "configs" / "missing_base.py").write_text("_base_ = 'no_such_base.py'\n")
     (folder / "configs" / "syntax.py").write_text("model = dict(type='A'\n")
+    (folder / "configs" / "syntax.json").write_text("{'model'")
+    (folder / "configs" / "syntax.yaml").write_text("model: [1\nb: {")
+    base = "from mmengine.config import read_base\nwith read_base():\n    from .nothing import *\n"
+    (folder / "configs" / "pure_base.py").write_text(base)
+    (folder / "configs" / "pure.py").write_text(f"{base}model = dict(\n")
+    (folder / "configs" / "bytes.py").write_bytes(b"\0\xff\xfe")
     (folder / "configs" / "import.py").write_text(
         "custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)\n"
     )
@@ -494,10 +575,14 @@ def _check_one_line(result, prog, code, mentions):
         assert mention in lines[0]
 
 
+# Where addresses that are not of this machine lead.
+NO_NETWORK = dict(http_proxy="http://localhost:9", https_proxy="http://localhost:9")
+
+
 @pytest.mark.parametrize("case", TRAIN_ERRORS)
 def test_train_error_is_one_line(run, broken_files, case):
     arguments, code, mentions = TRAIN_ERRORS[case]
-    result = run(TRAIN, *arguments, "--work-dir", "../error")
+    result = run(TRAIN, *arguments, "--work-dir", "../error", env=NO_NETWORK)
     _check_one_line(result, "train.py", code, mentions)
 
 
@@ -515,16 +600,33 @@ def test_partial_checkpoint_on_request(run, broken_files):
     assert "accuracy/top1" in result.stdout
 
 
-def test_disk_that_is_full(run, folder):
-    """A quota answers as the limit on a file's size does."""
-    result = run(TRAIN, CFG, "--work-dir", "../full", "--cfg-options", "custom_hooks.0.type=Quota")
-    _check_one_line(
-        result,
-        "train.py",
-        1,
-        [f"while writing '{folder / 'full' / 'epoch_1.pth'}': OSError: [Errno 27] File too large"],
-    )
-    assert not list((folder / "full").glob("*.pth"))
+@pytest.mark.parametrize("runner", ["Runner", "FlexibleRunner"])
+@pytest.mark.parametrize(
+    ("hook", "problem"), [("SizeLimit", "[Errno 27] File too large"), ("Quota", "[Errno 122] ")]
+)
+def test_disk_that_is_full(run, folder, runner, hook, problem):
+    work_dir = folder / f"{hook}_{runner}"
+    options = ["--cfg-options", f"custom_hooks.0.type={hook}", f"runner_type={runner}"]
+    result = run(TRAIN, CFG, "--work-dir", work_dir, *options)
+    place = f"while writing '{work_dir / 'epoch_1.pth'}': OSError: {problem}"
+    _check_one_line(result, "train.py", 1, [place])
+    assert not list(work_dir.glob("*.pth"))
+
+
+@pytest.mark.parametrize("runner", ["Runner", "FlexibleRunner"])
+@pytest.mark.parametrize("hook", ["EMAHook", "mmengine.EMAHook"])
+def test_fine_tune_an_average_to_other_classes(run, folder, runner, hook):
+    """mmpretrain's hook reads the average of the checkpoint, whose head has other classes."""
+    options = ["--cfg-options", f"custom_hooks.0.type={hook}", f"runner_type={runner}"]
+    options += ["train_cfg.max_epochs=1"]
+    work_dir = folder / f"{hook}_{runner}"
+    result = run(TRAIN, CFG, "--work-dir", work_dir, *options)
+    assert result.code == 0, result.stderr
+    more = [f"load_from=../{work_dir.name}/epoch_1.pth", "model.head.num_classes=5"]
+    result = run(TRAIN, CFG, "--work-dir", f"{work_dir}_tuned", *options, *more)
+    assert result.code == 0, result.stderr
+    tuned = torch.load(folder / f"{hook}_{runner}_tuned" / "epoch_1.pth", weights_only=False)
+    assert tuned["ema_state_dict"]["module.head.fc.weight"].shape == (5, 8)
 
 
 def test_labels_beyond_the_classes(run, folder):
