@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import os.path as osp
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.model import BaseModel, PretrainedInit, revert_sync_batchnorm
-from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, init_default_scope
+from mmengine.registry import (
+    DATASETS,
+    MODELS,
+    TRANSFORMS,
+    WEIGHT_INITIALIZERS,
+    init_default_scope,
+)
 from mmengine.structures import PixelData
 from torch import nn
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.engine import launch
-from ddf_mm.engine.cli import UserError
+from ddf_mm.engine.cli import UserError, phase
+from ddf_mm.engine.phases import data_sources
 from ddf_mm.ops import backend_info
 from ddf_mm.registry import resolve
-from ddf_mm.utils import dicts_with, toolbox
+from ddf_mm.utils import dicts_with, toolbox, type_name
 
 # Usual height and width of images for which each toolbox's costs are given.
 SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 1024))
@@ -93,7 +103,70 @@ def build_model(cfg: Config) -> nn.Module:
     if data_preprocessor(cfg):
         cfg.model.data_preprocessor = data_preprocessor(cfg)
     init_default_scope(toolbox(cfg) or "mmengine")
-    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    with phase("building the model"):
+        return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
+
+def build_dataset(cfg: Config, loader: str) -> Dataset:
+    """The dataset of one of the config's data loaders."""
+    init_default_scope(toolbox(cfg) or "mmengine")
+    with phase(f"building the dataset of {loader}", data_sources(cfg[loader])):
+        return DATASETS.build(cfg[loader].dataset)
+
+
+def load_image(cfg: Config, image: str) -> dict:
+    """One image through the config's test pipeline.
+
+    Args:
+        cfg: the config.
+        image: a path, or ``dataset:INDEX``.
+
+    Returns:
+        What the pipeline returns: ``inputs`` and ``data_samples``.
+
+    Raises:
+        UserError: no such image.
+    """
+    if image.startswith("dataset:"):
+        index = image.removeprefix("dataset:")
+        if not index.isdecimal():
+            raise UserError(
+                f"image {image!r} must be dataset:INDEX with a whole number", exit_code=2
+            )
+        dataset = build_dataset(cfg, "test_dataloader")
+        if int(index) >= len(dataset):
+            raise UserError(
+                f"image {image!r}: the test dataset has {len(dataset)} images, the last is "
+                f"dataset:{len(dataset) - 1}",
+                exit_code=2,
+            )
+        with phase(f"reading the image {image!r}"):
+            return dataset[int(index)]
+
+    if not Path(image).is_file():
+        raise UserError(
+            f"image {image!r} is neither a file nor dataset:INDEX (current folder: "
+            f"{str(Path.cwd())!r})",
+            exit_code=2,
+        )
+    # There are no annotations of such an image.
+    steps = [s for s in _steps(cfg.test_dataloader.dataset) if "Annotation" not in type_name(s)]
+    # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
+    if not steps or not type_name(steps[0]).endswith("FromFile"):
+        colors = {1: "grayscale", 3: "color"}.get(image_channels(cfg), "unchanged")
+        steps.insert(0, dict(type="LoadImageFromFile", color_type=colors))
+    with phase(f"reading the image {image!r}"):
+        data = Compose([TRANSFORMS.build(step) for step in steps])(dict(img_path=image))
+    if data is None:
+        raise UserError(f"image {image!r} does not pass the config's test pipeline")
+    return data
+
+
+def _steps(dataset: dict) -> list[dict]:
+    """The pipeline of a dataset, the first of joined ones, then those of its containers."""
+    inner = dataset.get("dataset") or dataset.get("datasets") or {}
+    inner = _steps(inner[0] if isinstance(inner, (list, tuple)) else inner) if inner else []
+    return [*inner, *(dataset.get("pipeline") or ())]
 
 
 def example_batch(cfg: Config, batch_size: int, shape: tuple[int, int]) -> dict[str, list]:

@@ -67,6 +67,15 @@ def dicts_with(value: object, key: str) -> Iterator[dict]:
             yield from dicts_with(item, key)
 
 
+def name_ops(model: object) -> None:
+    """Give the ops that mmdet and mmcv look up in ``mmcv.ops`` by their names these names, where a
+    dumped config in pure Python has dotted ones."""
+    for key in ("roi_layer", "nms"):
+        for part in dicts_with(model, key):
+            if isinstance(part[key], dict) and isinstance(part[key].get("type"), str):
+                part[key]["type"] = type_name(part[key])
+
+
 def leaf_datasets(dataset: object) -> Iterator[dict]:
     """The configs of the datasets that read samples, within dataset wrappers."""
     if isinstance(dataset, (list, tuple)):

@@ -12,7 +12,7 @@ from mmengine.hub import get_config, get_model
 
 import ddf_mm  # noqa: F401  (mmengine finds `ddf_mm::` from then on)
 from ddf_mm.layers import DDFPack, DDFUpPack
-from ddf_mm.utils import register_all_modules
+from ddf_mm.utils import name_ops, register_all_modules
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = "ddf-mul-resnet26_digits"
@@ -63,7 +63,7 @@ class Without(PathFinder):
         return super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
-from ddf_mm.utils import register_all_modules
+from ddf_mm.utils import name_ops, register_all_modules
 register_all_modules()
 from mmengine.registry import MODELS
 print("DDFResNet" in MODELS, "DDF" in MODELS, "mmpretrain" in sys.modules)
@@ -73,3 +73,14 @@ print("DDFResNet" in MODELS, "DDF" in MODELS, "mmpretrain" in sys.modules)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "True", "False"]
+
+
+def test_ops_that_mmdet_looks_up_by_name():
+    """As a dumped config in pure Python has them, or classes, or no type."""
+    roi = dict(roi_layer=dict(type="mmcv.ops.RoIAlign", output_size=7))
+    tests = [dict(nms=dict(type="mmcv.ops.nms", iou_threshold=0.5)), dict(nms=dict(type=set))]
+    model = dict(roi_head=[roi], test_cfg=dict(rcnn=tests[0], rpn=tests[1], nms=None))
+    name_ops(model)
+    assert roi["roi_layer"]["type"] == "RoIAlign"
+    assert tests[0]["nms"]["type"] == "nms" and tests[1]["nms"]["type"] is set
+    name_ops(None)

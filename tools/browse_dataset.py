@@ -12,7 +12,6 @@ matplotlib.use("Agg")  # before pyplot is imported: a server has no display
 import matplotlib.pyplot as plt
 import numpy as np
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, init_default_scope
 
 from ddf_mm import analysis
 from ddf_mm.engine import cli, launch
@@ -93,14 +92,14 @@ def main() -> None:
             "mmseg have an analysis_tools/browse_dataset.py of their own",
             exit_code=2,
         )
-    init_default_scope(scope)
-    dataset = DATASETS.build(cfg[loader].dataset)
+    dataset = analysis.build_dataset(cfg, loader)
     indices = range(args.first, min(args.first + args.num, len(dataset)))
     if not indices:
         raise UserError(f"--first {args.first} is beyond the {len(dataset)} images", exit_code=2)
 
     samples = [original(dataset, index) for index in indices]
-    rows = [pictures_of(*sample) for sample in samples]
+    with cli.phase(f"reading the images of {loader}"):
+        rows = [pictures_of(*sample) for sample in samples]
     if not any(rows):
         raise UserError(f"no step of the pipeline of {loader}.dataset leaves an image, 'img'")
     # What to_rgb turns into RGB is BGR.

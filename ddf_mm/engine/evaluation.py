@@ -28,7 +28,7 @@ _VISUALIZATION_HOOKS = dict(
 _TTA_MODELS = dict(
     mmpretrain=dict(type="mmpretrain.AverageClsScoreTTA"),
     mmdet=dict(
-        type="mmdet.DetTTAModel",
+        type="DetTTAModel",
         tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
     ),
 )

@@ -21,7 +21,7 @@ from ddf_mm.engine.checkpoints import WeightsCheck, load_safely
 from ddf_mm.engine.cli import UserError, phase
 from ddf_mm.engine.phases import name_files, runner_with_phases
 from ddf_mm.registry import resolve
-from ddf_mm.utils import dicts_with, toolbox, type_name
+from ddf_mm.utils import dicts_with, name_ops, toolbox, type_name
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
@@ -70,6 +70,7 @@ def load_config(
                 f"--cfg-options {' '.join(cfg_options)} does not fit {filename}: {message}",
                 exit_code=2,
             ) from error
+    name_ops(cfg.get("model"))
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir

@@ -27,16 +27,16 @@ _PHASES = {
 _DATA = dict(train="training data", val="validation data", test="test data")
 
 
-def _within(function: Callable, doing: str, steps: bool = False) -> Callable:
+def _within(function: Callable, doing: str, about: str = "", steps: bool = False) -> Callable:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with phase(doing, steps=steps):
+        with phase(doing, about, steps):
             return function(*args, **kwargs)
 
     return run
 
 
-def _sources(dataloader: object) -> str:
+def data_sources(dataloader: object) -> str:
     """What the config of a data loader says of where its data are."""
     keys = ("data_root", "ann_file", "data_prefix")
     leaves = leaf_datasets(dataloader.get("dataset")) if isinstance(dataloader, dict) else ()
@@ -48,11 +48,11 @@ class _RunnerPhases:
     """The phases that need to know more of a runner than their method."""
 
     def _build_loop(self, what: str, loop: Any) -> Any:
-        sources = _sources(getattr(self, f"_{what}_dataloader"))
+        sources = data_sources(getattr(self, f"_{what}_dataloader"))
         with phase(f"building the {_DATA[what]}", sources):
             loop = getattr(super(), f"build_{what}_loop")(loop)
-        trains = what == "train"
-        loop.run = _within(loop.run, "training" if trains else "evaluating", steps=trains)
+        doing = ("training", "", True) if what == "train" else ("evaluating", sources)
+        loop.run = _within(loop.run, *doing)
         return loop
 
     build_train_loop = functools.partialmethod(_build_loop, "train")

@@ -6,9 +6,10 @@ import pytest
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, METRICS
+from mmengine.model import BaseTTAModel
+from mmengine.registry import HOOKS, METRICS, MODELS
 
-from ddf_mm.engine import evaluation
+from ddf_mm.engine import evaluation, launch
 from ddf_mm.engine.cli import UserError
 
 
@@ -133,12 +134,14 @@ def test_tta_of_the_config():
 
 @pytest.mark.parametrize(
     ("scope", "model"),
-    [("mmpretrain", "mmpretrain.AverageClsScoreTTA"), ("mmdet", "mmdet.DetTTAModel")],
+    [("mmpretrain", "mmpretrain.AverageClsScoreTTA"), ("mmdet", "DetTTAModel")],
 )
 def test_tta_by_default_flips(scope, model):
     cfg = _tta_config(default_scope=scope)
     evaluation.enable_tta(cfg)
     assert cfg.model.type == model
+    pytest.importorskip(f"{scope}.models")
+    assert issubclass(launch.find_class(cfg, MODELS, cfg.model), BaseTTAModel)
     load, tta = cfg.test_dataloader.dataset.dataset.pipeline
     assert load == PIPELINE[0]
     flips, (pack,) = tta.transforms
@@ -198,7 +201,7 @@ def test_toolbox_of_a_config_without_a_default_scope():
         cfg = _tta_config()
         cfg.model.type = kind
         evaluation.enable_tta(cfg)
-        assert cfg.model.type == "mmdet.DetTTAModel"
+        assert cfg.model.type == "DetTTAModel"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement, PixelData
 
 from ddf_mm.datasets import GuidedUpsamplingDataset, LoadMap, PackGuidedUpsampling
-from ddf_mm.engine import RMSE
 from ddf_mm.models import DDFUpNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,18 +117,6 @@ def test_bad_inputs():
         net(maps, guide, mode="loss")
     with pytest.raises(ValueError, match="mode must be .* got 'train'"):
         net(maps, guide, mode="train")
-
-
-def test_rmse_is_the_mean_over_maps():
-    samples = [
-        dict(gt_map=dict(data=torch.zeros(1, 2, 2)), pred_map=dict(data=torch.full((1, 2, 2), e)))
-        for e in (1.0, 3.0)
-    ]
-    samples[0]["pred_map"]["data"][0, 0] = 0  # half of the pixels are right
-    metric = RMSE(prefix="depth")
-    metric.process({}, samples)
-    measured = metric.evaluate(2)
-    assert measured == {"depth/rmse": pytest.approx((0.5**0.5 + 3) / 2)}
 
 
 @pytest.fixture

@@ -163,6 +163,12 @@ def test_mmdet(work):
     assert len(load(work / "det" / "predictions.pkl")) == 4
     assert "coco/bbox_mAP" in run(work, "test.py", *test, "--tta")
     assert len(list((work / "det").glob("*/shown/*.png"))) == 4
+    # A sheet beside the config is all that is written there.
+    there, text = set(work.iterdir()), (work / "detection.py").read_text()
+    drawn = ["detection.py", "det/epoch_1.pth", "--out", "sheet.png", "--num", "2", "--score", "0"]
+    run(work, "analysis/draw_predictions.py", *drawn)
+    assert set(work.iterdir()) - there == {work / "sheet.png"}
+    assert (work / "detection.py").read_text() == text
     if not torch.cuda.is_available():
         refused = start(work, "test.py", *test, "--amp")
         assert refused.returncode == 2

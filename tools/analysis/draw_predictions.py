@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import VISUALIZERS
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
+from ddf_mm import analysis
 from ddf_mm.engine import checkpoints, cli, launch
 from ddf_mm.utils import toolbox
 
@@ -93,27 +96,27 @@ def main() -> None:
     """Draw a sheet."""
     args = parse_args()
     checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
-    cfg = launch.load_config(args.config, args.cfg_options, str(args.out.parent))
+    cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model", "test_dataloader", "visualizer"), "drawing")
-    cfg.load_from = args.checkpoint
-    # Nothing is logged: the sheet is all that this tool writes.
-    cfg.visualizer.vis_backends = None
-    runner = launch.build_runner(cfg)
-    runner.load_or_resume()
-    model = runner.model.eval()
-    dataset = runner.build_dataloader(cfg.test_dataloader).dataset
-    runner.visualizer.dataset_meta = dataset.metainfo
+    model = analysis.build_model(cfg)
+    checkpoints.load_checkpoint(model, args.checkpoint)
+    model.to(get_device())
+    dataset = analysis.build_dataset(cfg, "test_dataloader")
+    # The sheet is all that this tool writes.
+    visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
+    visualizer.dataset_meta = dataset.metainfo
 
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "prediction.png"
         for index in range(min(args.num, len(dataset))):
-            data = dataset[index]
+            with cli.phase(f"reading the test image {index}"):
+                data = dataset[index]
             with torch.no_grad():
                 (sample,) = model.test_step(pseudo_collate([data]))
             picture = enlarge_maps(data["inputs"].flip(0), args.enlarge).permute(1, 2, 0)
             options = {} if toolbox(cfg) == "mmseg" else dict(pred_score_thr=args.score)
-            runner.visualizer.add_datasample(
+            visualizer.add_datasample(
                 "prediction",
                 np.ascontiguousarray(picture),
                 enlarge_predictions(sample.cpu(), args.enlarge),

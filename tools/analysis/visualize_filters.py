@@ -11,13 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.registry import DATASETS, TRANSFORMS
-
 from ddf_mm import analysis, visualization
 from ddf_mm.engine import checkpoints, cli, launch
-from ddf_mm.utils import leaf_datasets, type_name
 from ddf_mm.visualization.filters import DEFAULT_POINTS, check_points
 
 
@@ -76,54 +71,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_image(cfg: Config, image: str) -> dict:
-    """One image through the config's test pipeline.
-
-    Args:
-        cfg: the config.
-        image: a path, or ``dataset:INDEX``.
-
-    Returns:
-        What the pipeline returns: ``inputs`` and ``data_samples``.
-
-    Raises:
-        UserError: no such image.
-    """
-    dataset_cfg = cfg.test_dataloader.dataset
-    if image.startswith("dataset:"):
-        index = image.removeprefix("dataset:")
-        if not index.isdecimal():
-            raise cli.UserError(
-                f"image {image!r} must be dataset:INDEX with a whole number", exit_code=2
-            )
-        dataset = DATASETS.build(dataset_cfg)
-        if int(index) >= len(dataset):
-            raise cli.UserError(
-                f"image {image!r}: the test dataset has {len(dataset)} images, the last is "
-                f"dataset:{len(dataset) - 1}",
-                exit_code=2,
-            )
-        return dataset[int(index)]
-
-    if not Path(image).is_file():
-        raise cli.UserError(
-            f"image {image!r} is neither a file nor dataset:INDEX (current folder: "
-            f"{str(Path.cwd())!r})",
-            exit_code=2,
-        )
-    # There are no annotations of such an image.
-    leaf = next(leaf_datasets(dataset_cfg), {})
-    steps = [s for s in leaf.get("pipeline") or () if "Annotation" not in type_name(s)]
-    # A dataset in memory, like the digits, hands over pixels and its pipeline reads no files.
-    if not steps or not type_name(steps[0]).endswith("FromFile"):
-        colors = {1: "grayscale", 3: "color"}.get(analysis.image_channels(cfg), "unchanged")
-        steps.insert(0, dict(type="LoadImageFromFile", color_type=colors))
-    data = Compose([TRANSFORMS.build(step) for step in steps])(dict(img_path=image))
-    if data is None:
-        raise cli.UserError(f"image {image!r} does not pass the config's test pipeline")
-    return data
-
-
 def describe_prediction(prediction: object, classes: tuple[str, ...] | None) -> str:
     """``"predicted 3 (98.7 %), true 3"``, as far as a prediction of mmpretrain says so."""
     label, score = getattr(prediction, "pred_label", None), getattr(prediction, "pred_score", None)
@@ -155,7 +102,7 @@ def main() -> None:
     model = analysis.build_model(cfg)
     layers = told(visualization.find_layers, model, args.stages, args.layers)
     checkpoint = checkpoints.load_checkpoint(model, args.checkpoint)
-    data = load_image(cfg, args.image)
+    data = analysis.load_image(cfg, args.image)
     image = told(visualization.network_image, model, data)
     size = image.shape[:2]
     told(check_points, args.points or (), *size)
