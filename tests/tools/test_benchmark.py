@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddf_mm.benchmark import operation, timing
 from ddf_mm.ops import backend_info
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = str(ROOT / "tools" / "benchmark.py")
 PEERS = {"reference", "unfold", "depthwise conv", "dense conv", "ddf spatial", "unfold spatial"}
 PEERS |= {"carafe", "copy"}
 
@@ -140,42 +142,39 @@ def test_cost_per_pixel_of_reports(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules["benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def arguments(module, monkeypatch) -> Callable[..., argparse.Namespace]:
-    def parse(*options: str, command: str = "op") -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", command, *options])
-        return module.parse_args()
+def run(monkeypatch) -> Callable[..., None]:
+    """Runs the tool in this process, where the toolboxes are imported."""
 
-    return parse
+    def run_tool(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
+        runpy.run_path(TOOL, run_name="__main__")
+
+    return run_tool
+
+
+def options(**given: object) -> argparse.Namespace:
+    """What the tool makes of its command line, as far as the functions read it."""
+    common = dict(command="op", device="cpu", which="forward", peers=PEERS, repeats=1)
+    return argparse.Namespace(**{**common, "make_calls": operation.make_calls, **given})
 
 
 @pytest.mark.parametrize(
-    "options, elements, outputs",
+    "which, elements, outputs",
     [
         # 4 * 5 * 6 features and outputs, 4 * 9 taps of channels, 2 * 9 * 5 * 6 of pixels
-        ([], 2 * 120 + 576, 1),
-        (["--pass", "grad_features"], 2 * 120 + 576, 1),
-        (["--pass", "grad_filters"], 2 * 120 + 2 * 576, 2),
-        (["--pass", "backward"], 3 * 120 + 2 * 576, 3),
-        (["--backward"], 5 * 120 + 3 * 576, 4),
+        ("forward", 2 * 120 + 576, 1),
+        ("grad_features", 2 * 120 + 576, 1),
+        ("grad_filters", 2 * 120 + 2 * 576, 2),
+        ("backward", 3 * 120 + 2 * 576, 3),
+        ("forward+backward", 5 * 120 + 3 * 576, 4),
     ],
 )
-def test_what_a_pass_makes_and_moves(module, arguments, options, elements, outputs):
-    args = arguments(*options)
-    setting = module.Setting("channels_last", "float64", 3, 1, 2)
-    case = module.Case(setting, (1, 4, 5, 6))
-    assert case.bytes_moved(args.which) == 8 * elements
-    calls = module.make_calls(case, args)
+def test_what_a_pass_makes_and_moves(which, elements, outputs):
+    setting = operation.Setting("channels_last", "float64", 3, 1, 2)
+    case = operation.Case(setting, (1, 4, 5, 6))
+    assert case.bytes_moved(which) == 8 * elements
+    calls = operation.make_calls(case, options(which=which))
     assert len(calls["ddf"]()) == outputs
     for name in ("reference", "unfold"):
         torch.testing.assert_close(calls["ddf"](), calls[name]())
@@ -190,7 +189,7 @@ def test_what_a_pass_makes_and_moves(module, arguments, options, elements, outpu
         ("backward", (True, True, True)),
     ],
 )
-def test_a_pass_times_its_own_gradients_alone(module, arguments, which, needed):
+def test_a_pass_times_its_own_gradients_alone(which, needed):
     if backend_info()["cpu"] != "compiled":
         pytest.skip("no compiled ops")
     asked_for = []
@@ -201,34 +200,34 @@ def test_a_pass_times_its_own_gradients_alone(module, arguments, which, needed):
                 asked_for.append(args[-3:])
             return func(*args, **(kwargs or {}))
 
-    case = module.Case(module.Setting("nchw", "float32", 3, 1, 1), (1, 4, 5, 6))
-    call = module.make_calls(case, arguments("--pass", which))["ddf"]
+    case = operation.Case(operation.Setting("nchw", "float32", 3, 1, 1), (1, 4, 5, 6))
+    call = operation.make_calls(case, options(which=which))["ddf"]
     with Watch():
         call()
     assert asked_for == [needed]
 
 
-def test_only_the_peers_asked_for_are_timed(module, arguments):
-    args = arguments("--peers", "copy", "depthwise conv", "--repeats", "1")
-    case = module.Case(module.Setting("nchw", "float32", 3, 2, 1), (1, 4, 5, 6))
-    row = module.measure(case, args)
+def test_only_the_peers_asked_for_are_timed():
+    case = operation.Case(operation.Setting("nchw", "float32", 3, 2, 1), (1, 4, 5, 6))
+    row = operation.measure(case, options(peers=["copy", "depthwise conv"]))
     assert set(row["milliseconds"]) == {"ddf", "depthwise conv", "copy"}
-    assert set(row["ratios"]) == set(row["ratios_of_medians"]) == {"ddf/conv"}
-    assert set(module.measure(case, arguments("--peers"))["milliseconds"]) == {"ddf"}
+    assert set(row["ratios"]) == {"ddf/conv"}
+    assert set(operation.measure(case, options(peers=[]))["milliseconds"]) == {"ddf"}
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_layers_compute_the_same_by_either_formula(module, arguments, train):
-    setting = module.Setting("channels_last", "float64", 3, 2, 2)
-    case = module.Case(setting, (2, 8, 5, 6))
-    layers = module.make_layers(case, None)
+def test_layers_compute_the_same_by_either_formula(train):
+    setting = operation.Setting("channels_last", "float64", 3, 2, 2)
+    case = operation.Case(setting, (2, 8, 5, 6))
+    layers = operation.make_layers(case, None)
     x = torch.randn(case.shape, dtype=torch.float64)
     torch.manual_seed(0)
     ours, theirs = (layers[name].double() for name in ("ddf spatial", "unfold spatial"))
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
-    args = arguments(*["--train"] * train, command="layer")
-    calls = module.make_layer_calls(case, args)
+    which = "forward+backward" if train else "forward"
+    args = options(which=which, peers=list(layers), make_layers=operation.make_layers)
+    calls = operation.make_layer_calls(case, args)
     assert set(calls) == set(layers)
     for name, call in calls.items():
         # The result and, in training, the gradients of the input and of each parameter.
@@ -252,7 +251,7 @@ SMALL = {
      (["segmentor"], "train"), (["detector", "segmentor"], "eval")],
     ids=str,
 )  # fmt: skip
-def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mode):
+def test_models_of_every_toolbox(run, tmp_path, capsys, names, mode):
     for name in names:
         pytest.importorskip(f"{SMALL[name][1]}.structures")
     configs = []
@@ -263,8 +262,7 @@ def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mod
     out, picture = tmp_path / "report.json", tmp_path / "picture.png"
     options = ["--mode", mode, "--shape", "64", "--batch-size", "2", "--repeats", "1"]
     options += ["--threads", "1", "--no-memory", "--json", str(out), "--plot", str(picture)]
-    args = arguments(*configs, *options, command="model")
-    module.compare_models(args)
+    run("model", *configs, *options)
     printed = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = json.loads(out.read_text())
@@ -296,32 +294,33 @@ def test_models_of_every_toolbox(module, arguments, tmp_path, capsys, names, mod
         assert report["rows"][1]["gmac"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_training_step_trains_in_the_precision_asked_for(module, arguments):
+def test_a_training_step_trains_in_the_precision_asked_for():
     pytest.importorskip("mmpretrain.structures")
+    from ddf_mm.benchmark import networks
+
     config = str(ROOT / "configs" / "classification" / "ddf-mul-resnet26_digits.py")
-    options = ["--mode", "train", "--shape", "32", "--batch-size", "2"]
+    args = options(cfg_options=None, compile=False)
     seen = {}
     for precision in ("fp32", "amp"):
-        args = arguments(config, *options, "--precision", precision, command="model")
-        setting = module.ModelSetting("train", precision, "channels_last", 2, (32, 32))
+        setting = networks.ModelSetting("train", precision, "channels_last", 2, (32, 32))
         with torch.no_grad():
-            network = module.make_network(config, setting, args)
+            network = networks.make_network(config, setting, args)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, p=precision: seen.setdefault(p, set()).add(t.dtype) or t, lambda t: t
         ):
             network.call()
-        assert module.peak_extra_bytes(network.call, "cpu") >= 0
+        assert timing.peak_extra_bytes(network.call, "cpu") >= 0
     assert torch.bfloat16 in seen["amp"] and torch.bfloat16 not in seen["fp32"]
 
 
 @pytest.mark.parametrize("size", [10**5, 10**7, 10**9])
-def test_buffers_take_turns_on_a_gpu(module, monkeypatch, size):
+def test_buffers_take_turns_on_a_gpu(monkeypatch, size):
     cache = 60_000_000
     properties = SimpleNamespace(L2_cache_size=cache)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
-    count = module.sets_of_buffers(size, "cuda")
+    count = timing.sets_of_buffers(size, "cuda")
     assert count * size >= 3 * cache and (count - 1) * size < 3 * cache
-    assert module.sets_of_buffers(size, "cpu") == 1
+    assert timing.sets_of_buffers(size, "cpu") == 1
 
 
 @pytest.mark.cuda
@@ -351,10 +350,9 @@ def test_op_on_a_gpu(options, tmp_path):
         ([], "command"),
     ],
 )
-def test_bad_options_are_named(module, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+def test_bad_options_are_named(run, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        module.parse_args()
+        run(*arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -370,13 +368,13 @@ def test_bad_options_are_named(module, monkeypatch, capsys, arguments, message):
         ),
     ],
 )
-def test_bad_configs_are_named(module, arguments, capsys, config, message):
+def test_bad_configs_are_named(run, capsys, config, message):
     pytest.importorskip("mmpretrain")
-    args = arguments(config if "::" in config else str(ROOT / config), command="model")
+    path = config if "::" in config else str(ROOT / config)
     with pytest.raises(SystemExit):
-        args.run(args)
+        run("model", path)
     err = capsys.readouterr().err
-    assert message.replace("'no.py'", repr(args.configs[0])) in err
+    assert message.replace("'no.py'", repr(path)) in err
     assert len(err.strip().splitlines()) == 1
 
 

@@ -1,0 +1,268 @@
+"""The networks of configs, timed beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor
+
+from ddf_mm import analysis
+from ddf_mm.about import machine
+from ddf_mm.benchmark.timing import (
+    LAYOUTS,
+    Call,
+    in_fresh_process,
+    new_figure,
+    peak_extra_bytes,
+    print_table,
+    time_calls,
+    track,
+    write_json,
+)
+from ddf_mm.engine import launch
+from ddf_mm.engine.cli import UserError
+from ddf_mm.layers import DDFPack, switch_to_deploy
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """What is the same for all networks that are compared."""
+
+    mode: str
+    precision: str
+    layout: str
+    batch_size: int
+    shape: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        shape = "" if self.shape is None else f", {' x '.join(map(str, self.shape))}"
+        return f"{self.mode}, {self.precision}, {self.layout}, batch {self.batch_size}{shape}"
+
+
+@dataclass
+class Network:
+    """A config's network, ready to run."""
+
+    call: Call
+    shape: tuple[int, int]
+    parameters: int
+    gmac: float
+
+
+class Skeleton(torch.nn.Module):
+    """What is left of a DDFPack that costs nothing: its stride."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride].contiguous() if self.stride > 1 else x
+
+
+def make_skeleton(model: torch.nn.Module) -> None:
+    """Replaces each DDFPack by an identity of the same stride."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DDFPack):
+                setattr(module, name, Skeleton(child.stride))
+
+
+def fold_norms(model: torch.nn.Module) -> None:
+    switch_to_deploy(model.eval())
+
+
+# What +NAME behind a config does to its network.
+CHANGES = {"skeleton": make_skeleton, "folded": fold_norms}
+
+
+def split_changes(name: str) -> tuple[str, list[str]]:
+    """A config's own name, and the changes that it is to undergo.
+
+    Raises:
+        UserError: there is no such change.
+    """
+    config, *changes = name.split("+")
+    for change in changes:
+        if change not in CHANGES:
+            known = " and ".join(f"+{known}" for known in CHANGES)
+            raise UserError(f"config {name!r}: no +{change}; there are {known}", exit_code=2)
+    return config, changes
+
+
+def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> Network:
+    """Builds a config's network and one call of it."""
+    config, changes = split_changes(name)
+    cfg = analysis.read_config(config, args.cfg_options)
+    shape = analysis.image_shape(cfg, setting.shape)
+    analysis.fit_to(cfg, shape)
+    torch.manual_seed(0)
+    model = analysis.build_model(cfg)
+    model.init_weights()
+    for change in changes:
+        CHANGES[change](model)
+    # Counted where the compiled ops are certain to be, and for one image.
+    cost = analysis.count(model, analysis.example_batch(cfg, 1, shape))
+    model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
+    batch = analysis.example_batch(cfg, setting.batch_size, shape)
+    if args.compile:
+        # As mmengine's Runner does.
+        model.forward = torch.compile(model.forward)
+
+    if setting.mode == "train":
+        model.train()
+        wrapper = cfg.get("optim_wrapper") or dict(optimizer=dict(type="SGD", lr=0.1))
+        of_amp = ("loss_scale", "dtype", "use_fsdp")
+        cfg.optim_wrapper = {name: value for name, value in wrapper.items() if name not in of_amp}
+        cfg.optim_wrapper.type = "OptimWrapper"
+        if setting.precision == "amp":
+            launch.enable_amp(cfg)
+        launch.adapt_to_device(cfg)
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        for group in optim_wrapper.param_groups:
+            group["lr"] = 0.0  # so that every step computes the same
+
+        def call() -> None:
+            model.train_step(dict(batch), optim_wrapper)
+
+    else:
+        inputs, samples = analysis.preprocessed(model, batch)
+        inputs = inputs.contiguous(memory_format=LAYOUTS[setting.layout])
+        amp = setting.precision == "amp"
+        dtype = torch.float16 if args.device == "cuda" else torch.bfloat16
+
+        def call() -> object:
+            with torch.no_grad(), torch.autocast(args.device, dtype, enabled=amp):
+                return model(inputs, samples, mode="tensor")
+
+    return Network(call, shape, cost.parameters, cost.total / 1e9)
+
+
+def quiet_libraries() -> None:
+    """No logs and warnings of the toolboxes within the tables."""
+    MMLogger.get_instance("mmengine").setLevel("ERROR")
+    warnings.filterwarnings("ignore")
+
+
+def model_peaks(settings: list[ModelSetting], args: argparse.Namespace) -> Iterator[dict[str, int]]:
+    """Peak extra bytes of each network, for each setting."""
+    torch.set_num_threads(args.threads)
+    quiet_libraries()
+    for setting in settings:
+        extra = {}
+        for name in args.configs:
+            call = make_network(name, setting, args).call
+            for _ in range(2):  # the first one makes what stays, as an optimizer's momentum
+                call()
+            extra[name] = peak_extra_bytes(call, args.device)
+        yield extra
+
+
+def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row of the report for each network."""
+    networks = {name: make_network(name, setting, args) for name in args.configs}
+    calls = {name: network.call for name, network in networks.items()}
+    times = time_calls(calls, args.repeats, args.device, cached=False)
+    return [
+        {
+            "config": name,
+            **asdict(setting),
+            "shape": network.shape,
+            "parameters": network.parameters,
+            "gmac": network.gmac,
+            "milliseconds": asdict(times[name]),
+            "images_per_s": 1e3 * setting.batch_size / times[name].median,
+            # Of the first config's network: what the others are compared with.
+            "speed": times[args.configs[0]].least / times[name].least,
+        }
+        for name, network in networks.items()
+    ]
+
+
+def model_table(setting: ModelSetting, rows: list[dict], labels: list[str]) -> list[list[str]]:
+    head = ["M params", "GMAC", "ms", "least ms", "images/s", "MB", "speed"]
+    table = [[str(setting), "image", *head]]
+    for label, row in zip(labels, rows, strict=True):
+        times = row["milliseconds"]
+        size = row.get("peak_extra_bytes")
+        table.append(
+            [
+                label,
+                "x".join(map(str, row["shape"])),
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['gmac']:.3g}",
+                f"{times['median']:.1f}",
+                f"{times['least']:.1f}",
+                f"{row['images_per_s']:.2f}",
+                "" if size is None else f"{size / 1e6:.0f}",
+                f"{row['speed']:.2f}",
+            ]
+        )
+    return table
+
+
+def plot_models(
+    groups: dict[ModelSetting, list[dict]], labels: list[str], title: str, path: Path
+) -> None:
+    """Draws the networks' times, median and least, a panel for each setting."""
+    figure, axes = new_figure(len(groups), 0.8 + 0.4 * len(labels))
+    for axis, (setting, rows) in zip(axes, groups.items(), strict=True):
+        times = [row["milliseconds"] for row in rows]
+        places = range(len(rows))
+        bars = axis.barh(places, [t["median"] for t in times], 0.6, label="median")
+        axis.bar_label(bars, [f"{t['median']:.1f}" for t in times], fontsize=8, padding=3)
+        least = [t["least"] for t in times]
+        axis.plot(least, places, "|", color="black", markersize=14, label="least")
+        axis.set_yticks(places, labels)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_xlabel("ms")
+        axis.set_title(str(setting), fontsize=10)
+    axes[0].legend(ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def benchmark_models(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    quiet_libraries()
+    args.configs = list(dict.fromkeys(args.configs))
+    for name in args.configs:  # a wrong one is told now, not minutes later
+        config, changes = split_changes(name)
+        if "folded" in changes and "train" in args.mode:
+            raise UserError(f"config {name!r} has no norms to train: leave out --mode train")
+        analysis.read_config(config, args.cfg_options)
+    settings = [
+        ModelSetting(*values)
+        for values in itertools.product(
+            args.mode, args.precision, args.layout, args.batch_size, args.shape or [None]
+        )
+    ]
+    about = machine(args.device, args.threads)
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    groups = {setting: measure_models(setting, args) for setting in track(settings)}
+    if not args.no_memory:
+        extra = in_fresh_process(model_peaks, settings, args)
+        for rows, sizes in zip(groups.values(), extra, strict=False):
+            for row in rows:
+                row["peak_extra_bytes"] = sizes[row["config"]]
+    labels = analysis.config_labels(args.configs)
+    for setting, rows in groups.items():
+        print_table(model_table(setting, rows, labels))
+        print()
+    print(
+        "ms: median and least of all runs; GMAC: of one image; MB: peak memory besides the "
+        "weights; speed: least time of the first config over the least of this"
+    )
+    write_json(args, about, [row for rows in groups.values() for row in rows])
+    if args.plot:
+        title = f"{about['processor']}, torch {about['torch']}"
+        plot_models(groups, labels, title, args.plot)

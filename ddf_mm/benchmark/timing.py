@@ -1,0 +1,202 @@
+"""Time and memory of calls that take turns, and how both are reported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# Shorter measurements are repeated until they take this long, in seconds.
+SHORTEST = 0.005
+
+Call = Callable[[], object]
+
+
+def seconds(call: Call, count: int, device: str) -> list[float]:
+    """Times of single calls, out of ``count``.
+
+    On a GPU it is the mean of calls in a row, since each is launched while the one before runs.
+    """
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return [start.elapsed_time(end) / 1e3 / count]
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Of all measurements: the least, to which whatever else the machine did only adds, and the
+    median."""
+
+    least: float
+    median: float
+
+    def over(self, count: float) -> Milliseconds:
+        return Milliseconds(self.least / count, self.median / count)
+
+
+def time_calls(
+    calls: dict[str, Call], repeats: int, device: str, cached: bool = True
+) -> dict[str, Milliseconds]:
+    """Times each call in ``repeats`` rounds, in which the calls take turns.
+
+    ``cached``: whether what a call reads may lie in the caches, as it does where it is called
+    again and again; what is larger than they are need not be asked for it.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()
+        counts[name] = math.ceil(SHORTEST / min(seconds(call, 2 if cached else 1, device)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if cached:
+                call()  # brings its own data into the caches, which the last one's fill
+            times[name] += seconds(call, counts[name], device)
+    return {
+        name: Milliseconds(1e3 * min(values), 1e3 * statistics.median(values))
+        for name, values in times.items()
+    }
+
+
+def captured(calls: Sequence[Call]) -> Call:
+    """The calls, one after the other, as a CUDA graph: what the GPU takes, and not Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Autograd runs a backward on the stream of its forward, which a capture has to be on too.
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for call in calls:
+                call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def sets_of_buffers(size: int, device: str) -> int:
+    """How many sets of ``size`` bytes have to take turns so that no cache serves them on a GPU.
+
+    On a CPU it is 1: the caches are part of what is compared there.
+    """
+    if device != "cuda":
+        return 1
+    return max(1, math.ceil(3 * torch.cuda.get_device_properties().L2_cache_size / size))
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (highest) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_extra_bytes(call: Call, device: str) -> int:
+    """Most memory that ``call`` held at one time, less what held its results.
+
+    Results that are no tuple of tensors count as held on the way.
+
+    Raises:
+        OSError: the kernel does not tell.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+        before = resident("VmRSS")
+    results = call()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    tensors = results if isinstance(results, tuple) else ()
+    return max(peak - before - sum(t.numel() * t.element_size() for t in tensors), 0)
+
+
+def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessing.Queue) -> None:
+    queue.put(list(function(*args)))
+
+
+def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
+    """What ``function`` yields, in a process of its own; empty, after a word, where that fails.
+
+    Memory is measured so: on a CPU it is the process' resident memory, which sees the scratch of
+    every library, so freed blocks must go back to the system at once: malloc is told to, and its
+    settings are read when a process starts.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "0"
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_all, args=(function, args, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        print("peak memory: not measured, see the error above", file=sys.stderr)
+        return []
+    return queue.get()
+
+
+def track(sequence: Sequence) -> Iterable:
+    """``sequence`` with a progress bar on stderr, where rich is installed (mmengine brings it)."""
+    try:
+        from rich.console import Console
+        from rich.progress import track as rich_track
+    except ImportError:
+        return sequence
+    return rich_track(sequence, "measuring", console=Console(stderr=True))
+
+
+def write_json(args: argparse.Namespace, about: dict, rows: list[dict], **more: object) -> None:
+    """Writes the report, where one is asked for."""
+    if args.json:
+        unsaid = ("run", "make_calls", "json", "plot")
+        options = {name: value for name, value in vars(args).items() if name not in unsaid}
+        report = {"machine": about, "rows": rows, **more, "options": options}
+        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+def new_figure(panels: int, height: float):
+    """A figure of panels below each other, and their axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        panels, figsize=(11, 1 + height * panels), squeeze=False, layout="constrained"
+    )
+    return figure, axes[:, 0]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Prints columns that are aligned to the right; the first row is the head."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
