@@ -1,9 +1,9 @@
 // All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included
 // once by each kernels_*.cpp.
 #pragma once
-#include "cpu/norm.h"
-#include "cpu/pixels.h"
-#include "cpu/planes.h"
+#include "cpu/channels_last.h"
+#include "cpu/filter_norm.h"
+#include "cpu/nchw.h"
 
 namespace ddf::cpu {
 namespace DDF_ISA {

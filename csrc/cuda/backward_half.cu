@@ -1,4 +1,4 @@
-#include "passes.cuh"
+#include "instantiate.cuh"
 
 namespace ddf::cuda {
 DDF_COMPILE_BACKWARD(Half);

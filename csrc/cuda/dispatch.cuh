@@ -8,14 +8,14 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "backward3.cuh"
-#include "filter_grads.cuh"
-#include "filter_grads_channels_last.cuh"
+#include "backward_3x3.cuh"
+#include "filter_norm.cuh"
+#include "forward_3x3.cuh"
+#include "forward_3x3_channels_last.cuh"
+#include "forward_tiled.cuh"
 #include "generic.cuh"
-#include "norm.cuh"
-#include "window3.cuh"
-#include "window3_channels_last.cuh"
-#include "window_quads.cuh"
+#include "grad_filters.cuh"
+#include "grad_filters_channels_last.cuh"
 
 namespace ddf::cuda {
 

@@ -7,8 +7,8 @@
 #include <functional>
 
 #include "arguments.cuh"
-#include "norm.cuh"
-#include "up.cuh"
+#include "filter_norm.cuh"
+#include "upsample.cuh"
 
 namespace ddf::cuda {
 
@@ -57,7 +57,7 @@ void run_norm(const NormArguments<T>& a, cudaStream_t stream);
 template <typename T>
 void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream);
 
-// The kernels of ddf_up alone, compiled in up.cu. The first says whether it serves the call.
+// The kernels of ddf_up alone, compiled in upsample.cu. The first says whether it serves the call.
 template <typename T>
 bool run_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
 

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "dispatch.cuh"
-#include "norm.cuh"
-#include "up.cuh"
+#include "filter_norm.cuh"
+#include "upsample.cuh"
 
 namespace {
 

@@ -604,21 +604,21 @@ def test_results_of_several_launches(tmp_path, at_once):
 GRADIENTS = "grad_features grad_channel grad_spatial"
 FAULTS = {
     "removed barrier": (
-        "window3.cuh",
+        "forward_3x3.cuh",
         "sync_threads();\n\n  const int tile =",
         "\n\n  const int tile =",
         "forward",
         "depends on the order of the threads",
     ),
     "barrier after a return": (
-        "window3.cuh",
+        "forward_3x3.cuh",
         "if (tile >= tiling.tiles) return;",
         "if (tile >= tiling.tiles) return;\n  sync_threads();",
         "forward",
         "divergent barrier",
     ),
     "halo one too wide": (
-        "window3.cuh",
+        "forward_3x3.cuh",
         "left + column - 1 < width",
         "left + column - 1 <= width",
         "forward",
@@ -646,14 +646,14 @@ FAULTS = {
         "outside of every tensor",
     ),
     "shuffle of a part of a warp": (
-        "filter_grads.cuh",
+        "grad_filters.cuh",
         "    if (filters.channel_parts != nullptr) {",
         "    if (filters.channel_parts != nullptr && active) {",
         "grad_channel",
         "divergent shuffle",
     ),
     "sums overwritten before they are read": (
-        "filter_grads.cuh",
+        "grad_filters.cuh",
         "    // The sums of the step before are read before they are overwritten.\n"
         "    sync_threads();",
         "",
@@ -669,28 +669,28 @@ FAULTS = {
         "depends on the order of the threads",
     ),
     "taps read before they are there, whole backward": (
-        "backward3.cuh",
+        "backward_3x3.cuh",
         "  sync_threads();",
         "",
         GRADIENTS,
         "depends on the order of the threads",
     ),
     "taps read before they are there, 5 x 5": (
-        "window_quads.cuh",
+        "forward_tiled.cuh",
         "  sync_threads();\n\n  const View",
         "\n  const View",
         "forward",
         "depends on the order of the threads",
     ),
     "taps of a row read before they are there": (
-        "filter_grads_channels_last.cuh",
+        "grad_filters_channels_last.cuh",
         "    sync_warp();\n\n    const int top",
         "\n    const int top",
         "grad_channel",
         "depends on the order of the threads",
     ),
     "taps of a row overwritten before they are read": (
-        "filter_grads_channels_last.cuh",
+        "grad_filters_channels_last.cuh",
         "    // The taps of the row before are read before they are overwritten.\n    sync_warp();",
         "",
         "grad_channel",
@@ -711,7 +711,7 @@ def test_a_fault_is_found(tmp_path, fault):
     file, old, new, names, message = FAULTS[fault]
     host = changed(tmp_path, file, old, new)
     dilation = 2 if file == "generic.cuh" else 1
-    k = 5 if file == "window_quads.cuh" else 3
+    k = 5 if file == "forward_tiled.cuh" else 3
     layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
     grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20), k=k, layout=layout)
     if "vector" in fault:  # one float of padding before: no row is aligned
@@ -722,7 +722,7 @@ def test_a_fault_is_found(tmp_path, fault):
 
 def test_a_fault_of_filter_norm_is_found(tmp_path):
     line = "    if (thread_index() < half)"
-    host = changed(tmp_path, "norm.cuh", f"    sync_threads();\n{line}", line)
+    host = changed(tmp_path, "filter_norm.cuh", f"    sync_threads();\n{line}", line)
     x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
     with pytest.raises(RuntimeError, match="depends on the order of the threads"):
         host.norm(torch.randn_like(x), x, 1, std, None, 1.0)
@@ -935,43 +935,43 @@ def test_pack_of_views(host, offset):
 
 PACK_FAULTS = {
     "taps normalized before they are there": (
-        "window3.cuh",
+        "forward_3x3.cuh",
         "    sync_threads();\n    for (int channel",
         "    for (int channel",
         "depends on the order of the threads",
     ),
     "taps normalized before they are there, 5 x 5": (
-        "window_quads.cuh",
+        "forward_tiled.cuh",
         "    sync_threads();\n    for (int channel",
         "    for (int channel",
         "depends on the order of the threads",
     ),
     "taps read before they are normalized": (
-        "window3.cuh",
+        "forward_3x3.cuh",
         "  sync_threads();\n\n  const int tile =",
         "\n  const int tile =",
         "depends on the order of the threads",
     ),
     "taps read before they are normalized, channels_last": (
-        "window3_channels_last.cuh",
+        "forward_3x3_channels_last.cuh",
         "  sync_threads();",
         "",
         "depends on the order of the threads",
     ),
     "a factor beyond the last": (
-        "norm.cuh",
+        "filter_norm.cuh",
         "load(std + tap)",
         "load(std + tap + 1)",
         "outside of every tensor",
     ),
     "a bias beyond the last": (
-        "window_quads.cuh",
+        "forward_tiled.cuh",
         "(channel + i < channels ? i : 0));",
         "i);",
         "outside of every tensor",
     ),
     "taps of a pixel without their scale": (
-        "norm.cuh",
+        "filter_norm.cuh",
         "around.spatial_scale, around.eps",
         "1.f, around.eps",
         "off by",
@@ -989,7 +989,7 @@ PACK_FAULTS = {
 def test_a_fault_of_ddf_pack_is_found(tmp_path, fault):
     file, old, new, message = PACK_FAULTS[fault]
     host = changed(tmp_path, file, old, new)
-    k = 5 if file == "window_quads.cuh" else 3
+    k = 5 if file == "forward_tiled.cuh" else 3
     layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
     channels = 8 if "channels_last" in file else 6
     tensors = make_pack(1, channels, (4, 20), k, layout=layout)
@@ -1089,7 +1089,7 @@ UP_FAULTS = {
 @pytest.mark.parametrize("fault", UP_FAULTS)
 def test_a_fault_of_upsampling_is_found(tmp_path, fault):
     old, new, message = UP_FAULTS[fault]
-    host = changed(tmp_path, "up.cuh", old, new)
+    host = changed(tmp_path, "upsample.cuh", old, new)
     grad, x, cf, sf = make_up(size=(3, 5))
     with pytest.raises(RuntimeError, match=message):
         host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")

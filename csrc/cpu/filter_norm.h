@@ -1,6 +1,6 @@
 // FilterNorm: each filter less its mean and over its standard deviation, then scaled and shifted.
 #pragma once
-#include "cpu/vectors.h"
+#include "cpu/simd.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {

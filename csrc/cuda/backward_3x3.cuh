@@ -6,7 +6,7 @@
 // takes its share of the channels. grad_spatial is summed in registers over a warp's channels, then
 // over the warps; grad_channel over a warp's lanes, then by sum_parts over the tiles.
 #pragma once
-#include "filter_grads.cuh"
+#include "grad_filters.cuh"
 
 namespace ddf::cuda {
 

@@ -1,5 +1,5 @@
 #include "launcher.cuh"
-#include "up.cuh"
+#include "upsample.cuh"
 
 namespace ddf::cuda {
 

@@ -6,8 +6,8 @@
 // over the warps. Larger: every warp takes one row of taps, since its registers hold no more, and
 // all channels. grad_channel is summed over a warp's lanes, then by sum_parts over the tiles.
 #pragma once
-#include "rows.cuh"
-#include "sums.cuh"
+#include "load_row.cuh"
+#include "reduce.cuh"
 
 namespace ddf::cuda {
 

@@ -4,7 +4,7 @@
 // each leads, and the values of the spatial filter. The channel filter is kept widened, in blocks
 // of one vector of channels with all taps.
 #pragma once
-#include "cpu/norm.h"
+#include "cpu/filter_norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {

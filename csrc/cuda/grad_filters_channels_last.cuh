@@ -8,7 +8,7 @@
 // of windows larger than 3 x 3 its registers hold one row of taps only, so that there the warps of
 // a block take the rows of one tile.
 #pragma once
-#include "filter_grads.cuh"
+#include "grad_filters.cuh"
 
 namespace ddf::cuda {
 

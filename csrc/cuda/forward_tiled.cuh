@@ -1,13 +1,13 @@
 // Windows larger than 3 x 3 of stride 1, and 3 x 3 of stride 2, of dilation 1, in either layout:
-// the forward pass, and grad_features of stride 1 with the taps mirrored, as in window3.cuh.
+// the forward pass, and grad_features of stride 1 with the taps mirrored, as in forward_3x3.cuh.
 //
 // A thread owns 4 neighbouring outputs of a row in each of 4 channels. The spatial filters of a
 // block's outputs and the channel filters of its channels lie in shared memory, where the rows of
 // taps are walked in a loop: unrolled, they would not fit the registers. Neighbouring threads have
 // neighbouring outputs, or neighbouring channels where those are neighbours in memory.
 #pragma once
-#include "norm.cuh"
-#include "rows.cuh"
+#include "filter_norm.cuh"
+#include "load_row.cuh"
 
 namespace ddf::cuda {
 

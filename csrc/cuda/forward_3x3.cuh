@@ -5,7 +5,7 @@
 // filter of its pixels stays in registers meanwhile, the channel filters of the slab lie in shared
 // memory. A small image leaves threads over; these share the channels of the slab.
 #pragma once
-#include "norm.cuh"
+#include "filter_norm.cuh"
 
 namespace ddf::cuda {
 

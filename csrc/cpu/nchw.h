@@ -4,7 +4,7 @@
 // every tap of the filter reads consecutive values, whatever kernel, stride and dilation are. The
 // spatial filter of a tile of rows is kept widened and serves all channels of its group.
 #pragma once
-#include "cpu/norm.h"
+#include "cpu/filter_norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {

@@ -1,11 +1,12 @@
 // 3 x 3 windows of stride and dilation 1 over channels that are contiguous in memory
-// (channels_last): the forward pass, and grad_features with the taps mirrored, as in window3.cuh.
+// (channels_last): the forward pass, and grad_features with the taps mirrored, as in
+// forward_3x3.cuh.
 //
 // A thread owns 4 neighbouring channels of one filter group and slides along a strip of two rows:
 // the channel filters stay in registers, the spatial filters of the strip lie in shared memory,
 // where all channels find them, and each step loads one new column of the window.
 #pragma once
-#include "norm.cuh"
+#include "filter_norm.cuh"
 
 namespace ddf::cuda {
 
