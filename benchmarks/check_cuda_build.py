@@ -28,23 +28,23 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 # Outputs (pixels of one channel) that one round of a kernel's hot loop makes, by its template
 # arguments; a part of an output where the loop serves one row of taps.
 OUTPUTS = {
-    "window3": lambda: 8,
-    "window3_channels_last": lambda: 3 * 8,
-    "backward3": lambda: 8,
-    "window_quads": lambda k, stride: 16 / k,
-    "filter_grads": lambda k, stride: 4 / (1 if k == 3 else k),
-    "filter_grads_channels_last": lambda k, stride: k * 4 / (1 if k == 3 else k),
+    "forward_3x3": lambda: 8,
+    "forward_3x3_channels_last": lambda: 3 * 8,
+    "backward_3x3": lambda: 8,
+    "forward_tiled": lambda k, stride: 16 / k,
+    "grad_filters": lambda k, stride: 4 / (1 if k == 3 else k),
+    "grad_filters_channels_last": lambda k, stride: k * 4 / (1 if k == 3 else k),
 }
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 # Kernel and architecture to the reason why it may spill.
 SPILLS = {
-    (f"filter_grads<{dtype}, k 7, stride 1, mul>", "100"): (
+    (f"grad_filters<{dtype}, k 7, stride 1, mul>", "100"): (
         "rows off 16 bytes; takes 160 registers without, and then half as many warps are resident"
     )
     for dtype in ("bfloat16", "float", "half")
 } | {
-    (f"backward3<{dtype}, mul, vector>", "120"): "two registers more than the 255 that there are"
+    (f"backward_3x3<{dtype}, mul, vector>", "120"): "two registers more than the 255 that there are"
     for dtype in ("bfloat16", "half")
 }
 
@@ -165,15 +165,15 @@ class Kernel:
         return cls(name, dtype, numbers, flags)
 
     def __str__(self) -> str:
-        """As in ``window3<float, mul, vector>``."""
+        """As in ``forward_3x3<float, mul, vector>``."""
         meanings = {
-            "window3": ("mul", "mirrored", "vector", "pack"),
-            "window3_channels_last": ("mul", "mirrored", "pack"),
-            "backward3": ("mul", "vector"),
-            "window_quads": ("mul", "mirrored", "channels_last", "pack"),
-            "filter_grads": ("mul", "vector"),
-            "filter_grads_channels_last": ("mul",),
-            "up_window3": ("mul",),
+            "forward_3x3": ("mul", "mirrored", "vector", "pack"),
+            "forward_3x3_channels_last": ("mul", "mirrored", "pack"),
+            "backward_3x3": ("mul", "vector"),
+            "forward_tiled": ("mul", "mirrored", "channels_last", "pack"),
+            "grad_filters": ("mul", "vector"),
+            "grad_filters_channels_last": ("mul",),
+            "upsample_3x3": ("mul",),
         }
         named = zip(meanings.get(self.name, ()), self.flags, strict=True)
         windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]

@@ -37,10 +37,9 @@ struct Geometry {
   bool is_bounded() const {
     if (!is_product_within(kMaxElements, kernel, dilation)) return false;
     // On both sides, in the output's pixels, which may be more than the features'.
-    const int64_t around = 2 * (kernel * dilation + stride);
+    const int64_t halo = 2 * (kernel * dilation + stride);
     return is_product_within(kMaxElements, batch, channels, height, width, scale, scale) &&
-           is_product_within(kMaxElements, channels, height + around, width + around, scale,
-                             scale) &&
+           is_product_within(kMaxElements, channels, height + halo, width + halo, scale, scale) &&
            is_product_within(kMaxTerms, batch, channels, scale, scale, kernel, kernel, out_height,
                              out_width);
   }

@@ -131,7 +131,7 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
   if (spatial_filter) {
     check_kind(*spatial_filter, features, "spatial_filter", scale ? 5 : 4);
     const int64_t last = spatial_filter->dim() - 1;
-    const int64_t planes = spatial_filter->size(last - 2);
+    const int64_t spatial_channels = spatial_filter->size(last - 2);
     const int64_t rows = spatial_filter->size(last - 1), columns = spatial_filter->size(last);
     STD_TORCH_CHECK(rows >= 1 && (rows == g.out_height || rows == g.height / stride),
                     "ddf_mm: spatial_filter has ", rows, " rows for ", g.height, " of features");
@@ -140,11 +140,12 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
                     " of features");
     g.out_height = rows;
     g.out_width = columns;
-    g.groups = planes / g.taps();
-    STD_TORCH_CHECK(g.groups >= 1 && planes % g.taps() == 0 && g.channels % g.groups == 0,
-                    "ddf_mm: spatial_filter has ", planes, " channels for ", g.channels,
+    g.groups = spatial_channels / g.taps();
+    STD_TORCH_CHECK(g.groups >= 1 && spatial_channels % g.taps() == 0 && g.channels % g.groups == 0,
+                    "ddf_mm: spatial_filter has ", spatial_channels, " channels for ", g.channels,
                     " of features and kernel_size ", kernel_size);
-    check_like(*spatial_filter, features, "spatial_filter", of_filter({planes, rows, columns}));
+    check_like(*spatial_filter, features, "spatial_filter",
+               of_filter({spatial_channels, rows, columns}));
   }
   g.group_channels = g.channels / g.groups;
   // More dilation puts all taps but the centre outside of the features just as well, more stride
@@ -189,12 +190,13 @@ inline Geometry pack_geometry_of(const Tensor& features, const Tensor& raw_chann
 }
 
 // Filters to normalize, in an order of memory that the kernels know: x itself, or a copy.
-struct NormFilters {
+struct FilterNormGeometry {
   int64_t batch, filters, taps, pixels;
   bool channels_last;
 
   // x is [B, filters * taps, ...]; what follows are pixels.
-  NormFilters(const Tensor& x, int64_t filters, const OptionalTensor& std) : filters(filters) {
+  FilterNormGeometry(const Tensor& x, int64_t filters, const OptionalTensor& std)
+      : filters(filters) {
     check_defined(x, "x");
     STD_TORCH_CHECK(x.dim() >= 2, "ddf_mm: x must have at least 2 dimensions, got ", x.dim());
     check_dtype(x, "x");
@@ -221,11 +223,11 @@ struct NormFilters {
 };
 
 // The gradients of filter_norm; empty where one is not needed.
-struct __attribute__((visibility("hidden"))) NormGradients {
+struct __attribute__((visibility("hidden"))) FilterNormGradients {
   Tensor x, std, mean;
 
-  NormGradients(const NormFilters& of, const Tensor& like, bool need_x, bool need_std,
-                bool need_mean)
+  FilterNormGradients(const FilterNormGeometry& of, const Tensor& like, bool need_x, bool need_std,
+                      bool need_mean)
       : x(need_x ? empty(like, size_of(like), of.channels_last) : none_of(like)),
         std(empty(like, {need_std ? like.size(1) : 0}, false, sum_type_of(like))),
         mean(empty(like, {need_mean ? like.size(1) : 0}, false, sum_type_of(like))) {

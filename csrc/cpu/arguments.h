@@ -31,7 +31,7 @@ using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
 
 // What surrounds ddf in a DDFPack.
-struct Surroundings {
+struct PackOptions {
   // Whether the filters are raw, before FilterNorm.
   bool normalize = false;
   double channel_scale = 1, spatial_scale = 1, eps = 0;
@@ -51,7 +51,7 @@ struct Forward {
   const void* channel_filter;
   const void* spatial_filter;  // null if there is none
   SpatialStrides spatial_strides;
-  Surroundings around;
+  PackOptions pack;
   void* output;
 };
 
@@ -73,13 +73,13 @@ struct Backward {
 };
 
 // Filters to normalize: [batch][filters][taps][pixels], or [batch][pixels][filters][taps].
-struct NormSizes {
+struct FilterNormSizes {
   int64_t batch, filters, taps, pixels;
   bool taps_inner;
 };
 
-struct Norm {
-  NormSizes sizes;
+struct FilterNorm {
+  FilterNormSizes sizes;
   DType dtype;
   const void* x;
   // [filters * taps] of the type that sums are kept in; null if there is none.
@@ -89,8 +89,8 @@ struct Norm {
   void* result;
 };
 
-struct NormBackward {
-  NormSizes sizes;
+struct FilterNormBackward {
+  FilterNormSizes sizes;
   DType dtype;
   const void* grad;
   const void* x;
@@ -106,8 +106,8 @@ struct NormBackward {
 struct Kernels {
   void (*forward)(const Forward&, ParallelFor);
   void (*backward)(const Backward&, ParallelFor);
-  void (*norm)(const Norm&, ParallelFor);
-  void (*norm_backward)(const NormBackward&, ParallelFor);
+  void (*filter_norm)(const FilterNorm&, ParallelFor);
+  void (*filter_norm_backward)(const FilterNormBackward&, ParallelFor);
 };
 
 extern const Kernels baseline_kernels;

@@ -14,7 +14,7 @@ constexpr int kStrip = 4;
 
 // Along one axis: for each position of a pixel, the taps whose other end lies in the image, and
 // where, in the order of where.
-class Reach {
+class AxisTaps {
  public:
   struct End {
     int64_t tap, at;
@@ -25,16 +25,16 @@ class Reach {
   };
 
   // From an output pixel to the pixels of the features that it reads.
-  static Reach to_features(const Geometry& g, int64_t out_size, int64_t size) {
-    return Reach(out_size, g.kernel, 1, 1, g.stride, [&](int64_t position, int64_t tap) {
+  static AxisTaps to_features(const Geometry& g, int64_t out_size, int64_t size) {
+    return AxisTaps(out_size, g.kernel, 1, 1, g.stride, [&](int64_t position, int64_t tap) {
       const int64_t at = position * g.stride + tap * g.dilation - g.padding();
       return at < size ? at : -1;
     });
   }
   // From a pixel of the features to the output pixels, out_size of every subpixel, that read it.
   // Taps are counted backwards.
-  static Reach to_output(const Geometry& g, int64_t size, int64_t out_size) {
-    return Reach(size, g.kernel, g.scale, g.stride, g.scale, [&](int64_t position, int64_t tap) {
+  static AxisTaps to_output(const Geometry& g, int64_t size, int64_t out_size) {
+    return AxisTaps(size, g.kernel, g.scale, g.stride, g.scale, [&](int64_t position, int64_t tap) {
       const int64_t from = position + g.padding() - (g.kernel - 1 - tap) * g.dilation;
       return from >= 0 && from % g.stride == 0 && from / g.stride < out_size ? from / g.stride : -1;
     });
@@ -62,8 +62,8 @@ class Reach {
 
  private:
   template <class F>
-  Reach(int64_t size, int64_t kernel, int64_t scale, int64_t step, int64_t advance,
-        const F& other_end)
+  AxisTaps(int64_t size, int64_t kernel, int64_t scale, int64_t step, int64_t advance,
+           const F& other_end)
       : step(step), advance(advance) {
     for (int64_t position = 0; position < size; ++position) {
       first_.push_back(static_cast<int64_t>(ends_.size()));
@@ -88,13 +88,15 @@ class Reach {
 template <class T>
 struct Taps {
   explicit Taps(int64_t taps)
-      : pixel(new const T*[taps]), spatial(new Sum<T>[taps * kStrip]), tap(new int64_t[taps]) {}
+      : pixel(new const T*[taps]),
+        spatial(new Accumulate<T>[taps * kStrip]),
+        tap(new int64_t[taps]) {}
 
   int64_t count = 0;
-  std::unique_ptr<const T*[]> pixel;  // where each leads from the strip's first pixel
-  int64_t advance = 0;                // from one pixel of the strip to the next
-  std::unique_ptr<Sum<T>[]> spatial;  // [count][pixels of the strip]
-  std::unique_ptr<int64_t[]> tap;     // in the blocks of the channel filter
+  std::unique_ptr<const T*[]> pixel;         // where each leads from the strip's first pixel
+  int64_t advance = 0;                       // from one pixel of the strip to the next
+  std::unique_ptr<Accumulate<T>[]> spatial;  // [count][pixels of the strip]
+  std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
 };
 
 // Where the values of a spatial filter lie from a strip's first tap of its first pixel on.
@@ -105,19 +107,19 @@ struct SpatialSteps {
 // Lists the taps of strips. The spatial filter belongs to an output pixel: to those of the strip
 // (own_filter) or to the ones that the taps lead to.
 template <class T>
-struct Lister {
+struct Gather {
   const Geometry& g;
-  Reach rows, columns;
+  AxisTaps rows, columns;
   int64_t width;  // of what the taps lead to
   const T* spatial;
   SpatialStrides strides;
   bool own_filter;
-  Sum<T> neutral;
+  Accumulate<T> neutral;
 
   // The taps of P pixels in a row, for a filter with these strides.
   template <int P, class F>
-  DDF_INLINE void list(Taps<T>& taps, const T* image, const F* filter,
-                       const SpatialStrides& strides, int64_t row, int64_t column) const {
+  DDF_INLINE void collect(Taps<T>& taps, const T* image, const F* filter,
+                          const SpatialStrides& strides, int64_t row, int64_t column) const {
     int64_t u = 0;
     taps.advance = columns.advance * g.channels;
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
@@ -126,7 +128,7 @@ struct Lister {
         const int64_t subpixel = r->subpixel * g.scale + c->subpixel;
         taps.tap[u] = subpixel * g.taps() + t;
         taps.pixel[u] = image + (r->at * width + c->at) * g.channels;
-        Sum<T>* to = taps.spatial.get() + u * P;
+        Accumulate<T>* to = taps.spatial.get() + u * P;
         ++u;
         const F* from =
             filter + (own_filter ? t * strides.tap + row * strides.row + column * strides.column
@@ -139,22 +141,22 @@ struct Lister {
 
   // The same for the filter as it lies in memory.
   template <int P>
-  DDF_INLINE void list(Taps<T>& taps, const T* image, const T* filter, int64_t row,
-                       int64_t column) const {
-    list<P>(taps, image, filter, strides, row, column);
+  DDF_INLINE void collect(Taps<T>& taps, const T* image, const T* filter, int64_t row,
+                          int64_t column) const {
+    collect<P>(taps, image, filter, strides, row, column);
   }
 
   // For a 3x3 filter with these strides: the first tap of the pixel at (row, column), whose taps
   // all lie inside, and the way to the others.
   template <class F>
-  std::pair<const F*, SpatialSteps> inside3(const F* filter, const SpatialStrides& s, int64_t row,
-                                            int64_t column) const {
+  std::pair<const F*, SpatialSteps> interior_3x3(const F* filter, const SpatialStrides& s,
+                                                 int64_t row, int64_t column) const {
     if (own_filter) return {filter + row * s.row + column * s.column, {3 * s.tap, s.tap, s.column}};
     return {filter + 8 * s.tap + (row - 1) * s.row + (column - 1) * s.column,
             {s.row - 3 * s.tap, s.column - s.tap, s.column}};
   }
 
-  // The spatial filter of a group of one of batch * subpixels images, as list() takes it.
+  // The spatial filter of a group of one of batch * subpixels images, as collect() takes it.
   const T* filter_of(int64_t image, int64_t group) const {
     return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
                    : nullptr;
@@ -165,17 +167,17 @@ struct Lister {
 // to[(v * block_taps + t) * L + lane]; lanes behind the last channel are zero. With reversed, in
 // the order of the mirrored filter.
 template <class T>
-void fill_channel_blocks(Sum<T>* to, int64_t block_taps, const Geometry& g, const T* filter,
+void fill_channel_blocks(Accumulate<T>* to, int64_t block_taps, const Geometry& g, const T* filter,
                          int64_t image, int64_t channel0, int64_t channel1, bool reversed,
-                         Sum<T> neutral) {
-  constexpr int L = kLanes<Sum<T>>;
+                         Accumulate<T> neutral) {
+  constexpr int L = kLanes<Accumulate<T>>;
   const int64_t taps = g.taps();
   for (int64_t c = channel0; c < channel1; c += L, to += block_taps * L) {
     const int64_t lanes = std::min<int64_t>(L, channel1 - c);
     if (lanes < L || filter == nullptr) std::fill(to, to + taps * L, lanes < L ? 0 : neutral);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const T* from = filter + (image * g.channels + c + lane) * taps;
-      Sum<T>* line = to + lane + (reversed ? (taps - 1) * L : 0);
+      Accumulate<T>* line = to + lane + (reversed ? (taps - 1) * L : 0);
       const int64_t step = reversed ? -L : L;
       for (int64_t t = 0; t < taps; ++t, line += step) *line = filter ? widen(from[t]) : neutral;
     }
@@ -183,13 +185,13 @@ void fill_channel_blocks(Sum<T>* to, int64_t block_taps, const Geometry& g, cons
 }
 
 // out[p][c] = sum over the listed taps of pixel[c] * (c[t, c] o spatial[p]) for the P pixels of a
-// strip, out_step apart, and count channels, with the bias c[all_taps, c], or the floor if that is
-// more.
+// strip, out_step apart, and count channels, with the bias c[all_taps, c], or the output_min if
+// that is more.
 template <int P, class T, class Combine>
 DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
-                             const Sum<T>* channel, Sum<T> floor, T* out, int64_t out_step,
-                             int64_t count) {
-  using A = Sum<T>;
+                             const Accumulate<T>* channel, Accumulate<T> output_min, T* out,
+                             int64_t out_step, int64_t count) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   const int64_t number = taps.count, advance = taps.advance;
@@ -212,7 +214,7 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
-      store_first<L>(out + p * out_step + c, at_least(sums[p], splat<A, L>(floor)), room);
+      store_first<L>(out + p * out_step + c, clamp_min(sums[p], splat<A, L>(output_min)), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
@@ -222,10 +224,11 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
 // The same for a 3x3 filter inside of the image, where neighbours read the same pixels. `pixels` is
 // the first channel of the first pixel that the strip reads, `line` the way to the next row.
 template <int P, class T, class Combine, class F>
-DDF_INLINE void filter_strip3(const T* pixels, int64_t advance, int64_t line, const F* spatial,
-                              const SpatialSteps& steps, const Sum<T>* channel, Sum<T> floor,
-                              T* out, int64_t out_step, int64_t count) {
-  using A = Sum<T>;
+DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line, const F* spatial,
+                                 const SpatialSteps& steps, const Accumulate<T>* channel,
+                                 Accumulate<T> output_min, T* out, int64_t out_step,
+                                 int64_t count) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   A values[9 * P];
@@ -259,7 +262,7 @@ DDF_INLINE void filter_strip3(const T* pixels, int64_t advance, int64_t line, co
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
-      store_first<L>(out + p * out_step + c, at_least(sums[p], splat<A, L>(floor)), room);
+      store_first<L>(out + p * out_step + c, clamp_min(sums[p], splat<A, L>(output_min)), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
@@ -269,14 +272,15 @@ DDF_INLINE void filter_strip3(const T* pixels, int64_t advance, int64_t line, co
 // A row of a 3x3 filter inside of the image but for its first and last pixel. `pixels` is the first
 // pixel of the row before, `spatial` the filter's first tap of the second pixel.
 template <class T, class Combine, class F>
-__attribute__((noinline)) void filter_row3(const T* pixels, int64_t channels, const F* spatial,
-                                           const SpatialSteps& steps, const Sum<T>* channel,
-                                           Sum<T> floor, T* out, int64_t out_step, int64_t columns,
-                                           int64_t count) {
+__attribute__((noinline)) void filter_row_3x3(const T* pixels, int64_t channels, const F* spatial,
+                                              const SpatialSteps& steps,
+                                              const Accumulate<T>* channel,
+                                              Accumulate<T> output_min, T* out, int64_t out_step,
+                                              int64_t columns, int64_t count) {
   const auto strip = [&](int64_t column, auto pixels_of_strip) __attribute__((always_inline)) {
-    filter_strip3<decltype(pixels_of_strip)::value, T, Combine>(
+    filter_strip_3x3<decltype(pixels_of_strip)::value, T, Combine>(
         pixels + (column - 1) * channels, channels, columns * channels,
-        spatial + (column - 1) * steps.pixel, steps, channel, floor, out + column * out_step,
+        spatial + (column - 1) * steps.pixel, steps, channel, output_min, out + column * out_step,
         out_step, count);
   };
   int64_t column = 1;
@@ -291,44 +295,45 @@ __attribute__((noinline)) void filter_row3(const T* pixels, int64_t channels, co
 
 // Normalizes a group's blocks of channels and puts the bias behind the taps of each.
 template <class A>
-void finish_channel_blocks(A* blocks, const Geometry& g, int64_t group, const Around<A>& around) {
+void normalize_channel_blocks(A* blocks, const Geometry& g, int64_t group,
+                              const TypedPackOptions<A>& pack) {
   constexpr int L = kLanes<A>;
-  if (!around.normalize && !around.bias) return;
+  if (!pack.normalize && !pack.bias) return;
   const int64_t taps = g.taps(), end = (group + 1) * g.group_channels;
   for (int64_t c = group * g.group_channels; c < end; c += L, blocks += (taps + 1) * L) {
     const int64_t lanes = std::min<int64_t>(L, end - c);
-    around.template normalize_channels<L>(blocks, taps, c, lanes);
-    for (int64_t lane = 0; around.bias && lane < lanes; ++lane)
-      blocks[taps * L + lane] = around.bias[c + lane];
+    pack.template normalize_channels<L>(blocks, taps, c, lanes);
+    for (int64_t lane = 0; pack.bias && lane < lanes; ++lane)
+      blocks[taps * L + lane] = pack.bias[c + lane];
   }
 }
 
 // to[t * pitch + j], normalized, of a row of a group's spatial filter.
 template <class T>
-void normalize_row(Sum<T>* to, int64_t pitch, int64_t columns, int64_t taps, const T* filter,
-                   const SpatialStrides& strides, const Around<Sum<T>>& around) {
-  using A = Sum<T>;
+void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t taps, const T* filter,
+                   const SpatialStrides& strides, const TypedPackOptions<Accumulate<T>>& pack) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   for (int64_t t = 0; t < taps; ++t)
     load_row(to + t * pitch, filter + t * strides.tap, columns, strides.column);
   for (int64_t j = 0; j < columns; j += L)
-    standardize<A, L>(to + j, taps, pitch, around.eps, around.spatial_scale);
+    standardize<A, L>(to + j, taps, pitch, pack.eps, pack.spatial_scale);
 }
 
-// Both directions: for each pixel of `to` the taps that the lister finds in `from`, filtered.
+// Both directions: for each pixel of `to` the taps that the gather finds in `from`, filtered.
 template <class T, class Combine>
-void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* from,
-                   int64_t from_size, T* to, int64_t rows, int64_t columns,
-                   const Around<Sum<T>>& around, ParallelFor run) {
-  using A = Sum<T>;
+void filter_channels_last(const Gather<T>& gather, const T* channel_filter, const T* from,
+                          int64_t from_size, T* to, int64_t rows, int64_t columns,
+                          const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  const Geometry& g = lister.g;
-  const auto strips = lister.columns.strips();
+  const Geometry& g = gather.g;
+  const auto strips = gather.columns.strips();
   // A pixel makes all of its subpixels, or gathers from all of them at once.
-  const int64_t scale = lister.own_filter ? g.scale : 1, subpixels = scale * scale;
-  const int64_t all_taps = lister.own_filter ? g.taps() : g.subpixels() * g.taps();
-  const int64_t out_step = scale * lister.columns.step * g.channels;
-  const bool has_inside3 =
+  const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
+  const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
+  const int64_t out_step = scale * gather.columns.step * g.channels;
+  const bool has_interior_3x3 =
       g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
@@ -336,71 +341,71 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
     Scratch<A> channel(subpixels * g.groups * block);
     // A row of normalized spatial filters, [groups][taps][pitch].
     const int64_t pitch = round_up(columns, L);
-    Scratch<A> normalized(around.normalize ? g.groups * g.taps() * pitch : 0);
+    Scratch<A> normalized(pack.normalize ? g.groups * g.taps() * pitch : 0);
     int64_t filled = -1;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t image = index / rows, row = index % rows;
       const T* pixels = from + image * from_size * g.channels;
       for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
         for (int64_t group = 0; group < g.groups; ++group) {
-          A* of_group = lister.own_filter ? channel + (r * g.groups + group) * block
+          A* of_group = gather.own_filter ? channel + (r * g.groups + group) * block
                                           : channel + group * block + r * g.taps() * L;
           fill_channel_blocks(of_group, all_taps + 1, g, channel_filter, image * g.subpixels() + r,
                               group * g.group_channels, (group + 1) * g.group_channels,
-                              !lister.own_filter, A(Combine::kNeutral));
-          finish_channel_blocks(of_group, g, group, around);
+                              !gather.own_filter, A(Combine::kNeutral));
+          normalize_channel_blocks(of_group, g, group, pack);
         }
       filled = image;
-      for (int64_t group = 0; around.normalize && group < g.groups; ++group)
+      for (int64_t group = 0; pack.normalize && group < g.groups; ++group)
         normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
-                      lister.filter_of(image, group) + row * lister.strides.row, lister.strides,
-                      around);
-      const bool is_inside3 = has_inside3 && row > 0 && row + 1 < rows;
+                      gather.filter_of(image, group) + row * gather.strides.row, gather.strides,
+                      pack);
+      const bool is_interior_row = has_interior_3x3 && row > 0 && row + 1 < rows;
       const auto out_of = [&](int64_t r, int64_t column) {
         return to + ((index * scale + r / scale) * scale * columns + column * scale + r % scale) *
                         g.channels;
       };
-      for (int64_t r = 0; is_inside3 && r < subpixels; ++r)
+      for (int64_t r = 0; is_interior_row && r < subpixels; ++r)
         for (int64_t group = 0; group < g.groups; ++group) {
           const int64_t first = group * g.group_channels;
-          const auto filter_inside = [&](const auto& start) __attribute__((always_inline)) {
-            filter_row3<T, Combine>(
+          const auto filter_interior = [&](const auto& start) __attribute__((always_inline)) {
+            filter_row_3x3<T, Combine>(
                 pixels + (row - 1) * columns * g.channels + first, g.channels, start.first,
-                start.second, channel + (r * g.groups + group) * block, around.floor,
+                start.second, channel + (r * g.groups + group) * block, pack.output_min,
                 out_of(r, 0) + first, scale * g.channels, columns, g.group_channels);
           };
           const A neutral = A(Combine::kNeutral);
-          if (around.normalize)
-            filter_inside(lister.inside3(normalized + group * 9 * pitch,
-                                         SpatialStrides{0, 0, pitch, 0, 1}, row, 1));
-          else if (const T* filter = lister.filter_of(image * g.subpixels() + r, group))
-            filter_inside(lister.inside3(filter, lister.strides, row, 1));
+          if (pack.normalize)
+            filter_interior(gather.interior_3x3(normalized + group * 9 * pitch,
+                                                SpatialStrides{0, 0, pitch, 0, 1}, row, 1));
+          else if (const T* filter = gather.filter_of(image * g.subpixels() + r, group))
+            filter_interior(gather.interior_3x3(filter, gather.strides, row, 1));
           else
-            filter_inside(std::pair(&neutral, SpatialSteps{0, 0, 0}));
+            filter_interior(std::pair(&neutral, SpatialSteps{0, 0, 0}));
         }
       for (int64_t r = 0; r < subpixels; ++r)
         for (const auto& strip : strips) {
-          if (is_inside3 && strip.first > 0 && strip.first + 1 < columns) continue;
+          if (is_interior_row && strip.first > 0 && strip.first + 1 < columns) continue;
           for (int64_t group = 0; group < g.groups; ++group) {
             const int64_t first = group * g.group_channels;
-            const T* filter = lister.filter_of(image * g.subpixels() + r, group);
+            const T* filter = gather.filter_of(image * g.subpixels() + r, group);
             T* out = out_of(r, strip.first) + first;
             const A* block_of = channel + (r * g.groups + group) * block;
-            const auto list = [&](auto pixels_of_strip) __attribute__((always_inline)) {
+            const auto collect = [&](auto pixels_of_strip) __attribute__((always_inline)) {
               constexpr int P = decltype(pixels_of_strip)::value;
-              if (around.normalize)
-                lister.template list<P>(taps, pixels, normalized + group * g.taps() * pitch,
-                                        SpatialStrides{0, 0, pitch, 0, 1}, row, strip.first);
+              if (pack.normalize)
+                gather.template collect<P>(taps, pixels, normalized + group * g.taps() * pitch,
+                                           SpatialStrides{0, 0, pitch, 0, 1}, row, strip.first);
               else
-                lister.template list<P>(taps, pixels, filter, row, strip.first);
+                gather.template collect<P>(taps, pixels, filter, row, strip.first);
             };
             if (strip.count == kStrip) {
-              list(std::integral_constant<int, kStrip>());
-              filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
-                                               out_step, g.group_channels);
+              collect(std::integral_constant<int, kStrip>());
+              filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, pack.output_min,
+                                               out, out_step, g.group_channels);
             } else {
-              list(std::integral_constant<int, 1>());
-              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, around.floor, out,
+              collect(std::integral_constant<int, 1>());
+              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, pack.output_min, out,
                                           out_step, g.group_channels);
             }
           }
@@ -411,42 +416,42 @@ void filter_pixels(const Lister<T>& lister, const T* channel_filter, const T* fr
 
 // From output pixels to the features, for the arguments of either pass.
 template <class T, class Combine, class Arguments>
-Lister<T> lister_to_features(const Arguments& a, const Geometry& g) {
+Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
   return {g,
-          Reach::to_features(g, g.out_height, g.height),
-          Reach::to_features(g, g.out_width, g.width),
+          AxisTaps::to_features(g, g.out_height, g.height),
+          AxisTaps::to_features(g, g.out_width, g.width),
           g.width,
           static_cast<const T*>(a.spatial_filter),
           a.spatial_strides,
           true,
-          Sum<T>(Combine::kNeutral)};
+          Accumulate<T>(Combine::kNeutral)};
 }
 
 template <class T, class Combine>
-void forward_pixels(const Forward& f, ParallelFor run) {
+void forward_channels_last(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const auto lister = lister_to_features<T, Combine>(f, g);
-  filter_pixels<T, Combine>(lister, static_cast<const T*>(f.channel_filter),
-                            static_cast<const T*>(f.features), g.height * g.width,
-                            static_cast<T*>(f.output), g.out_height, g.out_width,
-                            Around<Sum<T>>(f.around), run);
+  const auto gather = gather_from_features<T, Combine>(f, g);
+  filter_channels_last<T, Combine>(gather, static_cast<const T*>(f.channel_filter),
+                                   static_cast<const T*>(f.features), g.height * g.width,
+                                   static_cast<T*>(f.output), g.out_height, g.out_width,
+                                   TypedPackOptions<Accumulate<T>>(f.pack), run);
 }
 
 template <class T, class Combine>
-void grad_features_pixels(const Backward& b, ParallelFor run) {
+void grad_features_channels_last(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
-  const Lister<T> lister{g,
-                         Reach::to_output(g, g.height, g.out_height),
-                         Reach::to_output(g, g.width, g.out_width),
+  const Gather<T> gather{g,
+                         AxisTaps::to_output(g, g.height, g.out_height),
+                         AxisTaps::to_output(g, g.width, g.out_width),
                          g.scale * g.out_width,
                          static_cast<const T*>(b.spatial_filter),
                          b.spatial_strides,
                          false,
-                         Sum<T>(Combine::kNeutral)};
-  filter_pixels<T, Combine>(
-      lister, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
+                         Accumulate<T>(Combine::kNeutral)};
+  filter_channels_last<T, Combine>(
+      gather, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
       g.subpixels() * g.out_height * g.out_width, static_cast<T*>(b.grad_features), g.height,
-      g.width, Around<Sum<T>>(), run);
+      g.width, TypedPackOptions<Accumulate<T>>(), run);
 }
 
 // Where S taps of a strip of pixels lie: x, s and ds, and c and dc, in the blocks of the channel
@@ -454,10 +459,10 @@ void grad_features_pixels(const Backward& b, ParallelFor run) {
 template <class T, int S>
 struct StripTaps {
   const T* x[S];
-  const Sum<T>* s[S];
-  Sum<T>* ds[S];
-  const Sum<T>* c;
-  Sum<T>* dc;
+  const Accumulate<T>* s[S];
+  Accumulate<T>* ds[S];
+  const Accumulate<T>* c;
+  Accumulate<T>* dc;
   int64_t next;  // from a tap in these blocks to the next
 };
 
@@ -467,7 +472,7 @@ struct StripTaps {
 template <int P, int S, int kPixel, class T, class Combine>
 DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* dy, int64_t dy_step,
                                   int64_t block, int64_t channels) {
-  using A = Sum<T>;
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr bool kMul = std::is_same_v<Combine, Mul>;
@@ -511,7 +516,7 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
 // What the filter gradients of a row of the output read and write.
 template <class T>
 struct GradRow {
-  using A = Sum<T>;
+  using A = Accumulate<T>;
   const Geometry& g;
   int64_t ty0, ty1;      // the rows of taps that lie in the image
   const int64_t* range;  // [kernel][2]: the pixels of which a column of taps lies in the image
@@ -528,7 +533,7 @@ struct GradRow {
 // The pixels of s are kPixel apart, its taps `width`, or next to each other where pixels are not.
 template <int kPixel, class T, class Combine>
 __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
-  using A = Sum<T>;
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = row.g;
   const int64_t taps = g.taps(), width = g.out_width, k = g.kernel;
@@ -590,8 +595,8 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
 }
 
 template <class T, class Combine>
-void grad_filters_pixels(const Backward& b, ParallelFor run) {
-  using A = Sum<T>;
+void grad_filters_channels_last(const Backward& b, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const Geometry g = by_subpixel(b.geometry);
   const Plan plan(g, g.taps() * g.out_width * static_cast<int64_t>(sizeof(A)));
@@ -601,13 +606,14 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
   const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
-  const int64_t maps = g.groups * taps, out_size = g.out_height * width;
-  const bool in_parts = grad_spatial && plan.chunks > 1;
+  const int64_t spatial_channels = g.groups * taps, out_size = g.out_height * width;
+  const bool is_split = grad_spatial && plan.channel_blocks > 1;
   // The sums of a single tile are the gradient, unless it has fewer bits.
   const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
-  Scratch<A> parts_of_tiles(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
-  A* const channel_parts = is_whole ? static_cast<A*>(b.grad_channel) : parts_of_tiles.get();
-  Scratch<A> spatial_parts(in_parts ? plan.chunks * g.batch * maps * out_size : 0);
+  Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
+  A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
+  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
+                                       : 0);
   // A 3x3 spatial filter of one group in the features' order of memory is read where it lies.
   constexpr int kTapsInner = 9;
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
@@ -626,19 +632,19 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
   }
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    const int64_t room = round_up(plan.chunk, L);
+    const int64_t room = round_up(plan.block_channels, L);
     Scratch<A> channel(room * taps), dc(room * taps), s(taps * width), ds(taps * width);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
       const T* pixels = features + image * g.height * g.width * g.channels + item.channel0;
-      // The group's first map of the spatial filter and of its gradient.
-      const int64_t map = item.group * taps;
+      // The group's first spatial_channel of the spatial filter and of its gradient.
+      const int64_t spatial_channel = item.group * taps;
       const SpatialStrides &from = b.spatial_strides, &to = b.grad_spatial_strides;
-      const T* filter =
-          spatial_filter ? spatial_filter + from.start(item.image, g.subpixels()) + map * from.tap
-                         : nullptr;
+      const T* filter = spatial_filter ? spatial_filter + from.start(item.image, g.subpixels()) +
+                                             spatial_channel * from.tap
+                                       : nullptr;
       std::fill(dc.get(), dc + room * taps, A(0));
       fill_channel_blocks(channel.get(), taps, g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
@@ -683,17 +689,19 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
         }
         if (!is_in_place) grad_filters_row<1, T, Combine>(of_row);
         for (int64_t t = 0; t < taps; ++t)
-          if (in_parts)
-            std::copy_n(
-                ds + t * width, width,
-                spatial_parts + (((item.chunk * g.batch + item.image) * maps + map + t) * out_size +
-                                 row * width));
+          if (is_split)
+            std::copy_n(ds + t * width, width,
+                        spatial_partials +
+                            (((item.channel_block * g.batch + item.image) * spatial_channels +
+                              spatial_channel + t) *
+                                 out_size +
+                             row * width));
           else if (grad_spatial)
-            sum_parts(grad_spatial + to.start(item.image, g.subpixels()) + (map + t) * to.tap +
-                          row * to.row,
-                      to.column, ds + t * width, 1, 0, width);
+            reduce_partials(grad_spatial + to.start(item.image, g.subpixels()) +
+                                (spatial_channel + t) * to.tap + row * to.row,
+                            to.column, ds + t * width, 1, 0, width);
       }
-      A* channel_to = channel_parts +
+      A* channel_to = channel_partials +
                       ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * taps;
       for (int64_t c = 0; c < count; ++c, channel_to += taps) {
         const A* sums = dc + c / L * taps * L + c % L;
@@ -702,9 +710,9 @@ void grad_filters_pixels(const Backward& b, ParallelFor run) {
     }
   });
   if (b.grad_channel && !is_whole)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts, run);
-  if (in_parts)
-    write_grad_spatial(g, plan, grad_spatial, b.grad_spatial_strides, spatial_parts.get(), run);
+    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_partials, run);
+  if (is_split)
+    write_grad_spatial(g, plan, grad_spatial, b.grad_spatial_strides, spatial_partials.get(), run);
 }
 
 }  // namespace

@@ -8,13 +8,13 @@ namespace {
 // Of L filters: what x is multiplied with to have a deviation of one, and the slope of that, which
 // are both 0 for a filter whose taps are all equal.
 template <class A, int L>
-struct Deviations {
+struct Moments {
   Vector<A, L> inverse, slope;
 };
 
 // Standardizes L filters in place, values[t * step + lane], and multiplies them by scale.
 template <class A, int L>
-DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, int64_t step, A eps, A scale = 1) {
+DDF_INLINE Moments<A, L> standardize(A* values, int64_t taps, int64_t step, A eps, A scale = 1) {
   using V = Vector<A, L>;
   // Less the first tap, equal taps are 0 whatever rounding does to their mean.
   const V first = load<L>(values);
@@ -45,22 +45,22 @@ DDF_INLINE Deviations<A, L> standardize(A* values, int64_t taps, int64_t step, A
 
 // What a kernel does with its filters and sums in a DDFPack, in the types of its elements.
 template <class A>
-struct Around {
+struct TypedPackOptions {
   bool normalize;
   A channel_scale, spatial_scale, eps;
   const A* channel_std;
   const A* bias;
   // Smaller sums become this much.
-  A floor;
+  A output_min;
 
-  explicit Around(const Surroundings& s = {})
+  explicit TypedPackOptions(const PackOptions& s = {})
       : normalize(s.normalize),
         channel_scale(static_cast<A>(s.channel_scale)),
         spatial_scale(static_cast<A>(s.spatial_scale)),
         eps(static_cast<A>(s.eps)),
         channel_std(static_cast<const A*>(s.channel_std)),
         bias(static_cast<const A*>(s.bias)),
-        floor(s.relu ? A(0) : -std::numeric_limits<A>::infinity()) {}
+        output_min(s.relu ? A(0) : -std::numeric_limits<A>::infinity()) {}
 
   // Of `lanes` channels from `channel` on, values[t * L + lane].
   template <int L>
@@ -77,8 +77,8 @@ struct Around {
 
 // NaNs stay.
 template <class V>
-DDF_INLINE V at_least(V v, V floor) {
-  return v < floor ? floor : v;
+DDF_INLINE V clamp_min(V v, V output_min) {
+  return v < output_min ? output_min : v;
 }
 
 // What filters in either order of memory have in common: L of them from `first` on are loaded to
@@ -88,7 +88,7 @@ DDF_INLINE V at_least(V v, V floor) {
 template <class A>
 struct PixelsInner {
   static constexpr int L = kLanes<A>;
-  const NormSizes& s;
+  const FilterNormSizes& s;
   int64_t image, filter, pixel;
 
   int64_t count() const { return std::min<int64_t>(L, s.pixels - pixel); }
@@ -127,7 +127,7 @@ struct PixelsInner {
 template <class A>
 struct TapsInner {
   static constexpr int L = kLanes<A>;
-  const NormSizes& s;
+  const FilterNormSizes& s;
   int64_t row, rows;
 
   template <class T>
@@ -169,7 +169,7 @@ DDF_INLINE void call_with_taps(int64_t taps, const Filters& filters, A* scratch,
 
 // Does so for all filters, L at a time.
 template <class A, int kArrays, class F>
-void for_each_filters(const NormSizes& s, ParallelFor run, const F& body) {
+void for_each_filters(const FilterNormSizes& s, ParallelFor run, const F& body) {
   constexpr int L = kLanes<A>;
   if (s.taps_inner) {
     const int64_t rows = s.batch * s.pixels * s.filters, blocks = ceil_div(rows, L);
@@ -200,10 +200,10 @@ void for_each_filters(const NormSizes& s, ParallelFor run, const F& body) {
 }
 
 template <class T>
-void norm(const Norm& n, ParallelFor run) {
-  using A = Sum<T>;
+void filter_norm(const FilterNorm& n, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  const NormSizes& s = n.sizes;
+  const FilterNormSizes& s = n.sizes;
   const auto* std = static_cast<const A*>(n.std);
   const auto* mean = static_cast<const A*>(n.mean);
   const A scale = static_cast<A>(n.scale), eps = static_cast<A>(n.eps);
@@ -223,11 +223,11 @@ void norm(const Norm& n, ParallelFor run) {
 }
 
 template <class T>
-void norm_grad_x(const NormBackward& n, ParallelFor run) {
-  using A = Sum<T>;
+void filter_norm_grad_x(const FilterNormBackward& n, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  const NormSizes& s = n.sizes;
+  const FilterNormSizes& s = n.sizes;
   const auto* std = static_cast<const A*>(n.std);
   const A scale = static_cast<A>(n.scale), eps = static_cast<A>(n.eps);
   for_each_filters<A, 2>(
@@ -235,7 +235,7 @@ void norm_grad_x(const NormBackward& n, ParallelFor run) {
         A* const grads = values + taps * L;
         filters.load_all(static_cast<const T*>(n.x), values, taps);
         filters.load_all(static_cast<const T*>(n.grad), grads, taps);
-        const auto deviations = standardize<A, L>(values, taps, L, eps);
+        const auto moments = standardize<A, L>(values, taps, L, eps);
         V sum{}, product{};
         for (int64_t t = 0; t < taps; ++t) {
           V grad = load<L>(grads + t * L) * scale;
@@ -244,9 +244,9 @@ void norm_grad_x(const NormBackward& n, ParallelFor run) {
           sum += grad;
           product += grad * load<L>(values + t * L);
         }
-        const V mean = sum / static_cast<A>(taps), slope = product * deviations.slope;
+        const V mean = sum / static_cast<A>(taps), slope = product * moments.slope;
         for (int64_t t = 0; t < taps; ++t)
-          store<L>(values + t * L, (load<L>(grads + t * L) - mean) * deviations.inverse -
+          store<L>(values + t * L, (load<L>(grads + t * L) - mean) * moments.inverse -
                                        load<L>(values + t * L) * slope);
         filters.store_all(static_cast<T*>(n.grad_x), values, taps);
       });
@@ -255,10 +255,10 @@ void norm_grad_x(const NormBackward& n, ParallelFor run) {
 // The sums over images and pixels for the parameters: a thread has all of a filter's, so that they
 // do not depend on the number of threads.
 template <class T>
-void norm_grad_parameters(const NormBackward& n, ParallelFor run) {
-  using A = Sum<T>;
+void filter_norm_grad_parameters(const FilterNormBackward& n, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  const NormSizes& s = n.sizes;
+  const FilterNormSizes& s = n.sizes;
   auto* grad_std = static_cast<A*>(n.grad_std);
   auto* grad_mean = static_cast<A*>(n.grad_mean);
   const A scale = static_cast<A>(n.scale), eps = static_cast<A>(n.eps);

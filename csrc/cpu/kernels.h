@@ -12,24 +12,24 @@ namespace {
 template <class T, class Combine>
 void forward_as(const Forward& f, ParallelFor run) {
   if (f.channels_last)
-    forward_pixels<T, Combine>(f, run);
+    forward_channels_last<T, Combine>(f, run);
   else
-    forward_planes<T, Combine>(f, run);
+    forward_nchw<T, Combine>(f, run);
 }
 
 template <class T, class Combine>
 void backward_as(const Backward& b, ParallelFor run) {
   if (b.grad_features) {
     if (b.channels_last)
-      grad_features_pixels<T, Combine>(b, run);
+      grad_features_channels_last<T, Combine>(b, run);
     else
-      grad_features_planes<T, Combine>(b, run);
+      grad_features_nchw<T, Combine>(b, run);
   }
   if (b.grad_channel || b.grad_spatial) {
     if (b.channels_last)
-      grad_filters_pixels<T, Combine>(b, run);
+      grad_filters_channels_last<T, Combine>(b, run);
     else
-      grad_filters_planes<T, Combine>(b, run);
+      grad_filters_nchw<T, Combine>(b, run);
   }
 }
 
@@ -60,14 +60,14 @@ void backward(const Backward& b, ParallelFor run) {
     b.mul ? backward_as<T, Mul>(b, run) : backward_as<T, Add>(b, run);
   });
 }
-void norm(const Norm& n, ParallelFor run) {
-  with_type(n.dtype, [&](auto element) { norm<decltype(element)>(n, run); });
+void filter_norm(const FilterNorm& n, ParallelFor run) {
+  with_type(n.dtype, [&](auto element) { filter_norm<decltype(element)>(n, run); });
 }
-void norm_backward(const NormBackward& n, ParallelFor run) {
+void filter_norm_backward(const FilterNormBackward& n, ParallelFor run) {
   with_type(n.dtype, [&](auto element) {
     using T = decltype(element);
-    if (n.grad_x) norm_grad_x<T>(n, run);
-    if (n.grad_std || n.grad_mean) norm_grad_parameters<T>(n, run);
+    if (n.grad_x) filter_norm_grad_x<T>(n, run);
+    if (n.grad_std || n.grad_mean) filter_norm_grad_parameters<T>(n, run);
   });
 }
 
@@ -76,7 +76,7 @@ void norm_backward(const NormBackward& n, ParallelFor run) {
 
 #define DDF_JOIN_(a, b) a##b
 #define DDF_JOIN(a, b) DDF_JOIN_(a, b)
-extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {DDF_ISA::forward, DDF_ISA::backward,
-                                                    DDF_ISA::norm, DDF_ISA::norm_backward};
+extern const Kernels DDF_JOIN(DDF_ISA, _kernels) = {
+    DDF_ISA::forward, DDF_ISA::backward, DDF_ISA::filter_norm, DDF_ISA::filter_norm_backward};
 
 }  // namespace ddf::cpu

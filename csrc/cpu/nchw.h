@@ -1,6 +1,6 @@
 // Kernels for contiguous (NCHW) features: vectors run along a row.
 //
-// Rows of features are copied into a zero-padded window, split by the stride's phases, in which
+// Rows of features are copied into a zero-padded tile, split by the stride's phases, in which
 // every tap of the filter reads consecutive values, whatever kernel, stride and dilation are. The
 // spatial filter of a tile of rows is kept widened and serves all channels of its group.
 #pragma once
@@ -10,20 +10,20 @@ namespace ddf::cpu::DDF_ISA {
 namespace {
 
 // Channels that are filtered together.
-constexpr int kChannels = 4;
+constexpr int kBlockChannels = 4;
 
-// The zero-padded copy of the rows that a tile of output rows reads, of kChannels channels whose
-// rows take turns: channel n begins n * line behind the first.
+// The zero-padded copy of the rows that a tile of output rows reads, of kBlockChannels channels
+// whose rows take turns: channel n begins n * line behind the first.
 //
 // Padded row r and column c lie in phase (r % stride, c % stride) at (r / stride, c / stride); tap
 // (ty, tx) of output (i, j) is padded row i * stride + ty * dilation, so it lies
 // offset_of(ty * dilation, tx * dilation) behind i * pitch + j. Phases that no tap reads are left
 // out.
 template <class A>
-struct Window {
+struct PaddedTile {
   // The values of one phase in a row of the features.
   struct Run {
-    int64_t offset;  // in the window, from the row's
+    int64_t offset;  // in the padded tile, from the row's
     int64_t column;  // the first; the next ones are stride apart
     int64_t count;
   };
@@ -35,7 +35,7 @@ struct Window {
   std::vector<int64_t> row_offset;  // of each padded row
   std::vector<Run> runs;
 
-  Window(const Geometry& geometry, int64_t out_rows) : g(geometry) {
+  PaddedTile(const Geometry& geometry, int64_t out_rows) : g(geometry) {
     const int64_t reach = (g.kernel - 1) * g.dilation, pad = g.padding();
     rows = (out_rows - 1) * g.stride + reach + 1;
     columns = (g.out_width - 1) * g.stride + reach + 1;
@@ -46,7 +46,7 @@ struct Window {
         std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
     // With stride 1, rows of the features start at whole vectors.
     line = round_up(line, kLanes<A>);
-    pitch = kChannels * line;
+    pitch = kBlockChannels * line;
     const int64_t lead = g.stride == 1 ? round_up(pad, kLanes<A>) - pad : 0;
     size = lead + phases * phases * phase_rows * pitch;
     for (int64_t r = 0; r < rows; ++r)
@@ -99,17 +99,17 @@ struct Phase {
   };
   int64_t row, column;
   std::vector<Tap> taps;
-  std::vector<int64_t> x_offset;  // in the window, of each tap
+  std::vector<int64_t> x_offset;  // in the padded tile, of each tap
 };
 
 // A tile of a phase's spatial filter in the order in which filter_rows reads it,
 // to[(i * blocks + b) * taps + t][lane] for vector b of row i of `width` pixels. Behind the edges
 // of the filter, which has rows x columns pixels, it is neutral.
 template <class T>
-void pack_spatial(Sum<T>* to, const std::vector<Phase::Tap>& taps, int64_t width, int64_t row0,
-                  int64_t row1, const T* filter, int64_t rows, int64_t columns,
-                  const SpatialStrides& strides, Sum<T> neutral) {
-  using A = Sum<T>;
+void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, int64_t width,
+                       int64_t row0, int64_t row1, const T* filter, int64_t rows, int64_t columns,
+                       const SpatialStrides& strides, Accumulate<T> neutral) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const int64_t blocks = ceil_div(width, L), count = static_cast<int64_t>(taps.size());
   Scratch<A> line(blocks * L);
@@ -129,22 +129,24 @@ void pack_spatial(Sum<T>* to, const std::vector<Phase::Tap>& taps, int64_t width
   }
 }
 
-// Normalizes what pack_spatial has packed.
+// Normalizes what load_spatial_tile has packed.
 template <class A>
-void normalize_packed(A* packed, int64_t taps, int64_t blocks, const Around<A>& around) {
+void normalize_spatial_tile(A* spatial_tile, int64_t taps, int64_t blocks,
+                            const TypedPackOptions<A>& pack) {
   constexpr int L = kLanes<A>;
-  for (int64_t b = 0; around.normalize && b < blocks; ++b)
-    standardize<A, L>(packed + b * taps * L, taps, L, around.eps, around.spatial_scale);
+  for (int64_t b = 0; pack.normalize && b < blocks; ++b)
+    standardize<A, L>(spatial_tile + b * taps * L, taps, L, pack.eps, pack.spatial_scale);
 }
 
-// out[n][r, j] = sum_t x[x_offset[t] + (r * kChannels + n) * line + j] * (c[t, n] o s[r][t][j]) for
-// one vector of R rows and NC channels, with the bias c[taps, n], or the floor c[taps + 1, 0] if
-// that is more. The output has room for so many values from out on.
+// out[n][r, j] = sum_t x[x_offset[t] + (r * kBlockChannels + n) * line + j] * (c[t, n] o
+// s[r][t][j]) for one vector of R rows and NC channels, with the bias c[taps, n], or the output_min
+// c[taps + 1, 0] if that is more. The output has room for so many values from out on.
 template <class T, class Combine, int R, int NC>
-DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<T>* x, int64_t line,
-                               const Sum<T>* s, int64_t s_row, const Sum<T>* c, T* out,
-                               int64_t width, int64_t out_size, int64_t room) {
-  using A = Sum<T>;
+DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accumulate<T>* x,
+                               int64_t line, const Accumulate<T>* s, int64_t s_row,
+                               const Accumulate<T>* c, T* out, int64_t width, int64_t out_size,
+                               int64_t room) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   V sums[R * NC];
@@ -154,7 +156,7 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
   DDF_UNROLL
   for (int i = 0; i < R * NC; ++i) sums[i] = splat<A, L>(c[taps * NC + i % NC]);
   for (int64_t t = 0; t < taps; ++t) {
-    const A *from = x + x_offset[t], *below = from + kChannels * line;
+    const A *from = x + x_offset[t], *below = from + kBlockChannels * line;
     DDF_OPAQUE(below);
     const V spatial = load<L>(s + t * L), spatial2 = load<L>(s + (R - 1) * s_row + t * L);
     DDF_UNROLL
@@ -166,12 +168,12 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
             load<L>(below + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial2);
     }
   }
-  const auto floor = splat<A, L>(c[(taps + 1) * NC]);
+  const auto output_min = splat<A, L>(c[(taps + 1) * NC]);
   const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
     DDF_UNROLL
     for (int r = 0; r < R; ++r) DDF_UNROLL
     for (int n = 0; n < NC; ++n)
-      store_first<L>(out + n * out_size + r * width, at_least(sums[r * NC + n], floor),
+      store_first<L>(out + n * out_size + r * width, clamp_min(sums[r * NC + n], output_min),
                      decltype(is_whole)::value ? L : room - r * width);
   };
   // One branch for all of them: compilers would put a sum off until its branch, and spill.
@@ -186,17 +188,17 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Sum<
 // what is theirs.
 template <class T, class Combine, int NC>
 __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t width,
-                                           const int64_t* x_offset, int64_t line, const Sum<T>* x,
-                                           const Sum<T>* s, const Sum<T>* c, T* out,
-                                           int64_t out_size) {
-  using A = Sum<T>;
+                                           const int64_t* x_offset, int64_t line,
+                                           const Accumulate<T>* x, const Accumulate<T>* s,
+                                           const Accumulate<T>* c, T* out, int64_t out_size) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const int64_t blocks = ceil_div(width, L), s_row = blocks * taps * L;
   const auto filter = [&](int64_t i, auto count) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value;
     for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++)
       filter_vectors<T, Combine, R, NC>(
-          taps, x_offset, x + i * kChannels * line + b * L, line, s + i * s_row + b * taps * L,
+          taps, x_offset, x + i * kBlockChannels * line + b * L, line, s + i * s_row + b * taps * L,
           s_row, c, out + i * width + b * L, width, out_size, (rows - i) * width - b * L);
   };
   int64_t i = 0;
@@ -204,11 +206,12 @@ __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t w
   if (i < rows) filter(i, std::integral_constant<int, 1>());
 }
 
-// Calls body with the number of channels as a constant: kChannels at a time, then one by one.
+// Calls body with the number of channels as a constant: kBlockChannels at a time, then one by one.
 template <class F>
-void for_each_channels(int64_t begin, int64_t end, const F& body) {
+void for_each_channel_block(int64_t begin, int64_t end, const F& body) {
   int64_t c = begin;
-  for (; c + kChannels <= end; c += kChannels) body(c, std::integral_constant<int, kChannels>());
+  for (; c + kBlockChannels <= end; c += kBlockChannels)
+    body(c, std::integral_constant<int, kBlockChannels>());
   for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
 }
 
@@ -225,7 +228,7 @@ void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t wid
       T* line = to + (n * to_height + row) * to_width;
       const T* values = from + n * from_size + i * width;
       if (step == 2)
-        store_by_turns(line, values, values + NC * from_size, to_width);
+        store_interleaved(line, values, values + NC * from_size, to_width);
       else
         for (int64_t phase = 0; phase < std::min(step, to_width); ++phase)
           for (int64_t j = phase; j < to_width; j += step)
@@ -237,51 +240,52 @@ void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t wid
 // `to`, which has to_height x to_width pixels, step apart in a phase. The filters are those of the
 // operator's geometry.
 template <class T, class Combine>
-void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& window,
-                   const std::vector<Phase>& phases, const T* from, const Geometry& filters,
-                   const T* channel_filter, const T* spatial_filter, const SpatialStrides& strides,
-                   T* to, int64_t to_height, int64_t to_width, int64_t step,
-                   const Around<Sum<T>>& around, ParallelFor run) {
-  using A = Sum<T>;
+void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulate<T>>& padded,
+                 const std::vector<Phase>& phases, const T* from, const Geometry& filters,
+                 const T* channel_filter, const T* spatial_filter, const SpatialStrides& strides,
+                 T* to, int64_t to_height, int64_t to_width, int64_t step,
+                 const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const int64_t tile_size = plan.rows * round_up(g.out_width, L), to_size = to_height * to_width;
   int64_t all_taps = 0;
   for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * kChannels), x(window.size);
-    Scratch<T> parts(step > 1 ? kChannels * tile_size * std::min(step, to_width) : 0);
+    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * kBlockChannels),
+        x(padded.size);
+    Scratch<T> phase_tiles(step > 1 ? kBlockChannels * tile_size * std::min(step, to_width) : 0);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t rows = item.row1 - item.row0;
       // Other rows of the window lie outside the image.
-      if (item.row0 != padded_for) std::fill(x.get(), x + window.size, A(0));
+      if (item.row0 != padded_for) std::fill(x.get(), x + padded.size, A(0));
       padded_for = item.row0;
       const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
                                              item.group * filters.taps() * strides.tap
                                        : nullptr;
-      A* packed = spatial;
+      A* spatial_tile = spatial;
       for (const Phase& phase : phases) {
-        pack_spatial(packed, phase.taps, g.out_width, item.row0, item.row1, filter,
-                     filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
-        normalize_packed<A>(packed, static_cast<int64_t>(phase.taps.size()),
-                            rows * ceil_div(g.out_width, L), around);
-        packed += tile_size * static_cast<int64_t>(phase.taps.size());
+        load_spatial_tile(spatial_tile, phase.taps, g.out_width, item.row0, item.row1, filter,
+                          filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
+        normalize_spatial_tile<A>(spatial_tile, static_cast<int64_t>(phase.taps.size()),
+                                  rows * ceil_div(g.out_width, L), pack);
+        spatial_tile += tile_size * static_cast<int64_t>(phase.taps.size());
       }
-      for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto number) {
+      for_each_channel_block(item.channel0, item.channel1, [&](int64_t c, auto number) {
         constexpr int NC = decltype(number)::value;
         const int64_t first = item.image * g.channels + c;
         const int64_t ahead = c + 2 * NC <= item.channel1 ? NC * g.height * g.width : 0;
         for (int n = 0; n < NC; ++n)
-          window.fill(x + n * window.line, from + (first + n) * g.height * g.width, item.row0,
+          padded.fill(x + n * padded.line, from + (first + n) * g.height * g.width, item.row0,
                       ahead);
         const int64_t taps = filters.taps();
         const T* const channel_taps =
             channel_filter
                 ? channel_filter + (item.image * filters.subpixels() * g.channels + c) * taps
                 : nullptr;
-        const A* packed = spatial;
+        const A* spatial_tile = spatial;
         for (const Phase& phase : phases) {
           const int64_t count = static_cast<int64_t>(phase.taps.size());
           for (int64_t t = 0; t < count; ++t)
@@ -289,21 +293,22 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
               channel[t * NC + n] = channel_taps
                                         ? widen(channel_taps[phase.taps[t].channel + n * taps])
                                         : A(Combine::kNeutral);
-          around.template normalize_channels<NC>(channel, count, c, NC);
+          pack.template normalize_channels<NC>(channel, count, c, NC);
           for (int n = 0; n < NC; ++n) {
-            channel[count * NC + n] = around.bias ? around.bias[c + n] : A(0);
-            channel[(count + 1) * NC + n] = around.floor;
+            channel[count * NC + n] = pack.bias ? pack.bias[c + n] : A(0);
+            channel[(count + 1) * NC + n] = pack.output_min;
           }
           T* plane = to + first * to_size;
           const bool is_dense = step == 1;
-          T* part = parts.get() + phase.column * NC * tile_size;
-          filter_rows<T, Combine, NC>(
-              count, rows, g.out_width, phase.x_offset.data(), window.line, x, packed, channel,
-              is_dense ? plane + item.row0 * to_width : part, is_dense ? to_size : tile_size);
+          T* phase_tile = phase_tiles.get() + phase.column * NC * tile_size;
+          filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), padded.line,
+                                      x, spatial_tile, channel,
+                                      is_dense ? plane + item.row0 * to_width : phase_tile,
+                                      is_dense ? to_size : tile_size);
           if (!is_dense && phase.column == std::min(step, to_width) - 1)
-            interleave_rows<NC>(parts.get(), tile_size, rows, g.out_width, phase.row, step,
+            interleave_rows<NC>(phase_tiles.get(), tile_size, rows, g.out_width, phase.row, step,
                                 item.row0, plane, to_height, to_width);
-          packed += tile_size * count;
+          spatial_tile += tile_size * count;
         }
       });
     }
@@ -313,7 +318,8 @@ void filter_planes(const Geometry& g, const Plan& plan, const Window<Sum<T>>& wi
 // What a tile of the spatial filter takes per row.
 template <class T>
 int64_t spatial_row_bytes(int64_t width, int64_t taps) {
-  return taps * round_up(width, kLanes<Sum<T>>) * static_cast<int64_t>(sizeof(Sum<T>));
+  return taps * round_up(width, kLanes<Accumulate<T>>) *
+         static_cast<int64_t>(sizeof(Accumulate<T>));
 }
 
 // Tap t of subpixel r of the pixel that lies `down` and `right` of the one that filters.
@@ -323,72 +329,72 @@ inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64
 }
 
 template <class T, class Combine>
-void forward_planes(const Forward& f, ParallelFor run) {
+void forward_nchw(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
   const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.subpixels() * g.taps()));
-  const Window<Sum<T>> window(g, plan.rows);
+  const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < g.scale; ++row)
     for (int64_t column = 0; column < g.scale; ++column) {
-      Phase phase{row, column, {}, window.offsets_of_taps()};
+      Phase phase{row, column, {}, padded.offsets_of_taps()};
       for (int64_t t = 0; t < g.taps(); ++t)
         phase.taps.push_back(tap_of(g, f.spatial_strides, row * g.scale + column, t, 0, 0));
       phases.push_back(phase);
     }
-  filter_planes<T, Combine>(g, plan, window, phases, static_cast<const T*>(f.features), g,
-                            static_cast<const T*>(f.channel_filter),
-                            static_cast<const T*>(f.spatial_filter), f.spatial_strides,
-                            static_cast<T*>(f.output), g.scale * g.out_height,
-                            g.scale * g.out_width, g.scale, Around<Sum<T>>(f.around), run);
+  filter_nchw<T, Combine>(g, plan, padded, phases, static_cast<const T*>(f.features), g,
+                          static_cast<const T*>(f.channel_filter),
+                          static_cast<const T*>(f.spatial_filter), f.spatial_strides,
+                          static_cast<T*>(f.output), g.scale * g.out_height, g.scale * g.out_width,
+                          g.scale, TypedPackOptions<Accumulate<T>>(f.pack), run);
 }
 
 // Every pixel of the features gathers from all subpixels of the pixels that read it.
 template <class T, class Combine>
-void grad_features_up_planes(const Backward& b, ParallelFor run) {
+void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
   // The windows of the output's gradient, which start `reach` before a pixel's first subpixel.
   const int64_t reach = g.scale * g.padding() + g.scale - 1;
-  Geometry windows = g;
-  windows.height = g.scale * g.height;
-  windows.width = g.scale * g.width;
-  windows.kernel = 2 * reach + 1;
-  windows.dilation = 1;
-  windows.stride = g.scale;
-  const Plan plan(windows, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()));
-  const Window<Sum<T>> window(windows, plan.rows);
+  Geometry padded_geometry = g;
+  padded_geometry.height = g.scale * g.height;
+  padded_geometry.width = g.scale * g.width;
+  padded_geometry.kernel = 2 * reach + 1;
+  padded_geometry.dilation = 1;
+  padded_geometry.stride = g.scale;
+  const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()));
+  const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   Phase phase{0, 0, {}, {}};
   for (int64_t r = 0; r < g.subpixels(); ++r)
     for (int64_t t = 0; t < g.taps(); ++t) {
       const int64_t down = g.padding() - t / g.kernel * g.dilation;
       const int64_t right = g.padding() - t % g.kernel * g.dilation;
       phase.taps.push_back(tap_of(g, b.spatial_strides, r, t, down, right));
-      phase.x_offset.push_back(window.offset_of(g.scale * down + r / g.scale + reach,
+      phase.x_offset.push_back(padded.offset_of(g.scale * down + r / g.scale + reach,
                                                 g.scale * right + r % g.scale + reach));
     }
-  filter_planes<T, Combine>(windows, plan, window, {phase}, static_cast<const T*>(b.grad), g,
-                            static_cast<const T*>(b.channel_filter),
-                            static_cast<const T*>(b.spatial_filter), b.spatial_strides,
-                            static_cast<T*>(b.grad_features), g.height, g.width, 1,
-                            Around<Sum<T>>(), run);
+  filter_nchw<T, Combine>(padded_geometry, plan, padded, {phase}, static_cast<const T*>(b.grad), g,
+                          static_cast<const T*>(b.channel_filter),
+                          static_cast<const T*>(b.spatial_filter), b.spatial_strides,
+                          static_cast<T*>(b.grad_features), g.height, g.width, 1,
+                          TypedPackOptions<Accumulate<T>>(), run);
 }
 
 // Every pixel of the features gathers from the output's pixels that read it, which by some of the
 // taps are none: its phase, which is its place within the stride, says by which.
 template <class T, class Combine>
-void grad_features_planes(const Backward& b, ParallelFor run) {
+void grad_features_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
-  if (g.scale > 1) return grad_features_up_planes<T, Combine>(b, run);
+  if (g.scale > 1) return grad_features_upsample_nchw<T, Combine>(b, run);
   // The windows of the output's gradient from which the pixels of a phase gather.
   const int64_t reach = ceil_div(g.padding(), g.stride);
-  Geometry windows = g;
-  windows.height = g.out_height;
-  windows.width = g.out_width;
-  windows.out_height = ceil_div(g.height, g.stride);
-  windows.out_width = ceil_div(g.width, g.stride);
-  windows.kernel = 2 * reach + 1;
-  windows.dilation = windows.stride = 1;
-  const Plan plan(windows, spatial_row_bytes<T>(windows.out_width, g.taps()));
-  const Window<Sum<T>> window(windows, plan.rows);
+  Geometry padded_geometry = g;
+  padded_geometry.height = g.out_height;
+  padded_geometry.width = g.out_width;
+  padded_geometry.out_height = ceil_div(g.height, g.stride);
+  padded_geometry.out_width = ceil_div(g.width, g.stride);
+  padded_geometry.kernel = 2 * reach + 1;
+  padded_geometry.dilation = padded_geometry.stride = 1;
+  const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()));
+  const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < std::min(g.stride, g.height); ++row)
     for (int64_t column = 0; column < std::min(g.stride, g.width); ++column) {
@@ -399,25 +405,25 @@ void grad_features_planes(const Backward& b, ParallelFor run) {
         if (down % g.stride || right % g.stride) continue;
         phase.taps.push_back(tap_of(g, b.spatial_strides, 0, t, down / g.stride, right / g.stride));
         phase.x_offset.push_back(
-            window.offset_of(down / g.stride + reach, right / g.stride + reach));
+            padded.offset_of(down / g.stride + reach, right / g.stride + reach));
       }
       phases.push_back(phase);
     }
-  filter_planes<T, Combine>(windows, plan, window, phases, static_cast<const T*>(b.grad), g,
-                            static_cast<const T*>(b.channel_filter),
-                            static_cast<const T*>(b.spatial_filter), b.spatial_strides,
-                            static_cast<T*>(b.grad_features), g.height, g.width, g.stride,
-                            Around<Sum<T>>(), run);
+  filter_nchw<T, Combine>(padded_geometry, plan, padded, phases, static_cast<const T*>(b.grad), g,
+                          static_cast<const T*>(b.channel_filter),
+                          static_cast<const T*>(b.spatial_filter), b.spatial_strides,
+                          static_cast<T*>(b.grad_features), g.height, g.width, g.stride,
+                          TypedPackOptions<Accumulate<T>>(), run);
 }
 
 // A tile of the spatial filter of one group, to[t * plane + i * pitch + j], widened.
 template <class T>
-void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, const T* filter,
-                  const SpatialStrides& strides, int64_t image, int64_t group, int64_t row0,
-                  int64_t row1, Sum<T> neutral) {
+void fill_spatial(Accumulate<T>* to, int64_t plane, int64_t pitch, const Geometry& g,
+                  const T* filter, const SpatialStrides& strides, int64_t image, int64_t group,
+                  int64_t row0, int64_t row1, Accumulate<T> neutral) {
   for (int64_t t = 0; t < g.taps(); ++t)
     for (int64_t row = row0; row < row1; ++row) {
-      Sum<T>* line = to + t * plane + (row - row0) * pitch;
+      Accumulate<T>* line = to + t * plane + (row - row0) * pitch;
       if (filter == nullptr)
         std::fill(line, line + g.out_width, neutral);
       else
@@ -430,7 +436,7 @@ void fill_spatial(Sum<T>* to, int64_t plane, int64_t pitch, const Geometry& g, c
 
 // Taps of NC channels side by side, to[t * NC + n].
 template <int NC, class T>
-void fill_channel(Sum<T>* to, const T* filter, int64_t taps, Sum<T> neutral) {
+void fill_channel(Accumulate<T>* to, const T* filter, int64_t taps, Accumulate<T> neutral) {
   for (int64_t t = 0; t < taps; ++t)
     for (int n = 0; n < NC; ++n)
       to[t * NC + n] = filter == nullptr ? neutral : widen(filter[n * taps + t]);
@@ -444,14 +450,15 @@ void fill_channel(Sum<T>* to, const T* filter, int64_t taps, Sum<T> neutral) {
 template <class T, class Combine, int NC>
 __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int64_t width,
                                                 const int64_t* x_offset, int64_t line,
-                                                const Sum<T>* x, const Sum<T>* dy, int64_t pitch,
-                                                int64_t plane, const Sum<T>* s, const Sum<T>* c,
-                                                Sum<T>* ds, Sum<T>* dc) {
-  using A = Sum<T>;
+                                                const Accumulate<T>* x, const Accumulate<T>* dy,
+                                                int64_t pitch, int64_t plane,
+                                                const Accumulate<T>* s, const Accumulate<T>* c,
+                                                Accumulate<T>* ds, Accumulate<T>* dc) {
+  using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr bool kMul = std::is_same_v<Combine, Mul>;
-  const int64_t whole = width / L * L, next_row = kChannels * line - whole;
+  const int64_t whole = width / L * L, next_row = kBlockChannels * line - whole;
   const auto inside = first_lanes<A, L>(width - whole);
   int64_t line3 = 3 * line;
   DDF_OPAQUE(line3);
@@ -501,7 +508,7 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
 
 // Rows of subpixel r of a plane of the output, widened.
 template <class T>
-void load_subpixels(Sum<T>* to, int64_t pitch, const T* plane, const Geometry& g, int64_t r,
+void load_subpixels(Accumulate<T>* to, int64_t pitch, const T* plane, const Geometry& g, int64_t r,
                     int64_t row0, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i)
     load_row(to + i * pitch,
@@ -510,8 +517,8 @@ void load_subpixels(Sum<T>* to, int64_t pitch, const T* plane, const Geometry& g
 }
 
 template <class T, class Combine>
-void grad_filters_planes(const Backward& b, ParallelFor run) {
-  using A = Sum<T>;
+void grad_filters_nchw(const Backward& b, ParallelFor run) {
+  using A = Accumulate<T>;
   const Geometry g = by_subpixel(b.geometry);
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
   // All taps read the same features and gradients of four channels, out of the nearest cache.
@@ -521,31 +528,32 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t out_size = g.out_height * g.out_width;
-  const int64_t maps = g.groups * g.taps();
+  const int64_t spatial_channels = g.groups * g.taps();
   // The sums of a single tile are the gradient, unless it has fewer bits.
   const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
-  Scratch<A> parts_of_tiles(is_whole ? 0 : g.batch * plan.tiles * g.channels * g.taps());
-  A* const channel_parts = is_whole ? static_cast<A*>(b.grad_channel) : parts_of_tiles.get();
+  Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * g.taps());
+  A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
   const auto& strides = b.grad_spatial_strides;
   auto* grad_spatial_out = static_cast<T*>(b.grad_spatial);
-  const bool in_parts = grad_spatial_out && plan.chunks > 1;
-  Scratch<A> spatial_parts(in_parts ? plan.chunks * g.batch * maps * out_size : 0);
+  const bool is_split = grad_spatial_out && plan.channel_blocks > 1;
+  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
+                                       : 0);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    const Window<A> window(g, plan.rows);
-    const std::vector<int64_t> offsets = window.offsets_of_taps();
+    const PaddedTile<A> padded(g, plan.rows);
+    const std::vector<int64_t> offsets = padded.offsets_of_taps();
     const int64_t plane = plan.rows * pitch;
-    Scratch<A> spatial(g.taps() * plane), channel(g.taps() * kChannels),
-        dy(plan.rows * window.pitch);
+    Scratch<A> spatial(g.taps() * plane), channel(g.taps() * kBlockChannels),
+        dy(plan.rows * padded.pitch);
     Scratch<A> grad_spatial(g.taps() * plane);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t rows = item.row1 - item.row0;
-      Scratch<A> x(window.size);
+      Scratch<A> x(padded.size);
       std::fill(grad_spatial.get(), grad_spatial + g.taps() * plane, A(0));
       fill_spatial(spatial.get(), plane, pitch, g, spatial_filter, b.spatial_strides, item.image,
                    item.group, item.row0, item.row1, A(Combine::kNeutral));
-      for_each_channels(item.channel0, item.channel1, [&](int64_t c, auto count) {
+      for_each_channel_block(item.channel0, item.channel1, [&](int64_t c, auto count) {
         constexpr int NC = decltype(count)::value;
         fill_channel<NC>(
             channel.get(),
@@ -554,43 +562,46 @@ void grad_filters_planes(const Backward& b, ParallelFor run) {
         const int64_t first = item.image / g.subpixels() * g.channels + c;
         const int64_t ahead = c + 2 * NC <= item.channel1 ? NC : 0;
         for (int n = 0; n < NC; ++n) {
-          window.fill(x + n * window.line, features + (first + n) * g.height * g.width, item.row0,
+          padded.fill(x + n * padded.line, features + (first + n) * g.height * g.width, item.row0,
                       ahead * g.height * g.width);
           const T* dy_plane = grad + (first + n) * g.subpixels() * out_size;
           if (ahead)
             prefetch_rows(dy_plane + ahead * g.subpixels() * out_size + item.row0 * g.out_width,
                           g.out_width, rows, g.out_width);
           if (g.scale == 1)
-            load_rows(dy + n * window.line, window.pitch, dy_plane + item.row0 * g.out_width,
+            load_rows(dy + n * padded.line, padded.pitch, dy_plane + item.row0 * g.out_width,
                       g.out_width, rows, g.out_width);
           else
-            load_subpixels(dy + n * window.line, window.pitch, dy_plane, g,
+            load_subpixels(dy + n * padded.line, padded.pitch, dy_plane, g,
                            item.image % g.subpixels(), item.row0, rows);
         }
-        A* to = channel_parts + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
-        grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), window.line,
+        A* to =
+            channel_partials + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
+        grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), padded.line,
                                          x, dy, pitch, plane, spatial, channel, grad_spatial, to);
       });
       if (grad_spatial_out == nullptr) continue;
       for (int64_t t = 0; t < g.taps(); ++t)
         for (int64_t i = 0; i < rows; ++i) {
           const A* from = grad_spatial + t * plane + i * pitch;
-          const int64_t row = item.row0 + i, map = item.group * g.taps() + t;
-          if (in_parts)
-            std::copy(
-                from, from + g.out_width,
-                spatial_parts + (((item.chunk * g.batch + item.image) * maps + map) * out_size +
-                                 row * g.out_width));
+          const int64_t row = item.row0 + i, spatial_channel = item.group * g.taps() + t;
+          if (is_split)
+            std::copy(from, from + g.out_width,
+                      spatial_partials +
+                          (((item.channel_block * g.batch + item.image) * spatial_channels +
+                            spatial_channel) *
+                               out_size +
+                           row * g.out_width));
           else
-            sum_parts(grad_spatial_out + strides.start(item.image, g.subpixels()) +
-                          map * strides.tap + row * strides.row,
-                      strides.column, from, 1, 0, g.out_width);
+            reduce_partials(grad_spatial_out + strides.start(item.image, g.subpixels()) +
+                                spatial_channel * strides.tap + row * strides.row,
+                            strides.column, from, 1, 0, g.out_width);
         }
     }
   });
   if (b.grad_channel && !is_whole)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_parts, run);
-  if (in_parts) write_grad_spatial(g, plan, grad_spatial_out, strides, spatial_parts.get(), run);
+    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_partials, run);
+  if (is_split) write_grad_spatial(g, plan, grad_spatial_out, strides, spatial_partials.get(), run);
 }
 
 }  // namespace

@@ -88,10 +88,10 @@ SpatialStrides strides_of(const Tensor& spatial) {
 }
 
 Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, bool mul, const Surroundings& around = {}) {
+                  const OptionalTensor& spatial_filter, bool mul, const PackOptions& pack = {}) {
   Forward f{};
   f.geometry = g;
-  f.around = around;
+  f.pack = pack;
   f.dtype = dtype_of(features);
   f.mul = mul;
   f.channels_last = is_channels_last(features);
@@ -145,20 +145,20 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
   return {to.features, to.channel_filter, to.spatial_filter};
 }
 
-NormSizes sizes_of(const NormFilters& of) {
+FilterNormSizes sizes_of(const FilterNormGeometry& of) {
   return {of.batch, of.filters, of.taps, of.pixels, of.has_taps_inner()};
 }
 
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
-  const NormFilters of(x, filters, std);
+  const FilterNormGeometry of(x, filters, std);
   check_parameter(mean, x, x.size(1), "mean");
   const Tensor result = empty(x, size_of(x), of.channels_last);
   if (of.is_empty()) return result;
   const Tensor ordered = of.ordered(x);
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
-  run(kernels().norm, {sizes_of(of), dtype_of(x), ordered.const_data_ptr(), data_of(factors),
-                       data_of(shifts), scale, eps, result.mutable_data_ptr()});
+  run(kernels().filter_norm, {sizes_of(of), dtype_of(x), ordered.const_data_ptr(), data_of(factors),
+                              data_of(shifts), scale, eps, result.mutable_data_ptr()});
   return result;
 }
 
@@ -166,13 +166,13 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         int64_t filters, const OptionalTensor& std,
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
-  const NormFilters of(x, filters, std);
+  const FilterNormGeometry of(x, filters, std);
   check_like(grad, x, "grad", size_of(x));
-  const NormGradients to(of, x, need_x, need_std, need_mean);
+  const FilterNormGradients to(of, x, need_x, need_std, need_mean);
   if (of.is_empty()) return {to.x, to.std, to.mean};
   const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
   const OptionalTensor factors = contiguous(std);
-  run(kernels().norm_backward,
+  run(kernels().filter_norm_backward,
       {sizes_of(of), dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
        data_of(factors), scale, eps, need_x ? to.x.mutable_data_ptr() : nullptr,
        need_std ? to.std.mutable_data_ptr() : nullptr,
@@ -202,9 +202,10 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
                 int64_t dilation, int64_t stride, const std::string& kernel_combine) {
   const Geometry g = pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
                                       kernel_size, dilation, stride);
-  const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
-  return forward_of(g, features, raw_channel, raw_spatial, is_mul(kernel_combine),
-                    {true, channel_scale, spatial_scale, eps, data_of(std), data_of(shift), relu});
+  const OptionalTensor std = contiguous(channel_std), offsets = contiguous(bias);
+  return forward_of(
+      g, features, raw_channel, raw_spatial, is_mul(kernel_combine),
+      {true, channel_scale, spatial_scale, eps, data_of(std), data_of(offsets), relu});
 }
 
 std::tuple<Tensor, Tensor, Tensor> ddf_backward(

@@ -47,7 +47,7 @@ struct BFloat16 {
 
 // 16-bit values are summed in float.
 template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class To, class From>
 DDF_INLINE To bit_cast(const From& from) {
@@ -73,7 +73,7 @@ DDF_INLINE float widen(Half x) {
 }
 
 template <class T>
-DDF_INLINE T narrow(Sum<T> x) {
+DDF_INLINE T narrow(Accumulate<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
@@ -104,8 +104,8 @@ DDF_INLINE Vector<A, N> splat(A value) {
 
 // N elements from memory of any alignment.
 template <int N, class T>
-DDF_INLINE Vector<Sum<T>, N> load(const T* from) {
-  using A = Sum<T>;
+DDF_INLINE Vector<Accumulate<T>, N> load(const T* from) {
+  using A = Accumulate<T>;
   if constexpr (std::is_same_v<T, A>) {
     Vector<A, N> v;
     std::memcpy(&v, from, sizeof(v));
@@ -134,8 +134,8 @@ DDF_INLINE Vector<Sum<T>, N> load(const T* from) {
 }
 
 template <int N, class T>
-DDF_INLINE void store(T* to, Vector<Sum<T>, N> v) {
-  using A = Sum<T>;
+DDF_INLINE void store(T* to, Vector<Accumulate<T>, N> v) {
+  using A = Accumulate<T>;
   if constexpr (std::is_same_v<T, A>) {
     std::memcpy(to, &v, sizeof(v));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -194,7 +194,7 @@ DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
 
 // The first count < N elements; the other lanes are zero. Memory behind them is not touched.
 template <int N, class T>
-DDF_INLINE Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
+DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
 #if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
   if constexpr (std::is_same_v<T, float> && N == 16)
     return bit_cast<Vector<float, N>>(
@@ -222,7 +222,7 @@ DDF_INLINE Vector<Sum<T>, N> load_some(const T* from, int64_t count) {
 }
 
 template <int N, class T>
-DDF_INLINE void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
+DDF_INLINE void store_some(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
 #if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
   if constexpr (std::is_same_v<T, float> && N == 16)
     return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_bits(count)),
@@ -245,12 +245,12 @@ DDF_INLINE void store_some(T* to, Vector<Sum<T>, N> v, int64_t count) {
 
 // The first count of N elements; the others are zero, or stay as they are in memory.
 template <int N, class T>
-DDF_INLINE Vector<Sum<T>, N> load_first(const T* from, int64_t count) {
+DDF_INLINE Vector<Accumulate<T>, N> load_first(const T* from, int64_t count) {
   return count >= N ? load<N>(from) : load_some<N>(from, count);
 }
 
 template <int N, class T>
-DDF_INLINE void store_first(T* to, Vector<Sum<T>, N> v, int64_t count) {
+DDF_INLINE void store_first(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
   if (count >= N)
     store<N>(to, v);
   else
@@ -296,14 +296,14 @@ DDF_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
 
 // Lanes of a and b by turns, from lane kFirst of each on.
 template <int kFirst, class V, int... I>
-DDF_INLINE V by_turns(V a, V b, std::integer_sequence<int, I...>) {
+DDF_INLINE V interleave_lanes(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kN = sizeof...(I);
   return DDF_SHUFFLE(a, b, (I / 2 + kFirst + (I % 2 ? kN : 0))...);
 }
 
 // to[2 * i] = even[i] and to[2 * i + 1] = odd[i], for the first count elements of to.
 template <class T>
-DDF_INLINE void store_by_turns(T* to, const T* even, const T* odd, int64_t count) {
+DDF_INLINE void store_interleaved(T* to, const T* even, const T* odd, int64_t count) {
   using Raw = std::conditional_t<sizeof(T) == 2, int16_t, T>;
   constexpr int kN = DDF_VECTOR_BYTES / static_cast<int>(sizeof(T));
   constexpr auto kLanesOf = std::make_integer_sequence<int, kN>();
@@ -312,7 +312,8 @@ DDF_INLINE void store_by_turns(T* to, const T* even, const T* odd, int64_t count
     Vector<Raw, kN> a, b;
     std::memcpy(&a, even + i, sizeof(a));
     std::memcpy(&b, odd + i, sizeof(b));
-    const auto low = by_turns<0>(a, b, kLanesOf), high = by_turns<kN / 2>(a, b, kLanesOf);
+    const auto low = interleave_lanes<0>(a, b, kLanesOf),
+               high = interleave_lanes<kN / 2>(a, b, kLanesOf);
     std::memcpy(to + 2 * i, &low, sizeof(low));
     std::memcpy(to + 2 * i + kN, &high, sizeof(high));
   }
@@ -325,27 +326,27 @@ DDF_INLINE void store_by_turns(T* to, const T* even, const T* odd, int64_t count
 
 // Rows of count elements, widened. The last vector of a row overlaps the one before it.
 template <class T>
-DDF_INLINE void load_rows(Sum<T>* to, int64_t to_pitch, const T* from, int64_t from_pitch,
+DDF_INLINE void load_rows(Accumulate<T>* to, int64_t to_pitch, const T* from, int64_t from_pitch,
                           int64_t rows, int64_t count) {
-  constexpr int kN = kLanes<Sum<T>>;
+  constexpr int kN = kLanes<Accumulate<T>>;
   // Conversion from Half takes whole vectors.
   constexpr int kHalf = std::is_same_v<T, Half> ? kN : std::max(kN / 2, 1);
   const auto for_each_row = [&](const auto& load_one) __attribute__((always_inline)) {
     for (int64_t i = 0; i < rows; ++i) load_one(to + i * to_pitch, from + i * from_pitch);
   };
   if (count >= kN)
-    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+    for_each_row([&](Accumulate<T>* line, const T* values) __attribute__((always_inline)) {
       for (int64_t i = 0; i + kN <= count; i += kN) store<kN>(line + i, load<kN>(values + i));
       if (count % kN) store<kN>(line + count - kN, load<kN>(values + count - kN));
     });
   else if (count >= kHalf)
-    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+    for_each_row([&](Accumulate<T>* line, const T* values) __attribute__((always_inline)) {
       const auto last = load<kHalf>(values + count - kHalf);
       store<kHalf>(line, load<kHalf>(values));
       store<kHalf>(line + count - kHalf, last);
     });
   else
-    for_each_row([&](Sum<T>* line, const T* values) __attribute__((always_inline)) {
+    for_each_row([&](Accumulate<T>* line, const T* values) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) line[i] = widen(values[i]);
     });
 }
@@ -364,8 +365,8 @@ DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_
 
 // count elements that lie `step` apart, widened.
 template <class T>
-DDF_INLINE void load_row(Sum<T>* to, const T* from, int64_t count, int64_t step) {
-  constexpr int kN = kLanes<Sum<T>>;
+DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_t step) {
+  constexpr int kN = kLanes<Accumulate<T>>;
   if (step == 1) return load_rows(to, 0, from, 0, 1, count);
   int64_t i = 0;
   if (step == 2)
@@ -429,11 +430,11 @@ void parallel(ParallelFor run, int64_t count, const F& body) {
 // the sizes alone, so that results do not depend on the number of threads.
 struct Plan {
   int64_t rows, tiles;
-  int64_t chunk, chunks;
+  int64_t block_channels, channel_blocks;
   int64_t items;
 
   struct Item {
-    int64_t image, tile, row0, row1, group, chunk, channel0, channel1;
+    int64_t image, tile, row0, row1, group, channel_block, channel0, channel1;
   };
 
   // row_bytes: what a tile keeps per row, for as many rows as fit in a cache.
@@ -447,48 +448,49 @@ struct Plan {
     rows = ceil_div(g.out_height, tiles);
     tiles = ceil_div(g.out_height, rows);
     const int64_t wanted = ceil_div(kItems, g.batch * tiles * g.groups);
-    chunk = std::max(ceil_div(g.group_channels, wanted), std::min(kSparse, g.group_channels));
-    chunks = ceil_div(g.group_channels, chunk);
-    items = g.batch * tiles * g.groups * chunks;
+    block_channels =
+        std::max(ceil_div(g.group_channels, wanted), std::min(kSparse, g.group_channels));
+    channel_blocks = ceil_div(g.group_channels, block_channels);
+    items = g.batch * tiles * g.groups * channel_blocks;
   }
 
   Item item(const Geometry& g, int64_t index) const {
     Item i;
-    i.chunk = index % chunks;
-    index /= chunks;
+    i.channel_block = index % channel_blocks;
+    index /= channel_blocks;
     i.group = index % g.groups;
     index /= g.groups;
     i.tile = index % tiles;
     i.image = index / tiles;
     i.row0 = i.tile * rows;
     i.row1 = std::min(i.row0 + rows, g.out_height);
-    i.channel0 = i.group * g.group_channels + i.chunk * chunk;
-    i.channel1 = std::min(i.channel0 + chunk, (i.group + 1) * g.group_channels);
+    i.channel0 = i.group * g.group_channels + i.channel_block * block_channels;
+    i.channel1 = std::min(i.channel0 + block_channels, (i.group + 1) * g.group_channels);
     return i;
   }
 };
 
 // Adds up partial sums [parts][count], in order.
 template <class T>
-void sum_parts(T* to, int64_t stride, const Sum<T>* parts, int64_t number, int64_t step,
-               int64_t count) {
+void reduce_partials(T* to, int64_t stride, const Accumulate<T>* partials, int64_t number,
+                     int64_t step, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    Sum<T> sum = 0;
-    for (int64_t p = 0; p < number; ++p) sum += parts[p * step + i];
+    Accumulate<T> sum = 0;
+    for (int64_t p = 0; p < number; ++p) sum += partials[p * step + i];
     to[i * stride] = narrow<T>(sum);
   }
 }
 
 template <class T>
-void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel, const Sum<T>* parts,
-                        ParallelFor run) {
+void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel,
+                        const Accumulate<T>* partials, ParallelFor run) {
   const int64_t count = g.channels * g.taps();
   parallel(run, g.batch * g.channels, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t image = index / g.channels, channel = index % g.channels;
-      sum_parts(grad_channel + index * g.taps(), 1,
-                parts + image * plan.tiles * count + channel * g.taps(), plan.tiles, count,
-                g.taps());
+      reduce_partials(grad_channel + index * g.taps(), 1,
+                      partials + image * plan.tiles * count + channel * g.taps(), plan.tiles, count,
+                      g.taps());
     }
   });
 }
@@ -496,15 +498,16 @@ void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel, co
 // parts is [chunks][B * groups * taps][Ho * Wo].
 template <class T>
 void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
-                        const SpatialStrides& strides, const Sum<T>* parts, ParallelFor run) {
-  const int64_t maps = g.groups * g.taps(), size = g.out_height * g.out_width;
-  parallel(run, g.batch * maps, [&](int64_t begin, int64_t end) {
+                        const SpatialStrides& strides, const Accumulate<T>* partials,
+                        ParallelFor run) {
+  const int64_t spatial_channels = g.groups * g.taps(), size = g.out_height * g.out_width;
+  parallel(run, g.batch * spatial_channels, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index)
       for (int64_t i = 0; i < g.out_height; ++i)
-        sum_parts(grad_spatial + strides.start(index / maps, g.subpixels()) +
-                      index % maps * strides.tap + i * strides.row,
-                  strides.column, parts + index * size + i * g.out_width, plan.chunks,
-                  g.batch * maps * size, g.out_width);
+        reduce_partials(grad_spatial + strides.start(index / spatial_channels, g.subpixels()) +
+                            index % spatial_channels * strides.tap + i * strides.row,
+                        strides.column, partials + index * size + i * g.out_width,
+                        plan.channel_blocks, g.batch * spatial_channels * size, g.out_width);
   });
 }
 

@@ -58,19 +58,19 @@ struct View {
 
 // What a DDFPack has around ddf, with the defaults of ddf alone.
 template <typename A>
-struct Around {
+struct PackOptions {
   A channel_scale = 1, spatial_scale = 1, eps = 0;
   const A* channel_std = nullptr;  // [C * k * k]; null if there is none
   const A* bias = nullptr;         // [C], added to the output; null if there is none
   // Smaller outputs become this much.
-  A floor = -std::numeric_limits<A>::infinity();
+  A output_min = -std::numeric_limits<A>::infinity();
 
   // What the sums of a channel begin with.
-  DDF_DEVICE A shift(int64_t channel) const {
+  DDF_DEVICE A bias_of(int64_t channel) const {
     return bias == nullptr ? A(0) : load(bias + channel);
   }
   // The output for a sum. NaNs stay.
-  DDF_DEVICE A at_least_floor(A sum) const { return sum < floor ? floor : sum; }
+  DDF_DEVICE A clamp_min(A sum) const { return sum < output_min ? output_min : sum; }
 };
 
 template <typename T>
@@ -82,7 +82,7 @@ struct Arguments {
   View<const T> channel_filter;
   View<const T> spatial_filter;
   View<T> result;  // the one tensor that the kernel writes
-  Around<Accumulate<T>> around;
+  PackOptions<Accumulate<T>> pack;
 };
 
 // The tensors that a call is to fill; their data is null where they are not wanted.

@@ -4,7 +4,7 @@
 // A thread owns pixels of the features and meets in the window of grad around each the outputs
 // that read it: grad alone needs the neighbours. A block owns a tile of pixels, and every warp
 // takes its share of the channels. grad_spatial is summed in registers over a warp's channels, then
-// over the warps; grad_channel over a warp's lanes, then by sum_parts over the tiles.
+// over the warps; grad_channel over a warp's lanes, then by reduce_partials over the tiles.
 #pragma once
 #include "grad_filters.cuh"
 
@@ -19,15 +19,15 @@ constexpr int kBackwardTaps = 9;
 // each row of taps.
 constexpr int kBackwardTapStride = 12;
 // Channels of a part, whose filters fill the 48 KiB that every launch may have.
-constexpr int kBackwardSlab = 1024;
+constexpr int kBackwardBlockChannels = 1024;
 // Floats of shared memory for half of the warps' sums of grad_spatial.
 constexpr int kBackwardSumFloats =
     kBackwardWarps / 2 * kBackwardTaps * kBackwardRows * kBackwardColumns * kLanes;
 
-// a.result is grad_features. Vector as for window3.
+// a.result is grad_features. Vector as for forward_3x3.
 template <typename T, bool Mul, bool Vector>
 DDF_KERNEL(kBackwardThreads, 2)
-backward3(Arguments<T> a, FilterSums<T> filters) {
+backward_3x3(Arguments<T> a, PartialSums<T> partials) {
   constexpr int kTaps = kBackwardTaps;
   constexpr int kRows = kBackwardRows;
   constexpr int kColumns = kBackwardColumns;
@@ -37,11 +37,11 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
   const int width = g.width;
   const int lane = thread_index() % kLanes;
   const int warp = thread_index() / kLanes;
-  const int tile = block_index() % filters.tiles;
-  const int64_t image = block_index() / filters.tiles;
-  const int split = image % filters.splits;
-  const int64_t group = image / filters.splits % g.groups;
-  const int64_t batch = image / filters.splits / g.groups;
+  const int tile = block_index() % partials.tiles;
+  const int64_t image = block_index() / partials.tiles;
+  const int channel_block = image % partials.channel_blocks;
+  const int64_t group = image / partials.channel_blocks % g.groups;
+  const int64_t batch = image / partials.channel_blocks / g.groups;
   const int quads_per_row = (width + kColumns - 1) / kColumns;
   const int quad = tile * kLanes + lane;
   const int top = quad / quads_per_row * kRows;
@@ -79,14 +79,14 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
     }
   }
 
-  const int first = split * filters.slab;
-  const int64_t slab_end = static_cast<int64_t>(first) + filters.slab;
-  const int end = slab_end < g.group_channels ? slab_end : g.group_channels;
+  const int first = channel_block * partials.block_channels;
+  const int64_t block_end = static_cast<int64_t>(first) + partials.block_channels;
+  const int end = block_end < g.group_channels ? block_end : g.group_channels;
   const int64_t channel = group * g.group_channels + first;
   const T* gradient = a.grad.at(batch, channel + warp, top - 1, left - 1);
   const T* features = a.features.at(batch, channel + warp, top, left);
   T* target = a.result.at(batch, channel + warp, top, left);
-  float* part = filters.channel_part(g, tile, batch, channel + warp);
+  float* partial = partials.channel_at(g, tile, batch, channel + warp);
   const int channels = end - first;
   for (int i = thread_index(); i < channels * kTaps; i += kBackwardThreads) {
     const int tap = i % kTaps;
@@ -164,18 +164,18 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
         }
       }
     }
-    if (filters.channel_parts != nullptr) {
+    if (partials.channel_partials != nullptr) {
       sum_over_lanes(channel_sums, lane, kLanes);
-      if (lane < kTaps - 1) store(part + lane, channel_sums[0]);
-      if (lane == kTaps - 1) store(part + lane, channel_sums[kTaps - 1]);
+      if (lane < kTaps - 1) store(partial + lane, channel_sums[0]);
+      if (lane == kTaps - 1) store(partial + lane, channel_sums[kTaps - 1]);
     }
     gradient += kBackwardWarps * a.grad.channel_stride;
     features += kBackwardWarps * a.features.channel_stride;
     target += kBackwardWarps * a.result.channel_stride;
-    part += kBackwardWarps * kTaps;
+    partial += kBackwardWarps * kTaps;
   }
 
-  if (!filters.wants_spatial()) return;
+  if (!partials.needs_spatial()) return;
   sum_over_warps<kBackwardWarps>(spatial_sums, shared, warp, lane);
   if (warp != 0) return;
   DDF_UNROLL
@@ -190,14 +190,14 @@ backward3(Arguments<T> a, FilterSums<T> filters) {
         const int y = row + 2 - tap / 3;
         const int x = column + 2 - tap % 3;
         if (row_inside[y] && column_inside[x]) {
-          filters.store_spatial(g, split, batch, plane, top + y - 1, left + x - 1,
-                                spatial_sums[(tap * kRows + row) * kColumns + column]);
+          partials.store_spatial(g, channel_block, batch, plane, top + y - 1, left + x - 1,
+                                 spatial_sums[(tap * kRows + row) * kColumns + column]);
         }
         // A tap of the pixel's own output that lies outside of the features, and so in no sum.
         const int under_y = row + tap / 3;
         const int under_x = column + tap % 3;
         if (!row_inside[under_y] || !column_inside[under_x]) {
-          filters.store_spatial(g, split, batch, plane, top + row, left + column, 0.f);
+          partials.store_spatial(g, channel_block, batch, plane, top + row, left + column, 0.f);
         }
       }
     }

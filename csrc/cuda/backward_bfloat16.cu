@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_BACKWARD(BFloat16);
+DDF_INSTANTIATE_BACKWARD(BFloat16);
 }  // namespace ddf::cuda

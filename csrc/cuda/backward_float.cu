@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_BACKWARD(float);
+DDF_INSTANTIATE_BACKWARD(float);
 }  // namespace ddf::cuda

@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_BACKWARD(Half);
+DDF_INSTANTIATE_BACKWARD(Half);
 }  // namespace ddf::cuda

@@ -1,6 +1,6 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_FORWARD(double);
-DDF_COMPILE_BACKWARD(double);
+DDF_INSTANTIATE_FORWARD(double);
+DDF_INSTANTIATE_BACKWARD(double);
 }  // namespace ddf::cuda

@@ -8,11 +8,11 @@
 
 namespace ddf::cuda {
 
-constexpr int kNormThreads = 256;
+constexpr int kFilterNormThreads = 256;
 
 // Filters [batch][filters][taps][pixels], or with taps_inner [batch][pixels][filters][taps].
 template <typename T>
-struct NormArguments {
+struct FilterNormArguments {
   int64_t batch, filters, taps, pixels;
   bool taps_inner;
   const T* grad;  // of the result; null in the forward pass
@@ -86,14 +86,15 @@ DDF_DEVICE void normalize(A* values, int step, A scale, A eps, const A* std = nu
 
 // The same for the filters of an Around.
 template <int Taps, typename A>
-DDF_DEVICE void normalize_spatial(const Around<A>& around, A* values, int step) {
-  normalize<Taps>(values, step, around.spatial_scale, around.eps);
+DDF_DEVICE void normalize_spatial(const PackOptions<A>& pack, A* values, int step) {
+  normalize<Taps>(values, step, pack.spatial_scale, pack.eps);
 }
 
 template <int Taps, typename A>
-DDF_DEVICE void normalize_channel(const Around<A>& around, int64_t channel, A* values, int step) {
-  const A* const std = around.channel_std;
-  normalize<Taps>(values, step, around.channel_scale, around.eps,
+DDF_DEVICE void normalize_channel(const PackOptions<A>& pack, int64_t channel, A* values,
+                                  int step) {
+  const A* const std = pack.channel_std;
+  normalize<Taps>(values, step, pack.channel_scale, pack.eps,
                   std == nullptr ? nullptr : std + channel * Taps);
 }
 
@@ -103,8 +104,8 @@ struct FilterPosition {
 };
 
 template <typename T>
-DDF_DEVICE FilterPosition filter_of_thread(const NormArguments<T>& a) {
-  const int64_t index = block_index() * kNormThreads + thread_index();
+DDF_DEVICE FilterPosition filter_of_thread(const FilterNormArguments<T>& a) {
+  const int64_t index = block_index() * kFilterNormThreads + thread_index();
   // Neighbouring threads have neighbours in memory.
   const int64_t inner = a.taps_inner ? a.filters : a.pixels;
   const int64_t outer = a.taps_inner ? a.pixels : a.filters;
@@ -114,8 +115,8 @@ DDF_DEVICE FilterPosition filter_of_thread(const NormArguments<T>& a) {
 }
 
 template <typename T>
-DDF_KERNEL(kNormThreads)
-filter_norm_forward(NormArguments<T> a) {
+DDF_KERNEL(kFilterNormThreads)
+filter_norm_forward(FilterNormArguments<T> a) {
   const FilterPosition at = filter_of_thread(a);
   if (!at.inside) return;
   const int64_t offset = a.offset(at.image, at.filter, at.pixel), stride = a.tap_stride();
@@ -131,8 +132,8 @@ filter_norm_forward(NormArguments<T> a) {
 }
 
 template <typename T>
-DDF_KERNEL(kNormThreads)
-filter_norm_grad_x(NormArguments<T> a) {
+DDF_KERNEL(kFilterNormThreads)
+filter_norm_grad_x(FilterNormArguments<T> a) {
   using A = Accumulate<T>;
   const FilterPosition at = filter_of_thread(a);
   if (!at.inside) return;
@@ -159,15 +160,15 @@ filter_norm_grad_x(NormArguments<T> a) {
 
 // A block sums over images and pixels for one tap of one filter.
 template <typename T>
-DDF_KERNEL(kNormThreads)
-filter_norm_grad_parameters(NormArguments<T> a) {
+DDF_KERNEL(kFilterNormThreads)
+filter_norm_grad_parameters(FilterNormArguments<T> a) {
   using A = Accumulate<T>;
   DDF_SHARED(A, sums);
-  A* const sums_alone = sums + kNormThreads;
+  A* const sums_alone = sums + kFilterNormThreads;
   const int64_t filter = block_index() / a.taps, stride = a.tap_stride();
   const int taps = a.taps, tap = block_index() % taps;
   A with_x = 0, alone = 0;
-  for (int64_t i = thread_index(); i < a.batch * a.pixels; i += kNormThreads) {
+  for (int64_t i = thread_index(); i < a.batch * a.pixels; i += kFilterNormThreads) {
     const int64_t offset = a.offset(i / a.pixels, filter, i % a.pixels);
     const A grad = load(a.grad + offset + tap * stride);
     alone += grad;
@@ -178,7 +179,7 @@ filter_norm_grad_parameters(NormArguments<T> a) {
   }
   sums[thread_index()] = with_x;
   sums_alone[thread_index()] = alone;
-  for (int half = kNormThreads / 2; half >= 1; half /= 2) {
+  for (int half = kFilterNormThreads / 2; half >= 1; half /= 2) {
     sync_threads();
     if (thread_index() < half) {
       sums[thread_index()] += sums[thread_index() + half];
@@ -192,24 +193,26 @@ filter_norm_grad_parameters(NormArguments<T> a) {
 }
 
 template <typename T>
-int64_t norm_blocks(const NormArguments<T>& a) {
-  return (a.batch * a.filters * a.pixels - 1) / kNormThreads + 1;
+int64_t filter_norm_blocks(const FilterNormArguments<T>& a) {
+  return (a.batch * a.filters * a.pixels - 1) / kFilterNormThreads + 1;
 }
 
 template <typename T, typename Launch>
-void launch_norm(const NormArguments<T>& a, Launch&& launch) {
-  launch("filter_norm", filter_norm_forward<T>, norm_blocks(a), kNormThreads, size_t{0}, a);
+void launch_filter_norm(const FilterNormArguments<T>& a, Launch&& launch) {
+  launch("filter_norm", filter_norm_forward<T>, filter_norm_blocks(a), kFilterNormThreads,
+         size_t{0}, a);
 }
 
 // Fills the gradients that are wanted.
 template <typename T, typename Launch>
-void launch_norm_backward(const NormArguments<T>& a, Launch&& launch) {
+void launch_filter_norm_backward(const FilterNormArguments<T>& a, Launch&& launch) {
   if (a.result != nullptr) {
-    launch("filter_norm grad_x", filter_norm_grad_x<T>, norm_blocks(a), kNormThreads, size_t{0}, a);
+    launch("filter_norm grad_x", filter_norm_grad_x<T>, filter_norm_blocks(a), kFilterNormThreads,
+           size_t{0}, a);
   }
   if (a.grad_std != nullptr || a.grad_mean != nullptr) {
     launch("filter_norm grad_parameters", filter_norm_grad_parameters<T>, a.filters * a.taps,
-           kNormThreads, 2 * sizeof(Accumulate<T>) * kNormThreads, a);
+           kFilterNormThreads, 2 * sizeof(Accumulate<T>) * kFilterNormThreads, a);
   }
 }
 

@@ -9,18 +9,18 @@
 
 namespace ddf::cuda {
 
-constexpr int kWindowThreads = 128;
+constexpr int kForward3x3Threads = 128;
 constexpr int kTileRows = 2;
 constexpr int kTileColumns = 4;
-constexpr int kWindowTaps = 9;
+constexpr int kForward3x3Taps = 9;
 // Floats between two channels in shared memory: three aligned quadruples, of nine taps and what the
 // sums begin with.
 constexpr int kTapStride = 12;
 
 struct Tiling {
-  int tiles_per_row, tiles;   // of one image
-  int tile_lanes;             // tiles of a block; divides kWindowThreads
-  int slab, slabs_per_group;  // channels of a slab
+  int tiles_per_row, tiles;            // of one image
+  int tile_lanes;                      // tiles of a block; divides kForward3x3Threads
+  int block_channels, channel_blocks;  // channels of a block; blocks of a group
 };
 
 struct alignas(16) Four {
@@ -28,31 +28,31 @@ struct alignas(16) Four {
 };
 
 // Vector: the width is a multiple of 4, and so is every row's address, in elements.
-// Pack: with what a.around says.
+// Pack: with what a.pack says.
 template <typename T, bool Mul, bool Mirrored, bool Vector, bool Pack>
-DDF_KERNEL(kWindowThreads, 4)
-window3(Arguments<T> a, Tiling tiling) {
+DDF_KERNEL(kForward3x3Threads, 4)
+forward_3x3(Arguments<T> a, Tiling tiling) {
   static_assert(!Mirrored || !Pack);
   const Geometry& g = a.geometry;
   DDF_SHARED(float, channel_taps);
   const int height = g.height;
   const int width = g.width;
-  const int slabs = g.groups * tiling.slabs_per_group;
+  const int all_channel_blocks = g.groups * tiling.channel_blocks;
   const int tile_blocks = (tiling.tiles + tiling.tile_lanes - 1) / tiling.tile_lanes;
-  const int slab = block_index() % slabs;
-  const int tile_block = block_index() / slabs % tile_blocks;
-  const int64_t batch = block_index() / slabs / tile_blocks;
-  const int64_t group = slab / tiling.slabs_per_group;
-  const int skipped = slab % tiling.slabs_per_group * tiling.slab;
+  const int channel_block = block_index() % all_channel_blocks;
+  const int tile_block = block_index() / all_channel_blocks % tile_blocks;
+  const int64_t batch = block_index() / all_channel_blocks / tile_blocks;
+  const int64_t group = channel_block / tiling.channel_blocks;
+  const int skipped = channel_block % tiling.channel_blocks * tiling.block_channels;
   const int64_t first = group * g.group_channels + skipped;
   const int rest = g.group_channels - skipped;
-  const int channels = rest < tiling.slab ? rest : tiling.slab;
+  const int channels = rest < tiling.block_channels ? rest : tiling.block_channels;
   // The filter that changes nothing.
   constexpr float neutral = Mul ? 1.f : 0.f;
 
-  for (int i = thread_index(); i < channels * kWindowTaps; i += kWindowThreads) {
-    const int channel = i / kWindowTaps;
-    const int tap = i % kWindowTaps;
+  for (int i = thread_index(); i < channels * kForward3x3Taps; i += kForward3x3Threads) {
+    const int channel = i / kForward3x3Taps;
+    const int tap = i % kForward3x3Taps;
     channel_taps[channel * kTapStride + tap] =
         a.channel_filter.data == nullptr
             ? neutral
@@ -61,10 +61,10 @@ window3(Arguments<T> a, Tiling tiling) {
   if (Pack) {
     // A filter's taps come from several threads.
     sync_threads();
-    for (int channel = thread_index(); channel < channels; channel += kWindowThreads) {
+    for (int channel = thread_index(); channel < channels; channel += kForward3x3Threads) {
       float* const taps = channel_taps + channel * kTapStride;
-      normalize_channel<kWindowTaps>(a.around, first + channel, taps, 1);
-      taps[kWindowTaps] = a.around.shift(first + channel);
+      normalize_channel<kForward3x3Taps>(a.pack, first + channel, taps, 1);
+      taps[kForward3x3Taps] = a.pack.bias_of(first + channel);
     }
   }
   sync_threads();
@@ -74,9 +74,9 @@ window3(Arguments<T> a, Tiling tiling) {
   const int top = tile / tiling.tiles_per_row * kTileRows;
   const int left = tile % tiling.tiles_per_row * kTileColumns;
 
-  float spatial_taps[kWindowTaps][kTileRows][kTileColumns];
+  float spatial_taps[kForward3x3Taps][kTileRows][kTileColumns];
   DDF_UNROLL
-  for (int tap = 0; tap < kWindowTaps; ++tap) {
+  for (int tap = 0; tap < kForward3x3Taps; ++tap) {
     DDF_UNROLL
     for (int row = 0; row < kTileRows; ++row) {
       // Mirrored: the taps under which the pixel lies belong to the outputs around it.
@@ -86,7 +86,7 @@ window3(Arguments<T> a, Tiling tiling) {
       DDF_UNROLL
       for (int column = 0; column < kTileColumns; ++column) taps[column] = neutral;
       if (a.spatial_filter.data == nullptr || y < 0 || y >= height) continue;
-      const T* const source = a.spatial_filter.at(batch, group * kWindowTaps + tap, y, x);
+      const T* const source = a.spatial_filter.at(batch, group * kForward3x3Taps + tap, y, x);
       if (Vector && !Mirrored) {
         load4(taps, source);
       } else {
@@ -101,8 +101,8 @@ window3(Arguments<T> a, Tiling tiling) {
   if (Pack) {
     DDF_UNROLL
     for (int pixel = 0; pixel < kTileRows * kTileColumns; ++pixel) {
-      normalize_spatial<kWindowTaps>(a.around, &spatial_taps[0][0][0] + pixel,
-                                     kTileRows * kTileColumns);
+      normalize_spatial<kForward3x3Taps>(a.pack, &spatial_taps[0][0][0] + pixel,
+                                         kTileRows * kTileColumns);
     }
   }
 
@@ -120,7 +120,7 @@ window3(Arguments<T> a, Tiling tiling) {
   }
 
   const View<const T>& input = Mirrored ? a.grad : a.features;
-  const int lanes = kWindowThreads / tiling.tile_lanes;
+  const int lanes = kForward3x3Threads / tiling.tile_lanes;
   const int lane = thread_index() / tiling.tile_lanes;
   const T* source = input.at(batch, first + lane, top - 1, left - 1);
   T* target = a.result.at(batch, first + lane, top, left);
@@ -157,9 +157,9 @@ window3(Arguments<T> a, Tiling tiling) {
       float sums[kTileColumns];
       DDF_UNROLL
       for (int column = 0; column < kTileColumns; ++column) {
-        float sum = Pack ? taps[kWindowTaps] : 0.f;
+        float sum = Pack ? taps[kForward3x3Taps] : 0.f;
         DDF_UNROLL
-        for (int tap = 0; tap < kWindowTaps; ++tap) {
+        for (int tap = 0; tap < kForward3x3Taps; ++tap) {
           const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
           const int x = column + (Mirrored ? 2 - tap % 3 : tap % 3);
           const float spatial = spatial_taps[tap][row][column];
@@ -167,7 +167,7 @@ window3(Arguments<T> a, Tiling tiling) {
           // An output that is not there has no filter: its zero must not meet an Inf.
           if (!Mirrored || (row_inside[y] && column_inside[x])) sum += window[y][x] * filter;
         }
-        sums[column] = Pack ? a.around.at_least_floor(sum) : sum;
+        sums[column] = Pack ? a.pack.clamp_min(sum) : sum;
       }
       if (row > 0 && !row_inside[row + 1]) continue;
       T* const line = target + row * a.result.row_stride;

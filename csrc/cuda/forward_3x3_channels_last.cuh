@@ -19,23 +19,23 @@ constexpr int kStripTaps = 9;
 constexpr int kStripTapStride = 12;
 constexpr int kStripFloats = kStripRows * kStripColumns * kStripTapStride;
 
-struct Strips {
+struct StripGrid {
   int columns, per_row, rows;  // columns of a strip; strips beside and below each other
-  int lanes, chunks;           // channel quadruples of a block; blocks for those of a group
+  int lanes, channel_blocks;   // channel quadruples of a block; blocks for those of a group
   int per_block;
 };
 
 template <typename T, bool Mul, bool Mirrored, bool Pack>
 DDF_KERNEL(kStripThreads, 3)
-window3_channels_last(Arguments<T> a, Strips strips) {
+forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   static_assert(!Mirrored || !Pack);
   const Geometry& g = a.geometry;
   DDF_SHARED(float, spatial_taps);
   const int height = g.height;
   const int width = g.width;
-  const int64_t block = block_index() / strips.chunks;
-  const int chunk = block_index() % strips.chunks;
-  const int64_t strips_of_image = static_cast<int64_t>(strips.per_row) * strips.rows;
+  const int64_t block = block_index() / grid.channel_blocks;
+  const int channel_block = block_index() % grid.channel_blocks;
+  const int64_t strips_of_image = static_cast<int64_t>(grid.per_row) * grid.rows;
   const int64_t count = strips_of_image * g.groups * g.batch;
   // The filter that changes nothing.
   constexpr float neutral = Mul ? 1.f : 0.f;
@@ -46,20 +46,20 @@ window3_channels_last(Arguments<T> a, Strips strips) {
     bool inside;
   };
   const auto place_of = [&](int strip) {
-    int64_t index = block * strips.per_block + strip;
+    int64_t index = block * grid.per_block + strip;
     Place place;
     place.inside = index < count;
     if (!place.inside) index = 0;
-    place.left = index % strips.per_row * strips.columns;
-    index /= strips.per_row;
-    place.top = index % strips.rows * kStripRows;
-    index /= strips.rows;
+    place.left = index % grid.per_row * grid.columns;
+    index /= grid.per_row;
+    place.top = index % grid.rows * kStripRows;
+    index /= grid.rows;
     place.group = index % g.groups;
     place.batch = index / g.groups;
     return place;
   };
 
-  for (int i = thread_index(); i < strips.per_block * kStripRows * kStripColumns;
+  for (int i = thread_index(); i < grid.per_block * kStripRows * kStripColumns;
        i += kStripThreads) {
     const Place place = place_of(i / (kStripRows * kStripColumns));
     const int row = place.top + i / kStripColumns % kStripRows;
@@ -77,7 +77,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
         taps[tap] = load(a.spatial_filter.at(place.batch, place.group * kStripTaps + tap, y, x));
       }
     }
-    if (Pack) normalize_spatial<kStripTaps>(a.around, taps, 1);
+    if (Pack) normalize_spatial<kStripTaps>(a.pack, taps, 1);
     DDF_UNROLL
     for (int quarter = 0; quarter < kStripTapStride / 4; ++quarter) {
       store_shared4(spatial_taps + i * kStripTapStride + 4 * quarter, taps + 4 * quarter);
@@ -85,10 +85,10 @@ window3_channels_last(Arguments<T> a, Strips strips) {
   }
   sync_threads();
 
-  const int strip = thread_index() / strips.lanes;
-  const int quad = chunk * strips.lanes + thread_index() % strips.lanes;
+  const int strip = thread_index() / grid.lanes;
+  const int quad = channel_block * grid.lanes + thread_index() % grid.lanes;
   const Place place = place_of(strip);
-  if (strip >= strips.per_block || !place.inside || quad * kStripChannels >= g.group_channels) {
+  if (strip >= grid.per_block || !place.inside || quad * kStripChannels >= g.group_channels) {
     return;
   }
   const int64_t channel = place.group * g.group_channels + quad * kStripChannels;
@@ -103,11 +103,11 @@ window3_channels_last(Arguments<T> a, Strips strips) {
               : load(a.channel_filter.at(place.batch, channel + i, tap / 3, tap % 3));
     }
   }
-  float shifts[kStripChannels] = {};
+  float biases[kStripChannels] = {};
   DDF_UNROLL
   for (int i = 0; Pack && i < kStripChannels; ++i) {
-    normalize_channel<kStripTaps>(a.around, channel + i, &channel_taps[0][i], kStripChannels);
-    shifts[i] = a.around.shift(channel + i);
+    normalize_channel<kStripTaps>(a.pack, channel + i, &channel_taps[0][i], kStripChannels);
+    biases[i] = a.pack.bias_of(channel + i);
   }
 
   constexpr int kRows = kStripRows + 2;
@@ -141,7 +141,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
       }
       float sums[kStripChannels];
       DDF_UNROLL
-      for (int i = 0; i < kStripChannels; ++i) sums[i] = Pack ? shifts[i] : 0.f;
+      for (int i = 0; i < kStripChannels; ++i) sums[i] = Pack ? biases[i] : 0.f;
       DDF_UNROLL
       for (int tap = 0; tap < kStripTaps; ++tap) {
         const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
@@ -156,7 +156,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
         }
       }
       DDF_UNROLL
-      for (int i = 0; Pack && i < kStripChannels; ++i) sums[i] = a.around.at_least_floor(sums[i]);
+      for (int i = 0; Pack && i < kStripChannels; ++i) sums[i] = a.pack.clamp_min(sums[i]);
       if (row == 0 || row_inside[row + 1]) store4(target + row * a.result.row_stride, sums);
     }
     target += a.result.column_stride;
@@ -165,7 +165,7 @@ window3_channels_last(Arguments<T> a, Strips strips) {
   load_column(window[0], place.left > 0);
   load_column(window[1], true);
   const bool rows_inside = row_inside[0] && row_inside[2] && row_inside[3];
-  const int strip_end = place.left + strips.columns;
+  const int strip_end = place.left + grid.columns;
   const int end = strip_end < width ? strip_end : width;
   // Unrolled by the columns of the window, so that columns change their role and not their place.
   DDF_UNROLL_BY(3)

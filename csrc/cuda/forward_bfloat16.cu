@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_FORWARD(BFloat16);
+DDF_INSTANTIATE_FORWARD(BFloat16);
 }  // namespace ddf::cuda

@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_FORWARD(float);
+DDF_INSTANTIATE_FORWARD(float);
 }  // namespace ddf::cuda

@@ -1,5 +1,5 @@
 #include "instantiate.cuh"
 
 namespace ddf::cuda {
-DDF_COMPILE_FORWARD(Half);
+DDF_INSTANTIATE_FORWARD(Half);
 }  // namespace ddf::cuda

@@ -11,24 +11,24 @@
 
 namespace ddf::cuda {
 
-constexpr int kQuadThreads = 128;
+constexpr int kTiledThreads = 128;
 constexpr int kBlockQuads = 32;  // of outputs
-constexpr int kQuadOutputs = 4;
-constexpr int kWindowChannels = 4;
+constexpr int kThreadOutputs = 4;
+constexpr int kThreadChannels = 4;
 constexpr int kBlockChannels = 64;  // at most
 
 // Floats of shared memory: [k * k][outputs], then [k * k][channels].
-constexpr int window_quads_floats(int kernel) {
-  return kernel * kernel * (kBlockQuads * kQuadOutputs + kBlockChannels);
+constexpr int forward_tiled_floats(int kernel) {
+  return kernel * kernel * (kBlockQuads * kThreadOutputs + kBlockChannels);
 }
 
 template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast, bool Pack>
-DDF_KERNEL(kQuadThreads, Kernel == 7 ? 2 : 3)
-window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
+DDF_KERNEL(kTiledThreads, Kernel == 7 ? 2 : 3)
+forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
   static_assert(!Mirrored || (Stride == 1 && !Pack));
   constexpr int kTaps = Kernel * Kernel;
-  constexpr int kPixels = kBlockQuads * kQuadOutputs;
-  constexpr int kColumns = row_columns(Kernel, Stride);
+  constexpr int kPixels = kBlockQuads * kThreadOutputs;
+  constexpr int kColumns = input_columns(Kernel, Stride);
   // The filter that changes nothing.
   constexpr float neutral = Mul ? 1.f : 0.f;
   const Geometry& g = a.geometry;
@@ -37,20 +37,20 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
   float* const channel_taps = shared + kTaps * kPixels;
   const int out_height = g.out_height;
   const int out_width = g.out_width;
-  const int slab = block_index() % slabs_per_group;
-  const int tile = block_index() / slabs_per_group % tiles;
-  const int64_t image = block_index() / slabs_per_group / tiles;
+  const int channel_block = block_index() % channel_blocks;
+  const int tile = block_index() / channel_blocks % tiles;
+  const int64_t image = block_index() / channel_blocks / tiles;
   const int64_t group = image % g.groups;
   const int64_t batch = image / g.groups;
-  const int64_t first = group * g.group_channels + slab * kBlockChannels;
-  const int64_t rest = g.group_channels - slab * kBlockChannels;
+  const int64_t first = group * g.group_channels + channel_block * kBlockChannels;
+  const int64_t rest = g.group_channels - channel_block * kBlockChannels;
   const int channels = rest < kBlockChannels ? rest : kBlockChannels;
-  const int quads_per_row = (out_width + kQuadOutputs - 1) / kQuadOutputs;
+  const int quads_per_row = (out_width + kThreadOutputs - 1) / kThreadOutputs;
 
-  for (int pixel = thread_index(); pixel < kPixels; pixel += kQuadThreads) {
-    const int quad = tile * kBlockQuads + pixel / kQuadOutputs;
+  for (int pixel = thread_index(); pixel < kPixels; pixel += kTiledThreads) {
+    const int quad = tile * kBlockQuads + pixel / kThreadOutputs;
     const int row = quad / quads_per_row;
-    const int column = quad % quads_per_row * kQuadOutputs + pixel % kQuadOutputs;
+    const int column = quad % quads_per_row * kThreadOutputs + pixel % kThreadOutputs;
     const bool inside = row < out_height && column < out_width;
     DDF_UNROLL_NOT
     for (int tap = 0; tap < kTaps; ++tap) {
@@ -64,9 +64,9 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
       }
       spatial_taps[tap * kPixels + pixel] = value;
     }
-    if (Pack) normalize_spatial<kTaps>(a.around, spatial_taps + pixel, kPixels);
+    if (Pack) normalize_spatial<kTaps>(a.pack, spatial_taps + pixel, kPixels);
   }
-  for (int i = thread_index(); i < kBlockChannels * kTaps; i += kQuadThreads) {
+  for (int i = thread_index(); i < kBlockChannels * kTaps; i += kTiledThreads) {
     const int channel = i / kTaps;
     const int tap = i % kTaps;
     channel_taps[tap * kBlockChannels + channel] =
@@ -77,8 +77,8 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
   if (Pack) {
     // A filter's taps come from several threads.
     sync_threads();
-    for (int channel = thread_index(); channel < channels; channel += kQuadThreads) {
-      normalize_channel<kTaps>(a.around, first + channel, channel_taps + channel, kBlockChannels);
+    for (int channel = thread_index(); channel < channels; channel += kTiledThreads) {
+      normalize_channel<kTaps>(a.pack, first + channel, channel_taps + channel, kBlockChannels);
     }
   }
   sync_threads();
@@ -86,43 +86,43 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
   const View<const T>& input = Mirrored ? a.grad : a.features;
   const int height = Mirrored ? out_height : static_cast<int>(g.height);
   const int width = Mirrored ? out_width : static_cast<int>(g.width);
-  const int channel_quads = (channels + kWindowChannels - 1) / kWindowChannels;
+  const int channel_quads = (channels + kThreadChannels - 1) / kThreadChannels;
   DDF_UNROLL_NOT
-  for (int item = thread_index(); item < kBlockQuads * channel_quads; item += kQuadThreads) {
+  for (int item = thread_index(); item < kBlockQuads * channel_quads; item += kTiledThreads) {
     const int block_quad = ChannelsLast ? item / channel_quads : item % kBlockQuads;
     const int channel =
-        (ChannelsLast ? item % channel_quads : item / kBlockQuads) * kWindowChannels;
+        (ChannelsLast ? item % channel_quads : item / kBlockQuads) * kThreadChannels;
     const int quad = tile * kBlockQuads + block_quad;
     const int row = quad / quads_per_row;
-    const int left = quad % quads_per_row * kQuadOutputs;
+    const int left = quad % quads_per_row * kThreadOutputs;
     if (row >= out_height) continue;
     const int top = row * Stride - Kernel / 2;
     const int column = left * Stride;
-    float sums[kWindowChannels][kQuadOutputs] = {};
+    float sums[kThreadChannels][kThreadOutputs] = {};
     DDF_UNROLL
-    for (int i = 0; Pack && i < kWindowChannels; ++i) {
-      const float shift = a.around.shift(first + channel + (channel + i < channels ? i : 0));
+    for (int i = 0; Pack && i < kThreadChannels; ++i) {
+      const float bias = a.pack.bias_of(first + channel + (channel + i < channels ? i : 0));
       DDF_UNROLL
-      for (int j = 0; j < kQuadOutputs; ++j) sums[i][j] = shift;
+      for (int j = 0; j < kThreadOutputs; ++j) sums[i][j] = bias;
     }
 
     const auto add_row = [&](int tap_row, int y, auto masked) {
-      float window[kWindowChannels][kColumns];
+      float window[kThreadChannels][kColumns];
       const T* line = input.at(batch, first + channel, y, column);
       if (ChannelsLast) {
         DDF_UNROLL
         for (int x = 0; x < kColumns; ++x) {
-          float values[kWindowChannels] = {};
+          float values[kThreadChannels] = {};
           const int offset = x - Kernel / 2;
           if (column + offset >= 0 && column + offset < width) {
             load4(values, line + offset * input.column_stride);
           }
           DDF_UNROLL
-          for (int i = 0; i < kWindowChannels; ++i) window[i][x] = values[i];
+          for (int i = 0; i < kThreadChannels; ++i) window[i][x] = values[i];
         }
       } else {
         DDF_UNROLL
-        for (int i = 0; i < kWindowChannels; ++i) {
+        for (int i = 0; i < kThreadChannels; ++i) {
           // A channel behind the last repeats it; its sums are not stored.
           const T* const plane = line + (channel + i < channels ? i : 0) * input.channel_stride;
           if (vector) {
@@ -135,17 +135,17 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
       DDF_UNROLL
       for (int tap_column = 0; tap_column < Kernel; ++tap_column) {
         const int tap = tap_row * Kernel + tap_column;
-        float spatial[kQuadOutputs], per_channel[kWindowChannels];
-        load_shared4(spatial, spatial_taps + tap * kPixels + block_quad * kQuadOutputs);
+        float spatial[kThreadOutputs], per_channel[kThreadChannels];
+        load_shared4(spatial, spatial_taps + tap * kPixels + block_quad * kThreadOutputs);
         load_shared4(per_channel, channel_taps + tap * kBlockChannels + channel);
         DDF_UNROLL
-        for (int j = 0; j < kQuadOutputs; ++j) {
+        for (int j = 0; j < kThreadOutputs; ++j) {
           const int x = j * Stride + (Mirrored ? Kernel - 1 - tap_column : tap_column);
           // An output that is not there has no filter: its zero must not meet an Inf.
           const int at = column + x - Kernel / 2;
           if (masked && (at < 0 || at >= width)) continue;
           DDF_UNROLL
-          for (int i = 0; i < kWindowChannels; ++i) {
+          for (int i = 0; i < kThreadChannels; ++i) {
             const float filter = Mul ? per_channel[i] * spatial[j] : per_channel[i] + spatial[j];
             sums[i][j] += window[i][x] * filter;
           }
@@ -163,10 +163,10 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
         for (int tap_column = 0; tap_column < Kernel; ++tap_column) {
           const int tap = tap_row * Kernel + tap_column;
           DDF_UNROLL
-          for (int j = 0; j < kQuadOutputs; ++j) {
+          for (int j = 0; j < kThreadOutputs; ++j) {
             DDF_UNROLL
-            for (int i = 0; i < kWindowChannels; ++i) {
-              const float spatial = spatial_taps[tap * kPixels + block_quad * kQuadOutputs + j];
+            for (int i = 0; i < kThreadChannels; ++i) {
+              const float spatial = spatial_taps[tap * kPixels + block_quad * kThreadOutputs + j];
               const float per_channel = channel_taps[tap * kBlockChannels + channel + i];
               sums[i][j] += 0.f * (Mul ? per_channel * spatial : per_channel + spatial);
             }
@@ -180,30 +180,30 @@ window_quads(Arguments<T> a, int tiles, int slabs_per_group, bool vector) {
     }
 
     DDF_UNROLL
-    for (int i = 0; Pack && i < kWindowChannels; ++i) {
+    for (int i = 0; Pack && i < kThreadChannels; ++i) {
       DDF_UNROLL
-      for (int j = 0; j < kQuadOutputs; ++j) sums[i][j] = a.around.at_least_floor(sums[i][j]);
+      for (int j = 0; j < kThreadOutputs; ++j) sums[i][j] = a.pack.clamp_min(sums[i][j]);
     }
     T* const target = a.result.at(batch, first + channel, row, left);
     if (ChannelsLast) {
       DDF_UNROLL
-      for (int j = 0; j < kQuadOutputs; ++j) {
+      for (int j = 0; j < kThreadOutputs; ++j) {
         if (left + j >= out_width) continue;
-        float values[kWindowChannels];
+        float values[kThreadChannels];
         DDF_UNROLL
-        for (int i = 0; i < kWindowChannels; ++i) values[i] = sums[i][j];
+        for (int i = 0; i < kThreadChannels; ++i) values[i] = sums[i][j];
         store4(target + j * a.result.column_stride, values);
       }
     } else {
       DDF_UNROLL
-      for (int i = 0; i < kWindowChannels; ++i) {
+      for (int i = 0; i < kThreadChannels; ++i) {
         if (channel + i >= channels) continue;
         T* const line = target + i * a.result.channel_stride;
         if (vector) {
           store4(line, sums[i]);
         } else {
           DDF_UNROLL
-          for (int j = 0; j < kQuadOutputs; ++j) {
+          for (int j = 0; j < kThreadOutputs; ++j) {
             if (left + j < out_width) store(line + j, sums[i][j]);
           }
         }

@@ -16,7 +16,7 @@ constexpr int kChannelLanes = 32;
 
 // The part of a tensor that one launch writes: few enough elements to be counted in 32 bits, whose
 // divisions are cheap.
-struct Box {
+struct Slice {
   int first_batch, first_row;
   int batches, channels, rows, columns;
   bool channels_last;  // the order of the tensor's memory
@@ -28,23 +28,23 @@ struct Position {
 };
 
 // The element that a thread owns: neighbouring threads meet neighbouring addresses.
-DDF_DEVICE Position position_in(const Box& box) {
+DDF_DEVICE Position position_in(const Slice& slice) {
   unsigned index = static_cast<unsigned>(block_index()) * kGenericThreads + thread_index();
   Position at;
-  if (box.channels_last) {
-    at.channel = index % box.channels;
-    index /= box.channels;
+  if (slice.channels_last) {
+    at.channel = index % slice.channels;
+    index /= slice.channels;
   }
-  at.column = index % box.columns;
-  index /= box.columns;
-  at.row = index % box.rows + box.first_row;
-  index /= box.rows;
-  if (!box.channels_last) {
-    at.channel = index % box.channels;
-    index /= box.channels;
+  at.column = index % slice.columns;
+  index /= slice.columns;
+  at.row = index % slice.rows + slice.first_row;
+  index /= slice.rows;
+  if (!slice.channels_last) {
+    at.channel = index % slice.channels;
+    index /= slice.channels;
   }
-  at.inside = index < static_cast<unsigned>(box.batches);
-  at.batch = index + box.first_batch;
+  at.inside = index < static_cast<unsigned>(slice.batches);
+  at.batch = index + slice.first_batch;
   return at;
 }
 
@@ -71,15 +71,15 @@ DDF_DEVICE Accumulate<T> filter_at(const Arguments<T>& a, int batch, int channel
 
 template <typename T>
 DDF_KERNEL(kGenericThreads, 4)
-forward_generic(Arguments<T> a, Box box) {
-  const Position at = position_in(box);
+forward_generic(Arguments<T> a, Slice slice) {
+  const Position at = position_in(slice);
   if (!at.inside) return;
   const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
   const int height = a.geometry.height, width = a.geometry.width;
   const int stride = a.geometry.stride;
   const int padding = dilation * (kernel / 2);
   int plane = at.channel / static_cast<int>(a.geometry.group_channels) * kernel * kernel;
-  Accumulate<T> sum = a.around.shift(at.channel);
+  Accumulate<T> sum = a.pack.bias_of(at.channel);
   for (int tap_row = 0; tap_row < kernel; ++tap_row) {
     const int row = at.row * stride - padding + tap_row * dilation;
     for (int tap_column = 0; tap_column < kernel; ++tap_column, ++plane) {
@@ -88,7 +88,7 @@ forward_generic(Arguments<T> a, Box box) {
              filter_at(a, at.batch, at.channel, plane, tap_row, tap_column, at.row, at.column);
     }
   }
-  store(a.result.at(at.batch, at.channel, at.row, at.column), a.around.at_least_floor(sum));
+  store(a.result.at(at.batch, at.channel, at.row, at.column), a.pack.clamp_min(sum));
 }
 
 // The output row (or column) whose window has the feature row `feature` under tap `tap`, or -1.
@@ -102,8 +102,8 @@ DDF_DEVICE int output_under(int feature, int tap, int padding, int dilation, int
 
 template <typename T>
 DDF_KERNEL(kGenericThreads, 4)
-grad_features_generic(Arguments<T> a, Box box) {
-  const Position at = position_in(box);
+grad_features_generic(Arguments<T> a, Slice slice) {
+  const Position at = position_in(slice);
   if (!at.inside) return;
   const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
   const int out_height = a.geometry.out_height, out_width = a.geometry.out_width;
@@ -128,8 +128,8 @@ grad_features_generic(Arguments<T> a, Box box) {
 
 template <typename T>
 DDF_KERNEL(kGenericThreads, 4)
-grad_spatial_generic(Arguments<T> a, Box box) {
-  const Position at = position_in(box);
+grad_spatial_generic(Arguments<T> a, Slice slice) {
+  const Position at = position_in(slice);
   if (!at.inside) return;
   const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
   const int height = a.geometry.height, width = a.geometry.width;
@@ -208,8 +208,8 @@ bool is_channels_last(const View<T>& tensor) {
 // Launches a generic kernel for [batch, channels, rows, columns] results, in several boxes if they
 // are too many for one.
 template <typename T, typename Kernel, typename Launch>
-void launch_boxes(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
-                  int64_t rows, int64_t columns, Launch&& launch) {
+void launch_slices(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
+                   int64_t rows, int64_t columns, Launch&& launch) {
   const int64_t batch = a.geometry.batch;
   const int64_t rows_at_once = std::clamp<int64_t>(kMaxElements32 / (channels * columns), 1, rows);
   const int64_t image = channels * rows_at_once * columns;
@@ -217,14 +217,14 @@ void launch_boxes(const Arguments<T>& a, const char* name, Kernel kernel, int64_
       rows_at_once < rows ? 1 : std::clamp<int64_t>(kMaxElements32 / image, 1, batch);
   for (int64_t first_batch = 0; first_batch < batch; first_batch += batches_at_once) {
     for (int64_t first_row = 0; first_row < rows; first_row += rows_at_once) {
-      Box box;
-      box.first_batch = first_batch, box.first_row = first_row;
-      box.batches = std::min(batches_at_once, batch - first_batch);
-      box.rows = std::min(rows_at_once, rows - first_row);
-      box.channels = channels, box.columns = columns;
-      box.channels_last = is_channels_last(a.result);
-      const int64_t count = box.batches * channels * box.rows * columns;
-      launch(name, kernel, ceil_div(count, kGenericThreads), kGenericThreads, 0, a, box);
+      Slice slice;
+      slice.first_batch = first_batch, slice.first_row = first_row;
+      slice.batches = std::min(batches_at_once, batch - first_batch);
+      slice.rows = std::min(rows_at_once, rows - first_row);
+      slice.channels = channels, slice.columns = columns;
+      slice.channels_last = is_channels_last(a.result);
+      const int64_t count = slice.batches * channels * slice.rows * columns;
+      launch(name, kernel, ceil_div(count, kGenericThreads), kGenericThreads, 0, a, slice);
     }
   }
 }

@@ -4,7 +4,7 @@
 // A block owns a tile of outputs, 4 neighbours in a row for each lane of a warp. 3 x 3: every warp
 // takes its share of the channels; grad_spatial is summed in registers over a warp's channels, then
 // over the warps. Larger: every warp takes one row of taps, since its registers hold no more, and
-// all channels. grad_channel is summed over a warp's lanes, then by sum_parts over the tiles.
+// all channels. grad_channel is summed over a warp's lanes, then by reduce_partials over the tiles.
 #pragma once
 #include "load_row.cuh"
 #include "reduce.cuh"
@@ -16,11 +16,11 @@ constexpr int kLaneOutputs = 4;
 // Rows of taps that a warp of the filters' gradients takes, and warps that share the channels.
 constexpr int tap_rows(int kernel) { return kernel == 3 ? 3 : 1; }
 constexpr int channel_warps(int kernel) { return kernel == 3 ? 4 : 1; }
-constexpr int filter_threads(int kernel) {
+constexpr int grad_filters_threads(int kernel) {
   return kLanes * channel_warps(kernel) * (kernel / tap_rows(kernel));
 }
 // Floats of shared memory for half of the warps' sums.
-constexpr int filter_shared_floats(int kernel) {
+constexpr int grad_filters_shared_floats(int kernel) {
   return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kLaneOutputs * kLanes;
 }
 // Sums that sum_over_lanes can take for `taps` taps.
@@ -47,12 +47,12 @@ DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int la
 }
 
 template <typename T, int Kernel, int Stride, bool Mul, bool Vector>
-DDF_KERNEL(filter_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
-filter_grads(Arguments<T> a, FilterSums<T> filters) {
+DDF_KERNEL(grad_filters_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
+grad_filters(Arguments<T> a, PartialSums<T> partials) {
   constexpr int kRows = tap_rows(Kernel);
   constexpr int kTaps = kRows * Kernel;
   constexpr int kWarps = channel_warps(Kernel);
-  constexpr int kColumns = row_columns(Kernel, Stride);
+  constexpr int kColumns = input_columns(Kernel, Stride);
   const Geometry& g = a.geometry;
   DDF_SHARED(float, shared);
   const int width = g.width;
@@ -60,11 +60,11 @@ filter_grads(Arguments<T> a, FilterSums<T> filters) {
   const int lane = thread_index() % kLanes;
   const int warp = thread_index() / kLanes % kWarps;
   const int first_tap_row = thread_index() / kLanes / kWarps * kRows;
-  const int tile = block_index() % filters.tiles;
-  const int64_t image = block_index() / filters.tiles;
-  const int split = image % filters.splits;
-  const int64_t group = image / filters.splits % g.groups;
-  const int64_t batch = image / filters.splits / g.groups;
+  const int tile = block_index() % partials.tiles;
+  const int64_t image = block_index() / partials.tiles;
+  const int channel_block = image % partials.channel_blocks;
+  const int64_t group = image / partials.channel_blocks % g.groups;
+  const int64_t batch = image / partials.channel_blocks / g.groups;
   const int quads_per_row = (out_width + kLaneOutputs - 1) / kLaneOutputs;
   const int quad = tile * kLanes + lane;
   const int row = quad / quads_per_row;
@@ -102,14 +102,14 @@ filter_grads(Arguments<T> a, FilterSums<T> filters) {
     }
   }
 
-  const int first = split * filters.slab + warp;
-  const int64_t slab_end = static_cast<int64_t>(split + 1) * filters.slab;
-  const int end = slab_end < g.group_channels ? slab_end : g.group_channels;
+  const int first = channel_block * partials.block_channels + warp;
+  const int64_t block_end = static_cast<int64_t>(channel_block + 1) * partials.block_channels;
+  const int end = block_end < g.group_channels ? block_end : g.group_channels;
   const int64_t channel = group * g.group_channels + first;
   const T* features = a.features.at(batch, channel, top, left * Stride);
   const T* gradient = a.grad.at(batch, channel, row, left);
   const T* channel_taps = a.channel_filter.at(batch, channel, first_tap_row, 0);
-  float* part = filters.channel_part(g, tile, batch, channel) + first_tap_row * Kernel;
+  float* partial = partials.channel_at(g, tile, batch, channel) + first_tap_row * Kernel;
   DDF_UNROLL_NOT
   for (int i = first; i < end; i += kWarps) {
     float window[kRows][kColumns];
@@ -150,19 +150,19 @@ filter_grads(Arguments<T> a, FilterSums<T> filters) {
           channel_sums[tap] += Mul ? term * spatial_taps[tap][j] : term;
       }
     }
-    if (filters.channel_parts != nullptr) {
+    if (partials.channel_partials != nullptr) {
       sum_over_lanes(channel_sums, lane, kLanes);
       constexpr int kSpread = spread_of(summed_taps(kTaps));
-      if (lane < kSpread && lane < kTaps) store(part + lane, channel_sums[0]);
-      if (kTaps > kSpread && lane == kSpread) store(part + kSpread, channel_sums[kTaps - 1]);
+      if (lane < kSpread && lane < kTaps) store(partial + lane, channel_sums[0]);
+      if (kTaps > kSpread && lane == kSpread) store(partial + kSpread, channel_sums[kTaps - 1]);
     }
     features += kWarps * a.features.channel_stride;
     gradient += kWarps * a.grad.channel_stride;
     channel_taps += kWarps * a.channel_filter.channel_stride;
-    part += kWarps * Kernel * Kernel;
+    partial += kWarps * Kernel * Kernel;
   }
 
-  if (!filters.wants_spatial()) return;
+  if (!partials.needs_spatial()) return;
   sum_over_warps<kWarps>(spatial_sums, shared, warp, lane);
   if (warp != 0) return;
   DDF_UNROLL
@@ -170,8 +170,8 @@ filter_grads(Arguments<T> a, FilterSums<T> filters) {
     DDF_UNROLL
     for (int i = 0; i < kLaneOutputs; ++i) {
       if (output_inside[i]) {
-        filters.store_spatial(g, split, batch, plane + tap, row, left + i,
-                              spatial_sums[tap * kLaneOutputs + i]);
+        partials.store_spatial(g, channel_block, batch, plane + tap, row, left + i,
+                               spatial_sums[tap * kLaneOutputs + i]);
       }
     }
   }

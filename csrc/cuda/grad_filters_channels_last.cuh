@@ -3,10 +3,10 @@
 //
 // A thread owns 4 neighbouring channels of one filter group and slides along strips of outputs,
 // each step loading new columns of the window. grad_channel is summed in registers over a tile's
-// outputs, then by sum_parts over the tiles; grad_spatial over the lanes of a warp, which hold the
-// channels, then by sum_parts over the warps that share a group. Each warp takes tiles of its own;
-// of windows larger than 3 x 3 its registers hold one row of taps only, so that there the warps of
-// a block take the rows of one tile.
+// outputs, then by reduce_partials over the tiles; grad_spatial over the lanes of a warp, which
+// hold the channels, then by reduce_partials over the warps that share a group. Each warp takes
+// tiles of its own; of windows larger than 3 x 3 its registers hold one row of taps only, so that
+// there the warps of a block take the rows of one tile.
 #pragma once
 #include "grad_filters.cuh"
 
@@ -18,25 +18,27 @@ constexpr int kQuadChannels = 4;
 
 // Warps of a block that have tiles of their own, and those that share one.
 constexpr int tile_warps(int kernel) { return kernel == 3 ? 4 : 1; }
-constexpr int quad_threads(int kernel) {
+constexpr int grad_filters_channels_last_threads(int kernel) {
   return kLanes * tile_warps(kernel) * (kernel / tap_rows(kernel));
 }
 // Floats of shared memory for the taps of a pixel, whole quadruples, and for a warp.
 constexpr int quad_tap_stride(int kernel) { return kernel == 3 ? 12 : 8; }
-constexpr int quad_shared_floats(int kernel) {
+constexpr int grad_filters_channels_last_shared_floats(int kernel) {
   // At most four strips are beside each other in a warp.
-  return quad_threads(kernel) / kLanes * 4 * kTileOutputColumns * quad_tap_stride(kernel);
+  return grad_filters_channels_last_threads(kernel) / kLanes * 4 * kTileOutputColumns *
+         quad_tap_stride(kernel);
 }
 
-struct Quads {
+struct TileGrid {
   int columns, per_row, rows;  // columns of a tile; tiles beside and below each other
   int lanes;                   // quadruples of channels of a warp: 8, 16 or 32
 };
 
-// filters.tiles are those of an image, filters.splits the warps that share a group's channels.
+// partials.tiles are those of an image, partials.channel_blocks the warps that share a group's
+// channels.
 template <typename T, int Kernel, int Stride, bool Mul>
-DDF_KERNEL(quad_threads(Kernel), Kernel == 7 ? 1 : 2)
-filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
+DDF_KERNEL(grad_filters_channels_last_threads(Kernel), Kernel == 7 ? 1 : 2)
+grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid grid) {
   constexpr int kRows = tap_rows(Kernel);
   constexpr int kTaps = kRows * Kernel;
   constexpr int kTileWarps = tile_warps(Kernel);
@@ -45,15 +47,15 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
   const Geometry& g = a.geometry;
   DDF_SHARED(float, shared);
   const int width = g.width;
-  const int lane = thread_index() % kLanes % quads.lanes;
+  const int lane = thread_index() % kLanes % grid.lanes;
   const int warp = thread_index() / kLanes;
   const int first_tap_row = warp / kTileWarps * kRows;
-  const int strips = kLanes / quads.lanes;
-  const int strip = thread_index() % kLanes / quads.lanes;
+  const int strips = kLanes / grid.lanes;
+  const int strip = thread_index() % kLanes / grid.lanes;
 
-  const int split = block_index() % filters.splits;
-  int64_t index = block_index() / filters.splits * kTileWarps + warp % kTileWarps;
-  const int64_t tiles_at_once = (filters.tiles + strips - 1) / strips;
+  const int channel_block = block_index() % partials.channel_blocks;
+  int64_t index = block_index() / partials.channel_blocks * kTileWarps + warp % kTileWarps;
+  const int64_t tiles_at_once = (partials.tiles + strips - 1) / strips;
   const int tile = index % tiles_at_once * strips + strip;
   index /= tiles_at_once;
   const int64_t group = index % g.groups;
@@ -61,10 +63,10 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
   const bool warp_active = batch < g.batch;
   if (!warp_active) return;
 
-  const int quad = split * quads.lanes + lane;
-  const int left = tile % quads.per_row * quads.columns;
-  const int first_row = tile / quads.per_row * kTileOutputRows;
-  const bool in_tile = tile < filters.tiles;
+  const int quad = channel_block * grid.lanes + lane;
+  const int left = tile % grid.per_row * grid.columns;
+  const int first_row = tile / grid.per_row * kTileOutputRows;
+  const bool in_tile = tile < partials.tiles;
   const bool active = in_tile && quad * kQuadChannels < g.group_channels;
   const int64_t channel = group * g.group_channels + (active ? quad * kQuadChannels : 0);
   const int64_t plane = group * Kernel * Kernel + first_tap_row * Kernel;
@@ -92,9 +94,9 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
     const bool row_active = active && tile_row_active;
     // The taps of the row before are read before they are overwritten.
     sync_warp();
-    for (int column = lane; column < kTileOutputColumns; column += quads.lanes) {
+    for (int column = lane; column < kTileOutputColumns; column += grid.lanes) {
       const bool inside =
-          in_tile && row < g.out_height && column < quads.columns && left + column < g.out_width;
+          in_tile && row < g.out_height && column < grid.columns && left + column < g.out_width;
       float taps[kTapStride] = {};
       DDF_UNROLL
       for (int tap = 0; tap < kTaps; ++tap) {
@@ -119,8 +121,8 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
     int next = left * Stride - Kernel / 2;  // the column of the features to load
     const T* source = a.features.at(batch, channel, top, next);
     const T* gradient = a.grad.at(batch, channel, row, left);
-    auto spatial = filters.spatial_at(g, split, batch, plane + lane, row, left);
-    auto last_spatial = filters.spatial_at(g, split, batch, plane + kSpread, row, left);
+    auto spatial = partials.spatial_at(g, channel_block, batch, plane + lane, row, left);
+    auto last_spatial = partials.spatial_at(g, channel_block, batch, plane + kSpread, row, left);
     float window[Kernel][kRows][kQuadChannels];  // [column][row]
     const auto load_column = [&](float (&to)[kRows][kQuadChannels]) {
       DDF_UNROLL
@@ -139,7 +141,7 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
     // Every lane makes every step, since the sums over lanes want all of them. Unrolled by the
     // columns of the window, so that columns change their role and not their place.
     DDF_UNROLL_BY(Kernel)
-    for (int column = 0; column < quads.columns; ++column) {
+    for (int column = 0; column < grid.columns; ++column) {
       DDF_UNROLL
       for (int x = Kernel - Stride; x < Kernel; ++x) load_column(window[x]);
       float spatial_sums[summed_taps(kTaps)] = {};
@@ -164,8 +166,8 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
         }
       }
       gradient += a.grad.column_stride;
-      if (filters.wants_spatial()) {
-        sum_over_lanes(spatial_sums, lane, quads.lanes);
+      if (partials.needs_spatial()) {
+        sum_over_lanes(spatial_sums, lane, grid.lanes);
         const bool stores = tile_row_active && left + column < g.out_width;
         if (stores && lane < kSpread && lane < kTaps) spatial.store(spatial_sums[0]);
         if (stores && kTaps > kSpread && lane == 0) last_spatial.store(spatial_sums[kTaps - 1]);
@@ -183,12 +185,13 @@ filter_grads_channels_last(Arguments<T> a, FilterSums<T> filters, Quads quads) {
     }
   }
 
-  if (filters.channel_parts == nullptr || !active) return;
+  if (partials.channel_partials == nullptr || !active) return;
   DDF_UNROLL
   for (int i = 0; i < kQuadChannels; ++i) {
-    float* const part = filters.channel_part(g, tile, batch, channel + i) + first_tap_row * Kernel;
+    float* const partial =
+        partials.channel_at(g, tile, batch, channel + i) + first_tap_row * Kernel;
     DDF_UNROLL
-    for (int tap = 0; tap < kTaps; ++tap) store(part + tap, channel_sums[tap][i]);
+    for (int tap = 0; tap < kTaps; ++tap) store(partial + tap, channel_sums[tap][i]);
   }
 }
 

@@ -3,14 +3,14 @@
 #include "dispatch.cuh"
 #include "launcher.cuh"
 
-#define DDF_COMPILE_FORWARD(type)                                                      \
+#define DDF_INSTANTIATE_FORWARD(type)                                                  \
   template void run_forward(const Arguments<type>&, cudaStream_t);                     \
   template void run_pack(const Arguments<type>&, const Allocate<type>&, cudaStream_t); \
-  template void run_norm(const NormArguments<type>&, cudaStream_t)
-#define DDF_COMPILE_BACKWARD(type)                                           \
+  template void run_filter_norm(const FilterNormArguments<type>&, cudaStream_t)
+#define DDF_INSTANTIATE_BACKWARD(type)                                       \
   template void run_backward(const Arguments<type>&, const Gradients<type>&, \
                              const Allocate<float>&, cudaStream_t);          \
-  template void run_norm_backward(const NormArguments<type>&, cudaStream_t)
+  template void run_filter_norm_backward(const FilterNormArguments<type>&, cudaStream_t)
 
 namespace ddf::cuda {
 
@@ -31,13 +31,13 @@ void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate<
 }
 
 template <typename T>
-void run_norm(const NormArguments<T>& a, cudaStream_t stream) {
-  launch_norm(a, Launcher(stream));
+void run_filter_norm(const FilterNormArguments<T>& a, cudaStream_t stream) {
+  launch_filter_norm(a, Launcher(stream));
 }
 
 template <typename T>
-void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream) {
-  launch_norm_backward(a, Launcher(stream));
+void run_filter_norm_backward(const FilterNormArguments<T>& a, cudaStream_t stream) {
+  launch_filter_norm_backward(a, Launcher(stream));
 }
 
 }  // namespace ddf::cuda

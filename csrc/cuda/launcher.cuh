@@ -52,17 +52,17 @@ void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate<
                   cudaStream_t stream);
 
 template <typename T>
-void run_norm(const NormArguments<T>& a, cudaStream_t stream);
+void run_filter_norm(const FilterNormArguments<T>& a, cudaStream_t stream);
 
 template <typename T>
-void run_norm_backward(const NormArguments<T>& a, cudaStream_t stream);
+void run_filter_norm_backward(const FilterNormArguments<T>& a, cudaStream_t stream);
 
 // The kernels of ddf_up alone, compiled in upsample.cu. The first says whether it serves the call.
 template <typename T>
-bool run_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
+bool run_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
 
 template <typename T>
-void run_up_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
-                          cudaStream_t stream);
+void run_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                                cudaStream_t stream);
 
 }  // namespace ddf::cuda

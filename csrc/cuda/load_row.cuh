@@ -5,7 +5,7 @@
 namespace ddf::cuda {
 
 // Columns of a row that four outputs read.
-constexpr int row_columns(int kernel, int stride) { return 3 * stride + kernel; }
+constexpr int input_columns(int kernel, int stride) { return 3 * stride + kernel; }
 
 // Columns column - Before .. column - Before + N - 1 into `to`, zeros where there are none; `line`
 // points to `column`, which is inside. Vector: the width is a multiple of 4, and so is every row's

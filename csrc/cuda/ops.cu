@@ -151,17 +151,17 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
   return {to.features, to.channel_filter, to.spatial_filter};
 }
 
-NormFilters served(const NormFilters& of) {
+FilterNormGeometry served(const FilterNormGeometry& of) {
   STD_TORCH_CHECK(of.taps <= kMaxElements32, "ddf_mm: CUDA kernels serve filters of at most ",
                   kMaxElements32, " taps");
   return of;
 }
 
 template <typename T>
-NormArguments<T> arguments_of(const NormFilters& of, const Tensor& x, const OptionalTensor& std,
-                              double scale, double eps) {
+FilterNormArguments<T> arguments_of(const FilterNormGeometry& of, const Tensor& x,
+                                    const OptionalTensor& std, double scale, double eps) {
   using A = Accumulate<T>;
-  NormArguments<T> a{};
+  FilterNormArguments<T> a{};
   a.batch = of.batch;
   a.filters = of.filters;
   a.taps = of.taps;
@@ -176,7 +176,7 @@ NormArguments<T> arguments_of(const NormFilters& of, const Tensor& x, const Opti
 
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
-  const NormFilters of = served(NormFilters(x, filters, std));
+  const FilterNormGeometry of = served(FilterNormGeometry(x, filters, std));
   check_parameter(mean, x, x.size(1), "mean");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor result = empty(x, size_of(x), of.channels_last);
@@ -185,10 +185,10 @@ Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    NormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
+    FilterNormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
     a.mean = static_cast<const Accumulate<T>*>(data_of(shifts));
     a.result = static_cast<T*>(result.mutable_data_ptr());
-    run_norm(a, current_stream(x));
+    run_filter_norm(a, current_stream(x));
   });
   return result;
 }
@@ -197,22 +197,22 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         int64_t filters, const OptionalTensor& std,
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
-  const NormFilters of = served(NormFilters(x, filters, std));
+  const FilterNormGeometry of = served(FilterNormGeometry(x, filters, std));
   check_like(grad, x, "grad", size_of(x));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const NormGradients to(of, x, need_x, need_std, need_mean);
+  const FilterNormGradients to(of, x, need_x, need_std, need_mean);
   if (of.is_empty()) return {to.x, to.std, to.mean};
   const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
   const OptionalTensor factors = contiguous(std);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    NormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
+    FilterNormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
     a.grad = static_cast<const T*>(ordered_grad.const_data_ptr());
     if (need_x) a.result = static_cast<T*>(to.x.mutable_data_ptr());
     if (need_std) a.grad_std = static_cast<A*>(to.std.mutable_data_ptr());
     if (need_mean) a.grad_mean = static_cast<A*>(to.mean.mutable_data_ptr());
-    run_norm_backward(a, current_stream(x));
+    run_filter_norm_backward(a, current_stream(x));
   });
   return {to.x, to.std, to.mean};
 }
@@ -229,18 +229,18 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
   if (out.numel() == 0) return out;
   const Tensor channel = in_layout(raw_channel, false);
   const Tensor spatial = in_layout(raw_spatial, ddf::is_channels_last(raw_spatial));
-  const OptionalTensor std = contiguous(channel_std), shift = contiguous(bias);
+  const OptionalTensor std = contiguous(channel_std), offsets = contiguous(bias);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     Arguments<T> a = arguments_of<T>(g, mul, features, channel, spatial);
     a.result = writable_view_of<T>(out);
-    a.around.channel_scale = static_cast<A>(channel_scale);
-    a.around.spatial_scale = static_cast<A>(spatial_scale);
-    a.around.eps = static_cast<A>(eps);
-    a.around.channel_std = static_cast<const A*>(data_of(std));
-    a.around.bias = static_cast<const A*>(data_of(shift));
-    if (relu) a.around.floor = 0;
+    a.pack.channel_scale = static_cast<A>(channel_scale);
+    a.pack.spatial_scale = static_cast<A>(spatial_scale);
+    a.pack.eps = static_cast<A>(eps);
+    a.pack.channel_std = static_cast<const A*>(data_of(std));
+    a.pack.bias = static_cast<const A*>(data_of(offsets));
+    if (relu) a.pack.output_min = 0;
     Scratch<T> scratch(features, features.scalar_type());
     run_pack(a, Allocate<T>(std::ref(scratch)), current_stream(features));
   });
@@ -264,7 +264,7 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
-    if (run_up_window3(a, strides, stream)) return;
+    if (run_upsample_3x3(a, strides, stream)) return;
     for_each_subpixel(a, strides,
                       [&](const Arguments<T>& call, int64_t) { run_forward(call, stream); });
   });
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     a.grad = view_of<T>(grad);
     if (to.need_features) {
       a.result = writable_view_of<T>(to.features);
-      run_up_grad_features(a, strides, stream);
+      run_upsample_grad_features(a, strides, stream);
     }
     if (!to.need_channel && !to.need_spatial) return;
     const Gradients<T> views{{},
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     a.result = View<T>{};
     for_each_subpixel(a, strides, [&](const Arguments<T>& call, int64_t r) {
       Scratch<float> scratch(features, ScalarType::Float);
-      run_backward(call, filter_grads_of(views, to_strides, r), Allocate<float>(std::ref(scratch)),
+      run_backward(call, grad_filters_of(views, to_strides, r), Allocate<float>(std::ref(scratch)),
                    stream);
     });
   });

@@ -1,67 +1,70 @@
-// What the kernels of the filters' gradients share: sums over lanes, and sums that several blocks
-// make in parts. Parts are added in a fixed order, without atomics, so that results are repeatable.
+// Reductions of the filters' gradients: over the lanes of a warp, and of the partial sums of
+// several blocks. Partial sums are added in a fixed order, without atomics, so that results are
+// repeatable.
 #pragma once
 #include "arguments.cuh"
 
 namespace ddf::cuda {
 
 constexpr int kLanes = 32;
-constexpr int kSumWarps = 8;
-constexpr int kSumThreads = kSumWarps * kLanes;
+constexpr int kReduceWarps = 8;
+constexpr int kReduceThreads = kReduceWarps * kLanes;
 
-// Where the filters' gradients go; null what is not wanted.
+// Partial sums of the filters' gradients, which reduce_partials adds up. Null: not needed.
 template <typename T>
-struct FilterSums {
-  float* channel_parts;  // [tiles, B, C, k * k]
-  View<T> grad_spatial;  // the result itself, when the channels of a group are in one part,
-  float* spatial_parts;  // or else [splits, B, g * k * k, Ho, Wo]
-  int tiles;             // of an image; each is the work of a block
-  int splits, slab;      // parts that a group's channels are split in, and channels of a part
+struct PartialSums {
+  float* channel_partials;             // [tiles, B, C, k * k]
+  View<T> grad_spatial;                // the gradient itself, where a group has one channel block;
+  float* spatial_partials;             // otherwise [channel_blocks, B, g * k * k, Ho, Wo]
+  int tiles;                           // of an image; each is the work of a block
+  int channel_blocks, block_channels;  // channel blocks of a group; channels of one
 
-  DDF_DEVICE bool wants_spatial() const {
-    return grad_spatial.data != nullptr || spatial_parts != nullptr;
+  DDF_DEVICE bool needs_spatial() const {
+    return grad_spatial.data != nullptr || spatial_partials != nullptr;
   }
 
-  DDF_DEVICE float* channel_part(const Geometry& g, int64_t tile, int64_t batch,
-                                 int64_t channel) const {
-    return channel_parts + ((tile * g.batch + batch) * g.channels + channel) * g.kernel * g.kernel;
+  DDF_DEVICE float* channel_at(const Geometry& g, int64_t tile, int64_t batch,
+                               int64_t channel) const {
+    return channel_partials +
+           ((tile * g.batch + batch) * g.channels + channel) * g.kernel * g.kernel;
   }
 
-  // A sum of grad_spatial's place, and those to its right: one of the two is null.
+  // Where a sum of grad_spatial is stored; one of the two pointers is null.
   struct Place {
     T* result;
-    float* part;
+    float* partial;
     int64_t column_stride;
 
     DDF_DEVICE void store(float sum) const {
-      if (part == nullptr) {
+      if (partial == nullptr) {
         cuda::store(result, sum);
       } else {
-        cuda::store(part, sum);
+        cuda::store(partial, sum);
       }
     }
     DDF_DEVICE void advance() {
-      if (part == nullptr) {
+      if (partial == nullptr) {
         result += column_stride;
       } else {
-        ++part;
+        ++partial;
       }
     }
   };
 
-  DDF_DEVICE Place spatial_at(const Geometry& g, int64_t split, int64_t batch, int64_t plane,
-                              int row, int column) const {
-    if (spatial_parts == nullptr) {
+  DDF_DEVICE Place spatial_at(const Geometry& g, int64_t channel_block, int64_t batch,
+                              int64_t plane, int row, int column) const {
+    if (spatial_partials == nullptr) {
       return {grad_spatial.at(batch, plane, row, column), nullptr, grad_spatial.column_stride};
     }
-    const int64_t planes = g.groups * g.kernel * g.kernel;
-    const int64_t line = ((split * g.batch + batch) * planes + plane) * g.out_height + row;
-    return {nullptr, spatial_parts + line * g.out_width + column, 1};
+    const int64_t spatial_channels = g.groups * g.kernel * g.kernel;
+    const int64_t line =
+        ((channel_block * g.batch + batch) * spatial_channels + plane) * g.out_height + row;
+    return {nullptr, spatial_partials + line * g.out_width + column, 1};
   }
 
-  DDF_DEVICE void store_spatial(const Geometry& g, int64_t split, int64_t batch, int64_t plane,
-                                int row, int column, float sum) const {
-    spatial_at(g, split, batch, plane, row, column).store(sum);
+  DDF_DEVICE void store_spatial(const Geometry& g, int64_t channel_block, int64_t batch,
+                                int64_t plane, int row, int column, float sum) const {
+    spatial_at(g, channel_block, batch, plane, row, column).store(sum);
   }
 };
 
@@ -93,22 +96,22 @@ DDF_DEVICE void sum_over_lanes(float (&values)[N], int lane, int lanes) {
   }
 }
 
-// The sums of `count` parts, each laid out as the contiguous result: a warp of neighbouring values,
-// and the parts shared among the warps of a block.
+// Sums `count` partial sums for each value, [count][values] in the order of the contiguous result.
+// Each warp takes neighbouring values; the partial sums are divided among the warps of a block.
 template <typename T>
-DDF_KERNEL(kSumThreads)
-sum_parts(View<T> result, const float* parts, int64_t values, int channels, int rows, int columns,
-          int count) {
+DDF_KERNEL(kReduceThreads)
+reduce_partials(View<T> result, const float* partials, int64_t values, int channels, int rows,
+                int columns, int count) {
   DDF_SHARED(float, sums);
   const int64_t value = block_index() * kLanes + thread_index() % kLanes;
   float sum = 0.f;
   if (value < values) {
-    for (int part = thread_index() / kLanes; part < count; part += kSumWarps) {
-      sum += load(parts + part * values + value);
+    for (int index = thread_index() / kLanes; index < count; index += kReduceWarps) {
+      sum += load(partials + index * values + value);
     }
   }
   sums[thread_index()] = sum;
-  for (int half = kSumThreads / 2; half >= kLanes; half /= 2) {
+  for (int half = kReduceThreads / 2; half >= kLanes; half /= 2) {
     sync_threads();
     if (thread_index() < half) sums[thread_index()] += sums[thread_index() + half];
   }

@@ -42,8 +42,8 @@ Arguments<T> subpixel_of(Arguments<T> a, const SubpixelStrides& strides, int64_t
 // One value of the features' gradient a thread, from all subpixels of the pixels that read it.
 template <typename T>
 DDF_KERNEL(kGenericThreads, 4)
-up_grad_features_generic(Arguments<T> a, Box box, SubpixelStrides strides) {
-  const Position at = position_in(box);
+upsample_grad_features_generic(Arguments<T> a, Slice slice, SubpixelStrides strides) {
+  const Position at = position_in(slice);
   if (!at.inside) return;
   const int kernel = a.geometry.kernel, dilation = a.geometry.dilation;
   const int height = a.geometry.height, width = a.geometry.width;
@@ -71,46 +71,47 @@ up_grad_features_generic(Arguments<T> a, Box box, SubpixelStrides strides) {
   store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
 }
 
-constexpr int kUpThreads = 128;
+constexpr int kUpsampleThreads = 128;
 // Channels that a block makes, whose filters are in shared memory.
-constexpr int kUpSlab = 32;
-constexpr int kUpTaps = 36;  // of 3 x 3 windows of four subpixels
+constexpr int kUpsampleBlockChannels = 32;
+constexpr int kUpsampleTaps = 36;  // of 3 x 3 windows of four subpixels
 
 // Twice as many rows and columns with 3 x 3 windows, rows contiguous: a thread owns one pixel of
 // the features and makes its four subpixels of each channel of the slab, out of one reading of its
 // window. Taps outside the image count as zeros that take part in the sums.
 template <typename T, bool Mul>
-DDF_KERNEL(kUpThreads, 4)
-up_window3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int slabs) {
+DDF_KERNEL(kUpsampleThreads, 4)
+upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int channel_blocks) {
   DDF_SHARED(float, taps);
   const int height = a.geometry.height, width = a.geometry.width;
   const int group_channels = a.geometry.group_channels, groups = a.geometry.groups;
   int64_t block = block_index();
-  const int slab = block % slabs;
-  block /= slabs;
-  const int pixel = static_cast<int>(block % pixel_blocks) * kUpThreads + thread_index();
+  const int channel_block = block % channel_blocks;
+  block /= channel_blocks;
+  const int pixel = static_cast<int>(block % pixel_blocks) * kUpsampleThreads + thread_index();
   block /= pixel_blocks;
   const int group = block % groups;
   const int batch = block / groups;
-  const int first = group * group_channels + slab * kUpSlab;
-  const int count =
-      group_channels - slab * kUpSlab < kUpSlab ? group_channels - slab * kUpSlab : kUpSlab;
+  const int first = group * group_channels + channel_block * kUpsampleBlockChannels;
+  const int count = group_channels - channel_block * kUpsampleBlockChannels < kUpsampleBlockChannels
+                        ? group_channels - channel_block * kUpsampleBlockChannels
+                        : kUpsampleBlockChannels;
 
   constexpr float kNeutral = Mul ? 1 : 0;
-  for (int i = thread_index(); i < count * kUpTaps; i += kUpThreads) {
-    const int subpixel = i % kUpTaps / 9, tap = i % 9;
+  for (int i = thread_index(); i < count * kUpsampleTaps; i += kUpsampleThreads) {
+    const int subpixel = i % kUpsampleTaps / 9, tap = i % 9;
     taps[i] = a.channel_filter.data == nullptr
                   ? kNeutral
-                  : load(a.channel_filter.at(batch, first + i / kUpTaps, tap / 3, tap % 3) +
+                  : load(a.channel_filter.at(batch, first + i / kUpsampleTaps, tap / 3, tap % 3) +
                          subpixel * strides.channel_filter);
   }
   sync_threads();
   if (pixel >= height * width) return;
   const int row = pixel / width, column = pixel % width;
 
-  float spatial[kUpTaps];
+  float spatial[kUpsampleTaps];
   DDF_UNROLL
-  for (int i = 0; i < kUpTaps; ++i) {
+  for (int i = 0; i < kUpsampleTaps; ++i) {
     spatial[i] = a.spatial_filter.data == nullptr
                      ? kNeutral
                      : load(a.spatial_filter.at(batch, group * 9 + i % 9, row, column) +
@@ -130,9 +131,9 @@ up_window3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int slabs)
     }
     float sums[4] = {};
     DDF_UNROLL
-    for (int i = 0; i < kUpTaps; i += 4) {
+    for (int i = 0; i < kUpsampleTaps; i += 4) {
       float channel[4];
-      load_shared4(channel, taps + c * kUpTaps + i);
+      load_shared4(channel, taps + c * kUpsampleTaps + i);
       DDF_UNROLL
       for (int j = 0; j < 4; ++j) {
         const float weight = Mul ? channel[j] * spatial[i + j] : channel[j] + spatial[i + j];
@@ -146,9 +147,9 @@ up_window3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int slabs)
   }
 }
 
-// Runs up_window3 where it serves the call; says whether it did.
+// Runs upsample_3x3 where it serves the call; says whether it did.
 template <typename T, typename Launch>
-bool launch_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, Launch&& launch) {
+bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
@@ -161,14 +162,15 @@ bool launch_up_window3(const Arguments<T>& a, const SubpixelStrides& strides, La
         a.features.column_stride != 1) {
       return false;
     }
-    const int64_t pixel_blocks = (g.height * g.width - 1) / kUpThreads + 1;
-    const int64_t slabs = (g.group_channels - 1) / kUpSlab + 1;
-    const int64_t blocks = g.batch * g.groups * slabs * pixel_blocks;
+    const int64_t pixel_blocks = (g.height * g.width - 1) / kUpsampleThreads + 1;
+    const int64_t channel_blocks = (g.group_channels - 1) / kUpsampleBlockChannels + 1;
+    const int64_t blocks = g.batch * g.groups * channel_blocks * pixel_blocks;
     if (blocks > kMaxBlocks) return false;
-    const int channels = static_cast<int>(std::min<int64_t>(kUpSlab, g.group_channels));
-    launch("ddf_up forward, 3x3", a.mul ? up_window3<T, true> : up_window3<T, false>, blocks,
-           kUpThreads, sizeof(float) * kUpTaps * channels, a, strides,
-           static_cast<int>(pixel_blocks), static_cast<int>(slabs));
+    const int channels =
+        static_cast<int>(std::min<int64_t>(kUpsampleBlockChannels, g.group_channels));
+    launch("ddf_up forward, 3x3", a.mul ? upsample_3x3<T, true> : upsample_3x3<T, false>, blocks,
+           kUpsampleThreads, sizeof(float) * kUpsampleTaps * channels, a, strides,
+           static_cast<int>(pixel_blocks), static_cast<int>(channel_blocks));
     return true;
   }
 }
@@ -181,16 +183,16 @@ void for_each_subpixel(const Arguments<T>& a, const SubpixelStrides& strides, Ru
 
 // Fills the gradient of the features, which is a.result.
 template <typename T, typename Launch>
-void launch_up_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
-                             Launch&& launch) {
+void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                                   Launch&& launch) {
   const Geometry& g = a.geometry;
-  launch_boxes(a, "ddf_up grad_features", up_grad_features_generic<T>, g.channels, g.height,
-               g.width, [&](const auto&... given) { launch(given..., strides); });
+  launch_slices(a, "ddf_up grad_features", upsample_grad_features_generic<T>, g.channels, g.height,
+                g.width, [&](const auto&... given) { launch(given..., strides); });
 }
 
 // The filters' gradients of subpixel r; `to` holds those of the first one.
 template <typename T>
-Gradients<T> filter_grads_of(const Gradients<T>& to, const SubpixelStrides& strides, int64_t r) {
+Gradients<T> grad_filters_of(const Gradients<T>& to, const SubpixelStrides& strides, int64_t r) {
   return {View<T>{}, moved(to.channel_filter, r * strides.channel_filter),
           moved(to.spatial_filter, r * strides.spatial_filter)};
 }

@@ -118,29 +118,29 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
     const auto parameter = [&](const HostTensor& t) {
       return static_cast<const A*>(place(t.data, t.bytes, Use::input));
     };
-    a.around.channel_scale = static_cast<A>(call.channel_scale);
-    a.around.spatial_scale = static_cast<A>(call.spatial_scale);
-    a.around.eps = static_cast<A>(call.eps);
-    a.around.channel_std = parameter(call.channel_std);
-    a.around.bias = parameter(call.bias);
-    if (call.relu) a.around.floor = 0;
+    a.pack.channel_scale = static_cast<A>(call.channel_scale);
+    a.pack.spatial_scale = static_cast<A>(call.spatial_scale);
+    a.pack.eps = static_cast<A>(call.eps);
+    a.pack.channel_std = parameter(call.channel_std);
+    a.pack.bias = parameter(call.bias);
+    if (call.relu) a.pack.output_min = 0;
     a.result = views[0];
     launch_pack(a, [&](int64_t elements) { return scratch(elements, T{}); }, Launch{});
   } else if (pass == "backward") {
     launch_backward(a, ddf::cuda::Gradients<T>{views[0], views[1], views[2]}, allocate, Launch{});
   } else if (pass == "up forward") {
     a.result = views[0];
-    if (!launch_up_window3(a, call.filters, Launch{})) {
+    if (!launch_upsample_3x3(a, call.filters, Launch{})) {
       for_each_subpixel(a, call.filters,
                         [](const auto& subpixel, int64_t) { launch_forward(subpixel, Launch{}); });
     }
   } else if (pass == "up backward") {
     a.result = views[0];
-    if (a.result.data != nullptr) launch_up_grad_features(a, call.filters, Launch{});
+    if (a.result.data != nullptr) launch_upsample_grad_features(a, call.filters, Launch{});
     a.result = {};
     const ddf::cuda::Gradients<T> to{{}, views[1], views[2]};
     for_each_subpixel(a, call.filters, [&](const auto& subpixel, int64_t r) {
-      launch_backward(subpixel, filter_grads_of(to, call.gradients, r), allocate, Launch{});
+      launch_backward(subpixel, grad_filters_of(to, call.gradients, r), allocate, Launch{});
     });
   } else {
     fail("no pass ", pass);
@@ -171,7 +171,7 @@ std::array<Bytes, 3> run_once(const std::string& pass, const NormCall& call, Ord
   };
   void* results[3];
   for (int i = 0; i < 3; ++i) results[i] = place(call.results[i], Use::result);
-  ddf::cuda::NormArguments<T> a{};
+  ddf::cuda::FilterNormArguments<T> a{};
   a.batch = call.batch;
   a.filters = call.filters;
   a.taps = call.taps;
@@ -187,9 +187,9 @@ std::array<Bytes, 3> run_once(const std::string& pass, const NormCall& call, Ord
   a.grad_std = static_cast<A*>(results[1]);
   a.grad_mean = static_cast<A*>(results[2]);
   if (pass == "norm") {
-    launch_norm(a, Launch{});
+    launch_filter_norm(a, Launch{});
   } else if (pass == "norm_backward") {
-    launch_norm_backward(a, Launch{});
+    launch_filter_norm_backward(a, Launch{});
   } else {
     fail("no pass ", pass);
   }

@@ -326,7 +326,7 @@ def test_3x3_kernel(host, name, dtype, combine, size):
         if which == "channel":
             tensors[2] = tensors[2].transpose(2, 3)
         check(host, name, tensors, combine=combine)
-        assert "window3<" in host.last_kernels
+        assert "forward_3x3<" in host.last_kernels
         vector = size[1] % 4 == 0
         assert flags(combine == "mul", name == "grad_features", vector, False) in host.last_kernels
 
@@ -340,7 +340,7 @@ def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
         layout = torch.channels_last
         tensors = make(channels=24, size=size, groups=2, which=which, dtype=dtype, layout=layout)
         check(host, name, tensors, combine=combine)
-        assert "window3_channels_last<" in host.last_kernels
+        assert "forward_3x3_channels_last<" in host.last_kernels
         assert flags(combine == "mul", name == "grad_features", False) in host.last_kernels
 
 
@@ -366,9 +366,9 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         names = served(tensors)[2:]
         for name in names:
             check(host, name, tensors, k, 1, stride, combine)
-            assert "filter_grads<" in host.last_kernels
+            assert "grad_filters<" in host.last_kernels
             assert f", {k}, {stride}{flags(combine == 'mul', vector)}" in host.last_kernels
-            assert ("sum_parts<" in host.last_kernels) == (name == "grad_channel")
+            assert ("reduce_partials<" in host.last_kernels) == (name == "grad_channel")
         if len(names) == 1:
             continue
         alone = [host.run(name, *tensors, k, 1, stride, combine) for name in names]
@@ -392,7 +392,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
         tensors = make(1, 6 if rows else 16, size, k, 2, stride, which, False, dtype, layout)
         for name in PASSES[: 3 - stride]:
             check(host, name, tensors, k, 1, stride, combine)
-            assert "window_quads<" in host.last_kernels
+            assert "forward_tiled<" in host.last_kernels
             kinds = flags(combine == "mul", name != "forward", not rows, False)
             assert f", {k}, {stride}{kinds}" in host.last_kernels
 
@@ -404,7 +404,7 @@ def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, la
     tensors = make(1, channels, size, k, stride=stride, layout=layout)
     for name in PASSES[: 3 - stride]:
         check(host, name, tensors, k, 1, stride)
-        assert "window_quads<" in host.last_kernels
+        assert "forward_tiled<" in host.last_kernels
 
 
 @pytest.mark.parametrize("combine", ["mul", "add"])
@@ -418,7 +418,7 @@ def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
         got = host.run_several(names, *tensors, k, 1, stride, combine)
         for name, result in zip(names, got, strict=True):
             compare(name, result, tensors, k, 1, stride, combine)
-        assert "filter_grads_channels_last<" in host.last_kernels
+        assert "grad_filters_channels_last<" in host.last_kernels
         assert f", {k}, {stride}{flags(combine == 'mul')}" in host.last_kernels
 
 
@@ -432,7 +432,7 @@ def test_filter_gradients_channels_last_of_lanes(host, k, stride, channels, size
     got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
     for name, result in zip(PASSES[2:], got, strict=True):
         compare(name, result, tensors, k, 1, stride, "mul")
-    assert "filter_grads_channels_last<" in host.last_kernels
+    assert "grad_filters_channels_last<" in host.last_kernels
 
 
 @pytest.mark.parametrize("size", [(1, 1), (12, 36), (9, 20)], ids=str)
@@ -442,7 +442,7 @@ def test_filter_gradients_of_a_pixel_and_of_several_tiles(host, k, stride, size)
     got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
     for name, result in zip(PASSES[2:], got, strict=True):
         compare(name, result, tensors, k, 1, stride, "mul")
-    assert "filter_grads<" in host.last_kernels
+    assert "grad_filters<" in host.last_kernels
 
 
 @pytest.mark.parametrize("floor", [True, False])
@@ -462,8 +462,8 @@ def test_3x3_backward_in_one_pass(host, dtype, combine, size):
         got = host.run_several(names, *tensors, 3, 1, 1, combine)
         for name, result in zip(names, got, strict=True):
             compare(name, result, tensors, 3, 1, 1, combine)
-        assert "backward3<" in host.last_kernels
-        assert "window3" not in host.last_kernels and "filter_grads" not in host.last_kernels
+        assert "backward_3x3<" in host.last_kernels
+        assert "forward_3x3" not in host.last_kernels and "grad_filters" not in host.last_kernels
         assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
 
 
@@ -503,7 +503,7 @@ def test_filter_gradients_of_many_channels_in_few_pixels(host, names):
     tensors = make(batch=1, channels=150, size=(3, 5))
     for name, result in zip(names, host.run_several(names, *tensors, 3, 1, 1, "mul"), strict=True):
         compare(name, result, tensors, 3, 1, 1, "mul")
-    assert host.last_kernels.count("sum_parts<") == 2 * len(ORDERS)
+    assert host.last_kernels.count("reduce_partials<") == 2 * len(ORDERS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -532,7 +532,7 @@ def test_nan_and_inf_in_one_pass(host, poisoned, value):
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
     check(host, name, make(batch=1, channels=channels, size=size))
-    assert "window3<" in host.last_kernels
+    assert "forward_3x3<" in host.last_kernels
 
 
 @pytest.mark.parametrize("channels, size", [(520, (3, 2)), (8, (7, 35)), (132, (2, 17))], ids=str)
@@ -540,7 +540,7 @@ def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
 def test_3x3_channels_last_kernel_with_chunks_and_strips(host, name, channels, size):
     """More quadruples of channels than a block has threads, far fewer, and one left over."""
     check(host, name, make(channels=channels, size=size, layout=torch.channels_last))
-    assert "window3_channels_last<" in host.last_kernels
+    assert "forward_3x3_channels_last<" in host.last_kernels
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -633,22 +633,22 @@ FAULTS = {
     ),
     "shared memory too small": (
         "dispatch.cuh",
-        "sizeof(float) * kTapStride * tiling.slab",
-        "sizeof(float) * kTapStride * (tiling.slab - 1)",
+        "sizeof(float) * kTapStride * tiling.block_channels",
+        "sizeof(float) * kTapStride * (tiling.block_channels - 1)",
         "forward",
         "shared memory is written past its",
     ),
     "a thread too many": (
         "generic.cuh",
-        "index < static_cast<unsigned>(box.batches)",
-        "index <= static_cast<unsigned>(box.batches)",
+        "index < static_cast<unsigned>(slice.batches)",
+        "index <= static_cast<unsigned>(slice.batches)",
         "grad_spatial",
         "outside of every tensor",
     ),
     "shuffle of a part of a warp": (
         "grad_filters.cuh",
-        "    if (filters.channel_parts != nullptr) {",
-        "    if (filters.channel_parts != nullptr && active) {",
+        "    if (partials.channel_partials != nullptr) {",
+        "    if (partials.channel_partials != nullptr && active) {",
         "grad_channel",
         "divergent shuffle",
     ),
@@ -698,8 +698,8 @@ FAULTS = {
     ),
     "blocks beyond the grid": (
         "dispatch.cuh",
-        "launch(name, kernel, blocks, kWindowThreads",
-        "launch(name, kernel, blocks << 31, kWindowThreads",
+        "launch(name, kernel, blocks, kForward3x3Threads",
+        "launch(name, kernel, blocks << 31, kForward3x3Threads",
         "forward",
         "CUDA cannot launch",
     ),
@@ -766,13 +766,13 @@ def expected_pack(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, 
 
 
 # With and without a parameter of channel FilterNorm, a bias, ReLU.
-SURROUNDINGS = [(True, True, True), (True, True, False), (True, False, True), (False, False, False)]
+PACK_OPTIONS = [(True, True, True), (True, True, False), (True, False, True), (False, False, False)]
 
 
 def check_pack(
-    host: Host, tensors, k=3, dilation=1, stride=1, combine="mul", surroundings=SURROUNDINGS
+    host: Host, tensors, k=3, dilation=1, stride=1, combine="mul", options=PACK_OPTIONS
 ) -> None:
-    for has_std, has_bias, relu in surroundings:
+    for has_std, has_bias, relu in options:
         given = [*tensors[:3], tensors[3] if has_std else None, tensors[4] if has_bias else None]
         got = host.pack(*given, relu, k, dilation, stride, combine)
         want, terms = expected_pack(given, relu, k, dilation, stride, combine)
@@ -792,7 +792,7 @@ def check_pack(
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_pack_3x3(host, dtype, combine, size):
     check_pack(host, make_pack(size=size, dtype=dtype), combine=combine)
-    assert host.last_kernels.count("window3<") == len(ORDERS)
+    assert host.last_kernels.count("forward_3x3<") == len(ORDERS)
     assert flags(combine == "mul", False, size[1] % 4 == 0, True) in host.last_kernels
 
 
@@ -802,7 +802,7 @@ def test_pack_3x3(host, dtype, combine, size):
 def test_pack_3x3_channels_last(host, dtype, combine, size):
     tensors = make_pack(channels=24, size=size, dtype=dtype, layout=torch.channels_last)
     check_pack(host, tensors, combine=combine)
-    assert host.last_kernels.count("window3_channels_last<") == len(ORDERS)
+    assert host.last_kernels.count("forward_3x3_channels_last<") == len(ORDERS)
     assert flags(combine == "mul", False, True) in host.last_kernels
 
 
@@ -817,7 +817,7 @@ def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, la
     channels = 6 if rows else 16
     tensors = make_pack(1, channels, size, k, stride=stride, dtype=dtype, layout=layout)
     check_pack(host, tensors, k, 1, stride, combine)
-    assert host.last_kernels.count("window_quads<") == len(ORDERS)
+    assert host.last_kernels.count("forward_tiled<") == len(ORDERS)
     kinds = flags(combine == "mul", False, not rows, True)
     assert f", {k}, {stride}{kinds}" in host.last_kernels
 
@@ -834,17 +834,17 @@ def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, la
 )
 def test_pack_in_one_block_and_several(host, channels, size, layout):
     check_pack(host, make_pack(1, channels, size, groups=1, layout=layout))
-    assert "window3" in host.last_kernels
+    assert "forward_3x3" in host.last_kernels
     if channels > 3:
         check_pack(host, make_pack(1, channels, size, 5, groups=1, layout=layout), 5)
-        assert "window_quads<" in host.last_kernels
+        assert "forward_tiled<" in host.last_kernels
 
 
 def test_pack_of_more_channels_in_a_slab_than_threads(host):
     """As many images do without splitting the channels."""
     tensors = make_pack(1030, 130, (1, 1), groups=1)
-    check_pack(host, tensors, surroundings=SURROUNDINGS[:1])
-    assert "window3<" in host.last_kernels
+    check_pack(host, tensors, options=PACK_OPTIONS[:1])
+    assert "forward_3x3<" in host.last_kernels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -873,9 +873,9 @@ def test_pack_of_every_dtype(host, dtype, layout):
 
 # What makes each kernel of ddf_pack serve a call.
 PACK_KERNELS = {
-    "window3<": dict(size=(5, 8)),
-    "window3_channels_last<": dict(channels=8, layout=torch.channels_last),
-    "window_quads<": dict(k=5),
+    "forward_3x3<": dict(size=(5, 8)),
+    "forward_3x3_channels_last<": dict(channels=8, layout=torch.channels_last),
+    "forward_tiled<": dict(k=5),
     "forward_generic<": dict(channels=8, groups=4, layout=torch.channels_last),
 }
 
@@ -915,7 +915,7 @@ def test_pack_keeps_nan_and_inf_where_they_are(host, kernel, poisoned, value):
         assert torch.isfinite(want).any()
 
 
-@pytest.mark.parametrize("k, kernel", [(3, "forward_generic<"), (5, "window_quads<")])
+@pytest.mark.parametrize("k, kernel", [(3, "forward_generic<"), (5, "forward_tiled<")])
 def test_pack_of_filters_in_another_layout(host, k, kernel):
     layouts = torch.contiguous_format, torch.channels_last
     for ours, theirs in (layouts, layouts[::-1]):
@@ -972,14 +972,14 @@ PACK_FAULTS = {
     ),
     "taps of a pixel without their scale": (
         "filter_norm.cuh",
-        "around.spatial_scale, around.eps",
-        "1.f, around.eps",
+        "pack.spatial_scale, pack.eps",
+        "1.f, pack.eps",
         "off by",
     ),
     "a maximum that drops NaN": (
         "arguments.cuh",
-        "sum < floor ? floor : sum",
-        "sum >= floor ? sum : floor",
+        "sum < output_min ? output_min : sum",
+        "sum >= output_min ? sum : output_min",
         "off by",
     ),
 }
@@ -1047,16 +1047,16 @@ def test_upsampling(host, dtype, combine, layout):
     for which in ("both", "channel", "spatial"):
         tensors = make_up(channels=8, which=which, groups=2, dtype=dtype, layout=layout)
         kernels = check_up(host, tensors, combine=combine)
-        assert "up_grad_features_generic<" in kernels
+        assert "upsample_grad_features_generic<" in kernels
         fast = dtype != torch.float64 and layout is torch.contiguous_format
-        assert ("up_window3<" in kernels) == fast
+        assert ("upsample_3x3<" in kernels) == fast
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (12, 13)], ids=str)
 def test_upsampling_in_one_block_and_several(host, size):
     tensors = make_up(channels=70, size=size, groups=2)
     (got,) = host.run_up("forward", *tensors, 3, 2, 1, "mul")
-    assert "up_window3<" in host.last_kernels
+    assert "upsample_3x3<" in host.last_kernels
     want = ddf_up_reference(*(t.double() for t in tensors[1:]))
     terms = ddf_up_reference(*(t.double().abs() for t in tensors[1:]))
     assert ((got.double() - want).abs() <= 2**-24 * (want.abs() + ROUNDINGS * terms)).all()

@@ -73,10 +73,10 @@ def expected(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, Tenso
     return want.relu() if relu else want, terms
 
 
-def check(tensors, k=3, dilation=1, stride=1, combine="mul", surroundings=None) -> None:
+def check(tensors, k=3, dilation=1, stride=1, combine="mul", options=None) -> None:
     """With and without a parameter of FilterNorm, a bias and ReLU."""
     x, raw_channel, raw_spatial, std, bias = tensors
-    for has_std, has_bias, relu in surroundings or [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 0, 0)]:
+    for has_std, has_bias, relu in options or [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 0, 0)]:
         given = [x, raw_channel, raw_spatial, std if has_std else None, bias if has_bias else None]
         got = run(given, bool(relu), k, dilation, stride, combine)
         want, terms = expected(given, relu, k, dilation, stride, combine)
@@ -121,7 +121,7 @@ def test_equals_the_ops_one_after_the_other(case, layout, dtype, device):
 def test_every_width(k, stride, layout, dtype, device):
     for width in range(1, 41):
         tensors = make(1, 8, (3, width), k, 1, stride, False, dtype, device, layout)
-        check(tensors, k, 1, stride, surroundings=[(1, 1, 1)])
+        check(tensors, k, 1, stride, options=[(1, 1, 1)])
 
 
 @pytest.mark.kernels
@@ -130,7 +130,7 @@ def test_every_width(k, stride, layout, dtype, device):
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
 def test_many_channels_and_pixels(k, stride, layout, channels, size, device):
     tensors = make(2, channels, size, k, 1, stride, device=device, layout=layout)
-    check(tensors, k, 1, stride, surroundings=[(1, 1, 1)])
+    check(tensors, k, 1, stride, options=[(1, 1, 1)])
 
 
 def test_size_rounded_down(device):
