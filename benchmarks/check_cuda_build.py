@@ -150,6 +150,7 @@ class Kernel:
     name: str
     dtype: str
     numbers: tuple[int, ...]
+    combine: str | None
     flags: tuple[bool, ...]
 
     @classmethod
@@ -161,23 +162,24 @@ class Kernel:
         types = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
         dtype = next(types[t] for t in types if arguments.startswith(t))
         numbers = tuple(map(int, re.findall(r"Li(\d+)", arguments)))
+        combine = re.search(r"NS_\d+(\w+?)E", arguments)
         flags = tuple(flag == "1" for flag in re.findall(r"Lb([01])", arguments))
-        return cls(name, dtype, numbers, flags)
+        return cls(name, dtype, numbers, combine and combine[1].lower(), flags)
 
     def __str__(self) -> str:
         """As in ``forward_3x3<float, mul, vector>``."""
         meanings = {
-            "forward_3x3": ("mul", "mirrored", "vector", "pack"),
-            "forward_3x3_channels_last": ("mul", "mirrored", "pack"),
-            "backward_3x3": ("mul", "vector"),
-            "forward_tiled": ("mul", "mirrored", "channels_last", "pack"),
-            "grad_filters": ("mul", "vector"),
-            "grad_filters_channels_last": ("mul",),
-            "upsample_3x3": ("mul",),
+            "forward_3x3": ("mirrored", "vector", "pack"),
+            "forward_3x3_channels_last": ("mirrored", "pack"),
+            "backward_3x3": ("vector",),
+            "forward_tiled": ("mirrored", "channels_last", "pack"),
+            "grad_filters": ("vector",),
         }
         named = zip(meanings.get(self.name, ()), self.flags, strict=True)
         windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]
-        return f"{self.name}<{', '.join([self.dtype, *windows, *(n for n, on in named if on)])}>"
+        combine = [self.combine] if self.combine else []
+        parts = [self.dtype, *windows, *combine, *(n for n, on in named if on)]
+        return f"{self.name}<{', '.join(parts)}>"
 
     def slots(self, instructions: int) -> float | None:
         """Of one output, given those of one round of the loop; None where it varies."""

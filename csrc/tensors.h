@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "combine.h"
 #include "geometry.h"
 #include "memory.h"
 
@@ -84,11 +85,14 @@ inline void check_features(const Tensor& features) {
                     "ddf_mm: features must have at least one channel, row and column");
 }
 
-// Whether the two filters are multiplied, not added.
-inline bool is_mul(const std::string& kernel_combine) {
-  STD_TORCH_CHECK(kernel_combine == "mul" || kernel_combine == "add",
-                  "ddf_mm: kernel_combine must be 'mul' or 'add', got '", kernel_combine, "'");
-  return kernel_combine == "mul";
+inline CombineMode combine_of(const std::string& kernel_combine) {
+  std::string names;
+  int mode = 0;
+  for (const std::string name : kCombineNames) {
+    if (name == kernel_combine) return static_cast<CombineMode>(mode);
+    names += (mode++ ? " or '" : "'") + name + "'";
+  }
+  STD_TORCH_CHECK(false, "ddf_mm: kernel_combine must be ", names, ", got '", kernel_combine, "'");
 }
 
 inline int64_t ceil_of_quotient(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }

@@ -5,7 +5,12 @@
 
 #include "geometry.h"
 
-namespace ddf::cpu {
+namespace ddf {
+
+// Defined in combine.h.
+enum class CombineMode : int;
+
+namespace cpu {
 
 enum class DType { f32, f64, f16, bf16 };
 
@@ -44,7 +49,7 @@ struct PackOptions {
 struct Forward {
   Geometry geometry;
   DType dtype;
-  bool mul;
+  CombineMode combine;
   bool channels_last;  // features and output
   const void* features;
   // [B, subpixels, C, taps], contiguous; null if there is none
@@ -58,7 +63,7 @@ struct Forward {
 struct Backward {
   Geometry geometry;
   DType dtype;
-  bool mul;
+  CombineMode combine;
   bool channels_last;  // features, grad and grad_features
   const void* grad;
   const void* features;
@@ -116,4 +121,5 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
-}  // namespace ddf::cpu
+}  // namespace cpu
+}  // namespace ddf

@@ -209,8 +209,8 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
       const A* spatial = taps.spatial.get() + u * P;
       DDF_UNROLL
       for (int p = 0; p < P; ++p)
-        sums[p] += load_first<L>(from + p * advance, room) *
-                   Combine::combine(tap, splat<A, L>(spatial[p]));
+        sums[p] +=
+            load_first<L>(from + p * advance, room) * Combine::weight(tap, splat<A, L>(spatial[p]));
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
@@ -257,7 +257,7 @@ DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line,
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
           if (const int p = q - x; p >= 0 && p < P)
-            sums[p] += value * Combine::combine(tap[x], splat<A, L>(values[(r * 3 + x) * P + p]));
+            sums[p] += value * Combine::weight(tap[x], splat<A, L>(values[(r * 3 + x) * P + p]));
       }
     }
     DDF_UNROLL
@@ -475,7 +475,6 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  constexpr bool kMul = std::is_same_v<Combine, Mul>;
   constexpr int K = S * (P == 3 ? 4 : P);
   // Addresses have an index times 1, 2, 4 or 8.
   int64_t x_step3 = 3 * x_step, dy_step3 = 3 * dy_step;
@@ -496,8 +495,9 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
       DDF_UNROLL
       for (int p = 0; p < P; ++p) {
         const V product = y[p] * load_first<L>(at.x[u] + i + (p == 3 ? x_step3 : p * x_step), room);
-        sums[u * P + p] += kMul ? product * tap : product;
-        total += kMul ? product * splat<A, L>(at.s[u][p * kPixel]) : product;
+        const V spatial = splat<A, L>(at.s[u][p * kPixel]);
+        sums[u * P + p] += Combine::grad_spatial(product, tap, spatial);
+        total += Combine::grad_channel(product, tap, spatial);
       }
       store<L>(at.dc + u * at.next, total);
     }

@@ -51,13 +51,13 @@ void with_type(DType dtype, const F& with) {
 void forward(const Forward& f, ParallelFor run) {
   with_type(f.dtype, [&](auto element) {
     using T = decltype(element);
-    f.mul ? forward_as<T, Mul>(f, run) : forward_as<T, Add>(f, run);
+    with_combine(f.combine, [&](auto combine) { forward_as<T, decltype(combine)>(f, run); });
   });
 }
 void backward(const Backward& b, ParallelFor run) {
   with_type(b.dtype, [&](auto element) {
     using T = decltype(element);
-    b.mul ? backward_as<T, Mul>(b, run) : backward_as<T, Add>(b, run);
+    with_combine(b.combine, [&](auto combine) { backward_as<T, decltype(combine)>(b, run); });
   });
 }
 void filter_norm(const FilterNorm& n, ParallelFor run) {

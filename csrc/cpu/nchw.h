@@ -162,10 +162,10 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accu
     DDF_UNROLL
     for (int n = 0; n < NC; ++n) {
       const V channel = splat<A, L>(c[t * NC + n]);
-      sums[n] += load<L>(from + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial);
+      sums[n] += load<L>(from + (n == 3 ? line3 : n * line)) * Combine::weight(channel, spatial);
       if constexpr (R == 2)
         sums[NC + n] +=
-            load<L>(below + (n == 3 ? line3 : n * line)) * Combine::combine(channel, spatial2);
+            load<L>(below + (n == 3 ? line3 : n * line)) * Combine::weight(channel, spatial2);
     }
   }
   const auto output_min = splat<A, L>(c[(taps + 1) * NC]);
@@ -457,7 +457,6 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  constexpr bool kMul = std::is_same_v<Combine, Mul>;
   const int64_t whole = width / L * L, next_row = kBlockChannels * line - whole;
   const auto inside = first_lanes<A, L>(width - whole);
   int64_t line3 = 3 * line;
@@ -478,8 +477,8 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
         const int64_t at = n == 3 ? line3 : n * line;
         V product = load<L>(grad + at) * load<L>(from + at);
         if constexpr (!decltype(is_whole)::value) product = inside ? product : V{};
-        total += kMul ? product * channel[n] : product;
-        sums[n] += kMul ? product * spatial : product;
+        total += Combine::grad_spatial(product, channel[n], spatial);
+        sums[n] += Combine::grad_channel(product, channel[n], spatial);
       }
       store<L>(to, total);
     };

@@ -88,12 +88,13 @@ SpatialStrides strides_of(const Tensor& spatial) {
 }
 
 Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTensor& channel_filter,
-                  const OptionalTensor& spatial_filter, bool mul, const PackOptions& pack = {}) {
+                  const OptionalTensor& spatial_filter, CombineMode combine,
+                  const PackOptions& pack = {}) {
   Forward f{};
   f.geometry = g;
   f.pack = pack;
   f.dtype = dtype_of(features);
-  f.mul = mul;
+  f.combine = combine;
   f.channels_last = is_channels_last(features);
   Tensor output = empty(features, output_size(g), f.channels_last);
   if (output.numel() == 0) return output;
@@ -114,16 +115,16 @@ Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTenso
 std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& grad,
                                                const Tensor& features,
                                                const OptionalTensor& channel_filter,
-                                               const OptionalTensor& spatial_filter, bool mul,
-                                               bool need_features, bool need_channel,
-                                               bool need_spatial) {
+                                               const OptionalTensor& spatial_filter,
+                                               CombineMode combine, bool need_features,
+                                               bool need_channel, bool need_spatial) {
   const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
                         need_channel, need_spatial);
   if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
   Backward b{};
   b.geometry = g;
   b.dtype = dtype_of(features);
-  b.mul = mul;
+  b.combine = combine;
   b.channels_last = is_channels_last(features);
   const Tensor x = in_layout(features, b.channels_last);
   const Tensor dy = in_layout(grad, b.channels_last);
@@ -185,7 +186,7 @@ Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
            int64_t stride, const std::string& kernel_combine) {
   return forward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride),
-      features, channel_filter, spatial_filter, is_mul(kernel_combine));
+      features, channel_filter, spatial_filter, combine_of(kernel_combine));
 }
 
 Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
@@ -193,7 +194,7 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
               int64_t dilation, const std::string& kernel_combine) {
   return forward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      features, channel_filter, spatial_filter, is_mul(kernel_combine));
+      features, channel_filter, spatial_filter, combine_of(kernel_combine));
 }
 
 Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
@@ -204,7 +205,7 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
                                       kernel_size, dilation, stride);
   const OptionalTensor std = contiguous(channel_std), offsets = contiguous(bias);
   return forward_of(
-      g, features, raw_channel, raw_spatial, is_mul(kernel_combine),
+      g, features, raw_channel, raw_spatial, combine_of(kernel_combine),
       {true, channel_scale, spatial_scale, eps, data_of(std), data_of(offsets), relu});
 }
 
@@ -214,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
     const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
   return backward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride), grad,
-      features, channel_filter, spatial_filter, is_mul(kernel_combine), need_features, need_channel,
-      need_spatial);
+      features, channel_filter, spatial_filter, combine_of(kernel_combine), need_features,
+      need_channel, need_spatial);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     bool need_spatial) {
   return backward_of(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      grad, features, channel_filter, spatial_filter, is_mul(kernel_combine), need_features,
+      grad, features, channel_filter, spatial_filter, combine_of(kernel_combine), need_features,
       need_channel, need_spatial);
 }
 

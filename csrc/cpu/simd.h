@@ -2,6 +2,8 @@
 // GCC's and clang's vector extensions: one source for SSE, AVX and NEON.
 #pragma once
 #include "cpu/includes.h"
+// Here, not in includes.h: its vectors are those of the instruction set.
+#include "combine.h"
 
 #define DDF_INLINE inline __attribute__((always_inline))
 // For loops over arrays of vectors, which stay in registers only when the loop is gone.
@@ -376,22 +378,6 @@ DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_
                                        std::make_integer_sequence<int, kN>()));
   for (; i < count; ++i) to[i] = widen(from[i * step]);
 }
-
-// How the two filters combine into one weight.
-struct Mul {
-  template <class V>
-  static DDF_INLINE V combine(V channel, V spatial) {
-    return channel * spatial;
-  }
-  static constexpr int kNeutral = 1;
-};
-struct Add {
-  template <class V>
-  static DDF_INLINE V combine(V channel, V spatial) {
-    return channel + spatial;
-  }
-  static constexpr int kNeutral = 0;
-};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "combine.h"
 #include "geometry.h"
 #include "platform.cuh"
 
@@ -76,7 +77,7 @@ struct PackOptions {
 template <typename T>
 struct Arguments {
   Geometry geometry;
-  bool mul;
+  CombineMode combine;
   View<const T> grad;  // of the output; null in the forward pass
   View<const T> features;
   View<const T> channel_filter;

@@ -25,7 +25,7 @@ constexpr int kBackwardSumFloats =
     kBackwardWarps / 2 * kBackwardTaps * kBackwardRows * kBackwardColumns * kLanes;
 
 // a.result is grad_features. Vector as for forward_3x3.
-template <typename T, bool Mul, bool Vector>
+template <typename T, typename Combine, bool Vector>
 DDF_KERNEL(kBackwardThreads, 2)
 backward_3x3(Arguments<T> a, PartialSums<T> partials) {
   constexpr int kTaps = kBackwardTaps;
@@ -70,7 +70,7 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
         const int y = row + 2 - tap / 3;
         const int x = column + 2 - tap % 3;
         spatial_sums[(tap * kRows + row) * kColumns + column] = 0.f;
-        spatial_taps[tap][row][column] = Mul ? 1.f : 0.f;
+        spatial_taps[tap][row][column] = Combine::kNeutral;
         if (a.spatial_filter.data != nullptr && row_inside[y] && column_inside[x]) {
           spatial_taps[tap][row][column] =
               load(a.spatial_filter.at(batch, group * kTaps + tap, top + y - 1, left + x - 1));
@@ -92,7 +92,7 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
     const int tap = i % kTaps;
     shared[i / kTaps * kBackwardTapStride + tap / 3 * 4 + tap % 3] =
         a.channel_filter.data == nullptr
-            ? (Mul ? 1.f : 0.f)
+            ? Combine::kNeutral
             : load(a.channel_filter.at(batch, channel + i / kTaps, tap / 3, tap % 3));
   }
   sync_threads();
@@ -141,12 +141,12 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
             const float spatial = spatial_taps[tap][row][column];
             const float term = values[row][column] * output;
             spatial_sums[(tap * kRows + row) * kColumns + column] +=
-                Mul ? term * per_channel : term;
+                Combine::grad_spatial(term, per_channel, spatial);
             // Pixels that are not there are zeros, which must not meet an Inf.
             if (row_inside[y] && column_inside[x]) {
-              sums[row][column] += (Mul ? spatial * per_channel : spatial + per_channel) * output;
+              sums[row][column] += Combine::weight(per_channel, spatial) * output;
               if (Vector || column_inside[column + 1]) {
-                channel_sums[tap] += Mul ? term * spatial : term;
+                channel_sums[tap] += Combine::grad_channel(term, per_channel, spatial);
               }
             }
           }

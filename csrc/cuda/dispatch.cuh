@@ -105,10 +105,11 @@ bool launch_forward_3x3(const Arguments<T>& a, const char* name, Launch&& launch
     const bool vector = g.width % 4 == 0 && has_aligned_rows(input) && has_aligned_rows(a.result) &&
                         (Mirrored || has_aligned_rows(a.spatial_filter));
     const size_t shared = sizeof(float) * kTapStride * tiling.block_channels;
-    const auto kernel = a.mul ? (vector ? forward_3x3<T, true, Mirrored, true, Pack>
-                                        : forward_3x3<T, true, Mirrored, false, Pack>)
-                              : (vector ? forward_3x3<T, false, Mirrored, true, Pack>
-                                        : forward_3x3<T, false, Mirrored, false, Pack>);
+    const auto kernel = with_combine(a.combine, [&](auto combine) {
+      using Combine = decltype(combine);
+      return vector ? &forward_3x3<T, Combine, Mirrored, true, Pack>
+                    : &forward_3x3<T, Combine, Mirrored, false, Pack>;
+    });
     launch(name, kernel, blocks, kForward3x3Threads, shared, a, tiling);
     return true;
   }
@@ -142,8 +143,9 @@ bool launch_forward_3x3_channels_last(const Arguments<T>& a, const char* name, L
     const int64_t count = g.batch * g.groups * grid.per_row * grid.rows;
     const int64_t blocks = ceil_div(count, grid.per_block) * grid.channel_blocks;
     if (blocks > kMaxBlocks) return false;
-    const auto kernel = a.mul ? forward_3x3_channels_last<T, true, Mirrored, Pack>
-                              : forward_3x3_channels_last<T, false, Mirrored, Pack>;
+    const auto kernel = with_combine(a.combine, [](auto combine) {
+      return &forward_3x3_channels_last<T, decltype(combine), Mirrored, Pack>;
+    });
     launch(name, kernel, blocks, kStripThreads, sizeof(float) * kStripFloats * grid.per_block, a,
            grid);
     return true;
@@ -175,11 +177,11 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
         if (blocks > kMaxBlocks) return false;
         const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 && has_aligned_rows(input) &&
                             has_aligned_rows(a.result);
-        const auto kernel =
-            a.mul ? (rows ? forward_tiled<T, kKernel, kStride, true, Mirrored, false, Pack>
-                          : forward_tiled<T, kKernel, kStride, true, Mirrored, true, Pack>)
-                  : (rows ? forward_tiled<T, kKernel, kStride, false, Mirrored, false, Pack>
-                          : forward_tiled<T, kKernel, kStride, false, Mirrored, true, Pack>);
+        const auto kernel = with_combine(a.combine, [&](auto combine) {
+          using Combine = decltype(combine);
+          return rows ? &forward_tiled<T, kKernel, kStride, Combine, Mirrored, false, Pack>
+                      : &forward_tiled<T, kKernel, kStride, Combine, Mirrored, true, Pack>;
+        });
         launch(name, kernel, blocks, kTiledThreads, sizeof(float) * forward_tiled_floats(kKernel),
                a, tiles, channel_blocks, vector);
         return true;
@@ -311,9 +313,10 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
                         has_aligned_rows(a.features) && has_aligned_rows(a.result);
     const size_t shared =
         sizeof(float) * std::max(kBackwardTapStride * partials.block_channels, kBackwardSumFloats);
-    const auto kernel =
-        a.mul ? (vector ? backward_3x3<T, true, true> : backward_3x3<T, true, false>)
-              : (vector ? backward_3x3<T, false, true> : backward_3x3<T, false, false>);
+    const auto kernel = with_combine(a.combine, [&](auto combine) {
+      using Combine = decltype(combine);
+      return vector ? &backward_3x3<T, Combine, true> : &backward_3x3<T, Combine, false>;
+    });
     launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
       launch("ddf backward, 3x3", kernel, blocks, kBackwardThreads, shared, a, ready);
     });
@@ -343,10 +346,11 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
       const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 &&
                           has_aligned_rows(a.features) && has_aligned_rows(a.grad) &&
                           has_aligned_rows(a.spatial_filter);
-      const auto kernel = a.mul ? (vector ? grad_filters<T, kKernel, kStride, true, true>
-                                          : grad_filters<T, kKernel, kStride, true, false>)
-                                : (vector ? grad_filters<T, kKernel, kStride, false, true>
-                                          : grad_filters<T, kKernel, kStride, false, false>);
+      const auto kernel = with_combine(a.combine, [&](auto combine) {
+        using Combine = decltype(combine);
+        return vector ? &grad_filters<T, kKernel, kStride, Combine, true>
+                      : &grad_filters<T, kKernel, kStride, Combine, false>;
+      });
       launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
         launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
                sizeof(float) * grad_filters_shared_floats(kKernel), a, ready);
@@ -390,8 +394,9 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
       const int64_t warps = g.batch * g.groups * ceil_div(partials.tiles, kLanes / grid.lanes);
       const int64_t blocks = ceil_div(warps, tile_warps(kKernel)) * partials.channel_blocks;
       if (blocks > kMaxBlocks) return false;
-      const auto kernel = a.mul ? grad_filters_channels_last<T, kKernel, kStride, true>
-                                : grad_filters_channels_last<T, kKernel, kStride, false>;
+      const auto kernel = with_combine(a.combine, [](auto combine) {
+        return &grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>;
+      });
       launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
         launch("ddf grad_filters, channels_last", kernel, blocks,
                grad_filters_channels_last_threads(kKernel),

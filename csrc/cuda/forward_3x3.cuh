@@ -29,7 +29,7 @@ struct alignas(16) Four {
 
 // Vector: the width is a multiple of 4, and so is every row's address, in elements.
 // Pack: with what a.pack says.
-template <typename T, bool Mul, bool Mirrored, bool Vector, bool Pack>
+template <typename T, typename Combine, bool Mirrored, bool Vector, bool Pack>
 DDF_KERNEL(kForward3x3Threads, 4)
 forward_3x3(Arguments<T> a, Tiling tiling) {
   static_assert(!Mirrored || !Pack);
@@ -47,15 +47,13 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
   const int64_t first = group * g.group_channels + skipped;
   const int rest = g.group_channels - skipped;
   const int channels = rest < tiling.block_channels ? rest : tiling.block_channels;
-  // The filter that changes nothing.
-  constexpr float neutral = Mul ? 1.f : 0.f;
 
   for (int i = thread_index(); i < channels * kForward3x3Taps; i += kForward3x3Threads) {
     const int channel = i / kForward3x3Taps;
     const int tap = i % kForward3x3Taps;
     channel_taps[channel * kTapStride + tap] =
         a.channel_filter.data == nullptr
-            ? neutral
+            ? Combine::kNeutral
             : load(a.channel_filter.at(batch, first + channel, tap / 3, tap % 3));
   }
   if (Pack) {
@@ -84,7 +82,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
       const int x = left - (Mirrored ? tap % 3 - 1 : 0);
       float* const taps = spatial_taps[tap][row];
       DDF_UNROLL
-      for (int column = 0; column < kTileColumns; ++column) taps[column] = neutral;
+      for (int column = 0; column < kTileColumns; ++column) taps[column] = Combine::kNeutral;
       if (a.spatial_filter.data == nullptr || y < 0 || y >= height) continue;
       const T* const source = a.spatial_filter.at(batch, group * kForward3x3Taps + tap, y, x);
       if (Vector && !Mirrored) {
@@ -163,7 +161,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
           const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
           const int x = column + (Mirrored ? 2 - tap % 3 : tap % 3);
           const float spatial = spatial_taps[tap][row][column];
-          const float filter = Mul ? taps[tap] * spatial : taps[tap] + spatial;
+          const float filter = Combine::weight(taps[tap], spatial);
           // An output that is not there has no filter: its zero must not meet an Inf.
           if (!Mirrored || (row_inside[y] && column_inside[x])) sum += window[y][x] * filter;
         }

@@ -25,7 +25,7 @@ struct StripGrid {
   int per_block;
 };
 
-template <typename T, bool Mul, bool Mirrored, bool Pack>
+template <typename T, typename Combine, bool Mirrored, bool Pack>
 DDF_KERNEL(kStripThreads, 3)
 forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   static_assert(!Mirrored || !Pack);
@@ -37,8 +37,6 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   const int channel_block = block_index() % grid.channel_blocks;
   const int64_t strips_of_image = static_cast<int64_t>(grid.per_row) * grid.rows;
   const int64_t count = strips_of_image * g.groups * g.batch;
-  // The filter that changes nothing.
-  constexpr float neutral = Mul ? 1.f : 0.f;
 
   struct Place {
     int64_t batch;
@@ -71,7 +69,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
       // Mirrored: the taps under which the pixel lies belong to the outputs around it.
       const int y = row + (Mirrored ? 1 - tap / 3 : 0);
       const int x = column + (Mirrored ? 1 - tap % 3 : 0);
-      taps[tap] = neutral;
+      taps[tap] = Combine::kNeutral;
       if (a.spatial_filter.data != nullptr && inside &&
           (!Mirrored || (y >= 0 && y < height && x >= 0 && x < width))) {
         taps[tap] = load(a.spatial_filter.at(place.batch, place.group * kStripTaps + tap, y, x));
@@ -99,7 +97,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
     for (int i = 0; i < kStripChannels; ++i) {
       channel_taps[tap][i] =
           a.channel_filter.data == nullptr
-              ? neutral
+              ? Combine::kNeutral
               : load(a.channel_filter.at(place.batch, channel + i, tap / 3, tap % 3));
     }
   }
@@ -150,8 +148,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
         if (masked && !(row_inside[y] && column + x >= 1 && column + x <= width)) continue;
         DDF_UNROLL
         for (int i = 0; i < kStripChannels; ++i) {
-          const float filter =
-              Mul ? channel_taps[tap][i] * taps[tap] : channel_taps[tap][i] + taps[tap];
+          const float filter = Combine::weight(channel_taps[tap][i], taps[tap]);
           sums[i] += window[x][y][i] * filter;
         }
       }

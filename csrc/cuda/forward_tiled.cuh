@@ -22,15 +22,14 @@ constexpr int forward_tiled_floats(int kernel) {
   return kernel * kernel * (kBlockQuads * kThreadOutputs + kBlockChannels);
 }
 
-template <typename T, int Kernel, int Stride, bool Mul, bool Mirrored, bool ChannelsLast, bool Pack>
+template <typename T, int Kernel, int Stride, typename Combine, bool Mirrored, bool ChannelsLast,
+          bool Pack>
 DDF_KERNEL(kTiledThreads, Kernel == 7 ? 2 : 3)
 forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
   static_assert(!Mirrored || (Stride == 1 && !Pack));
   constexpr int kTaps = Kernel * Kernel;
   constexpr int kPixels = kBlockQuads * kThreadOutputs;
   constexpr int kColumns = input_columns(Kernel, Stride);
-  // The filter that changes nothing.
-  constexpr float neutral = Mul ? 1.f : 0.f;
   const Geometry& g = a.geometry;
   DDF_SHARED(float, shared);
   float* const spatial_taps = shared;
@@ -57,7 +56,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
       // Mirrored: the taps under which the pixel lies belong to the outputs around it.
       const int y = row + (Mirrored ? Kernel / 2 - tap / Kernel : 0);
       const int x = column + (Mirrored ? Kernel / 2 - tap % Kernel : 0);
-      float value = neutral;
+      float value = Combine::kNeutral;
       if (a.spatial_filter.data != nullptr && inside &&
           (!Mirrored || (y >= 0 && y < out_height && x >= 0 && x < out_width))) {
         value = load(a.spatial_filter.at(batch, group * kTaps + tap, y, x));
@@ -71,7 +70,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
     const int tap = i % kTaps;
     channel_taps[tap * kBlockChannels + channel] =
         a.channel_filter.data == nullptr || channel >= channels
-            ? neutral
+            ? Combine::kNeutral
             : load(a.channel_filter.at(batch, first + channel, tap / Kernel, tap % Kernel));
   }
   if (Pack) {
@@ -146,7 +145,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
           if (masked && (at < 0 || at >= width)) continue;
           DDF_UNROLL
           for (int i = 0; i < kThreadChannels; ++i) {
-            const float filter = Mul ? per_channel[i] * spatial[j] : per_channel[i] + spatial[j];
+            const float filter = Combine::weight(per_channel[i], spatial[j]);
             sums[i][j] += window[i][x] * filter;
           }
         }
@@ -168,7 +167,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
             for (int i = 0; i < kThreadChannels; ++i) {
               const float spatial = spatial_taps[tap * kPixels + block_quad * kThreadOutputs + j];
               const float per_channel = channel_taps[tap * kBlockChannels + channel + i];
-              sums[i][j] += 0.f * (Mul ? per_channel * spatial : per_channel + spatial);
+              sums[i][j] += 0.f * Combine::weight(per_channel, spatial);
             }
           }
         }

@@ -66,7 +66,15 @@ DDF_DEVICE Accumulate<T> filter_at(const Arguments<T>& a, int batch, int channel
   const Accumulate<T> spatial = load(a.spatial_filter.at(batch, plane, row, column));
   if (a.channel_filter.data == nullptr) return spatial;
   const Accumulate<T> per_channel = load(a.channel_filter.at(batch, channel, tap_row, tap_column));
-  return a.mul ? per_channel * spatial : per_channel + spatial;
+  return with_combine(
+      a.combine, [&](auto combine) { return decltype(combine)::weight(per_channel, spatial); });
+}
+
+// Whether the gradient of one filter depends on the filters: with one of them alone it does not.
+template <typename T>
+DDF_DEVICE bool grad_reads_filters(const Arguments<T>& a) {
+  return a.channel_filter.data != nullptr && a.spatial_filter.data != nullptr &&
+         with_combine(a.combine, [](auto combine) { return decltype(combine)::kGradReadsFilters; });
 }
 
 template <typename T>
@@ -138,13 +146,21 @@ grad_spatial_generic(Arguments<T> a, Slice slice) {
   const int tap_column = at.channel % kernel;
   const int row = at.row * stride + dilation * (tap_row - kernel / 2);
   const int column = at.column * stride + dilation * (tap_column - kernel / 2);
-  const bool weighted = a.mul && a.channel_filter.data != nullptr;
+  const bool reads_filters = grad_reads_filters(a);
+  const Accumulate<T> spatial =
+      reads_filters ? load(a.spatial_filter.at(at.batch, at.channel, at.row, at.column)) : 0;
   const int first = at.channel / (kernel * kernel) * group_channels;
   Accumulate<T> sum = 0;
   for (int channel = first; channel < first + group_channels; ++channel) {
     Accumulate<T> term = load(a.grad.at(at.batch, channel, at.row, at.column)) *
                          load_or_zero(a.features, at.batch, channel, row, column, height, width);
-    if (weighted) term *= load(a.channel_filter.at(at.batch, channel, tap_row, tap_column));
+    if (reads_filters) {
+      const Accumulate<T> per_channel =
+          load(a.channel_filter.at(at.batch, channel, tap_row, tap_column));
+      term = with_combine(a.combine, [&](auto combine) {
+        return decltype(combine)::grad_spatial(term, per_channel, spatial);
+      });
+    }
     sum += term;
   }
   store(a.result.at(at.batch, at.channel, at.row, at.column), sum);
@@ -168,12 +184,14 @@ grad_channel_generic(Arguments<T> a, int channel_lanes) {
   const int tap_column = block % kernel;
   const int top = dilation * (tap_row - kernel / 2);
   const int left = dilation * (tap_column - kernel / 2);
-  const bool weighted = a.mul && a.spatial_filter.data != nullptr;
+  const bool reads_filters = grad_reads_filters(a);
 
   Accumulate<T> sum = 0;
   if (channel < channels) {
     const int group = channel / static_cast<int>(a.geometry.group_channels);
     const int plane = group * taps + block % taps;
+    const Accumulate<T> per_channel =
+        reads_filters ? load(a.channel_filter.at(batch, channel, tap_row, tap_column)) : 0;
     const int out_width = a.geometry.out_width;
     const unsigned pixels = a.geometry.out_height * a.geometry.out_width;
     const int pixel_lanes = kGenericThreads / channel_lanes;
@@ -183,7 +201,12 @@ grad_channel_generic(Arguments<T> a, int channel_lanes) {
       Accumulate<T> term = load(a.grad.at(batch, channel, row, column)) *
                            load_or_zero(a.features, batch, channel, row * stride + top,
                                         column * stride + left, height, width);
-      if (weighted) term *= load(a.spatial_filter.at(batch, plane, row, column));
+      if (reads_filters) {
+        const Accumulate<T> spatial = load(a.spatial_filter.at(batch, plane, row, column));
+        term = with_combine(a.combine, [&](auto combine) {
+          return decltype(combine)::grad_channel(term, per_channel, spatial);
+        });
+      }
       sum += term;
     }
   }

@@ -46,7 +46,7 @@ DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int la
   }
 }
 
-template <typename T, int Kernel, int Stride, bool Mul, bool Vector>
+template <typename T, int Kernel, int Stride, typename Combine, bool Vector>
 DDF_KERNEL(grad_filters_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
 grad_filters(Arguments<T> a, PartialSums<T> partials) {
   constexpr int kRows = tap_rows(Kernel);
@@ -87,10 +87,10 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
   for (int tap = 0; tap < kTaps; ++tap) {
     DDF_UNROLL
     for (int i = 0; i < kLaneOutputs; ++i) {
-      spatial_taps[tap][i] = 1.f;
+      spatial_taps[tap][i] = Combine::kNeutral;
       spatial_sums[tap * kLaneOutputs + i] = 0.f;
     }
-    if (!Mul || !active || a.spatial_filter.data == nullptr) continue;
+    if (!Combine::kGradReadsFilters || !active || a.spatial_filter.data == nullptr) continue;
     const T* const source = a.spatial_filter.at(batch, plane + tap, row, left);
     if (Vector) {
       load4(spatial_taps[tap], source);
@@ -136,18 +136,19 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
     float channel_sums[summed_taps(kTaps)] = {};
     DDF_UNROLL
     for (int tap = 0; tap < kTaps; ++tap) {
-      float per_channel = 1.f;
-      if (Mul && a.channel_filter.data != nullptr) {
+      float per_channel = Combine::kNeutral;
+      if (Combine::kGradReadsFilters && a.channel_filter.data != nullptr) {
         per_channel = load(channel_taps + tap / Kernel * a.channel_filter.row_stride +
                            tap % Kernel * a.channel_filter.column_stride);
       }
       DDF_UNROLL
       for (int j = 0; j < kLaneOutputs; ++j) {
         const float term = grad[j] * window[tap / Kernel][j * Stride + tap % Kernel];
-        spatial_sums[tap * kLaneOutputs + j] += Mul ? term * per_channel : term;
+        spatial_sums[tap * kLaneOutputs + j] +=
+            Combine::grad_spatial(term, per_channel, spatial_taps[tap][j]);
         // An output behind the row's end has a zero grad, but its features may be NaN or Inf.
         if (Vector || output_inside[j])
-          channel_sums[tap] += Mul ? term * spatial_taps[tap][j] : term;
+          channel_sums[tap] += Combine::grad_channel(term, per_channel, spatial_taps[tap][j]);
       }
     }
     if (partials.channel_partials != nullptr) {

@@ -36,7 +36,7 @@ struct TileGrid {
 
 // partials.tiles are those of an image, partials.channel_blocks the warps that share a group's
 // channels.
-template <typename T, int Kernel, int Stride, bool Mul>
+template <typename T, int Kernel, int Stride, typename Combine>
 DDF_KERNEL(grad_filters_channels_last_threads(Kernel), Kernel == 7 ? 1 : 2)
 grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid grid) {
   constexpr int kRows = tap_rows(Kernel);
@@ -80,8 +80,8 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
     DDF_UNROLL
     for (int i = 0; i < kQuadChannels; ++i) {
       channel_sums[tap][i] = 0.f;
-      channel_taps[tap][i] = 1.f;
-      if (Mul && active && a.channel_filter.data != nullptr) {
+      channel_taps[tap][i] = Combine::kNeutral;
+      if (Combine::kGradReadsFilters && active && a.channel_filter.data != nullptr) {
         channel_taps[tap][i] = load(
             a.channel_filter.at(batch, channel + i, first_tap_row + tap / Kernel, tap % Kernel));
       }
@@ -100,8 +100,8 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
       float taps[kTapStride] = {};
       DDF_UNROLL
       for (int tap = 0; tap < kTaps; ++tap) {
-        taps[tap] = 1.f;
-        if (Mul && inside && a.spatial_filter.data != nullptr) {
+        taps[tap] = Combine::kNeutral;
+        if (Combine::kGradReadsFilters && inside && a.spatial_filter.data != nullptr) {
           taps[tap] = load(a.spatial_filter.at(batch, plane + tap, row, left + column));
         }
       }
@@ -160,8 +160,8 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
           DDF_UNROLL
           for (int i = 0; i < kQuadChannels; ++i) {
             const float term = grad[i] * window[tap % Kernel][tap / Kernel][i];
-            channel_sums[tap][i] += Mul ? term * taps[tap] : term;
-            spatial_sums[tap] += Mul ? term * channel_taps[tap][i] : term;
+            channel_sums[tap][i] += Combine::grad_channel(term, channel_taps[tap][i], taps[tap]);
+            spatial_sums[tap] += Combine::grad_spatial(term, channel_taps[tap][i], taps[tap]);
           }
         }
       }

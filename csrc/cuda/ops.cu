@@ -92,12 +92,12 @@ class Scratch {
 };
 
 template <typename T>
-Arguments<T> arguments_of(const Geometry& geometry, bool mul, const Tensor& features,
+Arguments<T> arguments_of(const Geometry& geometry, CombineMode combine, const Tensor& features,
                           const OptionalTensor& channel_filter,
                           const OptionalTensor& spatial_filter) {
   Arguments<T> a{};
   a.geometry = geometry;
-  a.mul = mul;
+  a.combine = combine;
   a.features = view_of<T>(features);
   a.channel_filter = view_of<T>(channel_filter);
   a.spatial_filter = view_of<T>(spatial_filter);
@@ -107,7 +107,7 @@ Arguments<T> arguments_of(const Geometry& geometry, bool mul, const Tensor& feat
 Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
            const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
            int64_t stride, const std::string& kernel_combine) {
-  const bool mul = is_mul(kernel_combine);
+  const CombineMode combine = combine_of(kernel_combine);
   const Geometry g =
       served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -115,7 +115,7 @@ Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
   if (out.numel() == 0) return out;
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
     run_forward(a, current_stream(features));
   });
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
     const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
     const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation, int64_t stride,
     const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
-  const bool mul = is_mul(kernel_combine);
+  const CombineMode combine = combine_of(kernel_combine);
   const Geometry g =
       served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
   if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
     Scratch<float> scratch(features, ScalarType::Float);
     const Gradients<T> views{view_if<T>(to.need_features, to.features),
@@ -221,7 +221,7 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
                 const OptionalTensor& channel_std, double channel_scale, double spatial_scale,
                 double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
                 int64_t dilation, int64_t stride, const std::string& kernel_combine) {
-  const bool mul = is_mul(kernel_combine);
+  const CombineMode combine = combine_of(kernel_combine);
   const Geometry g = served(pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
                                              kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -233,7 +233,7 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    Arguments<T> a = arguments_of<T>(g, mul, features, channel, spatial);
+    Arguments<T> a = arguments_of<T>(g, combine, features, channel, spatial);
     a.result = writable_view_of<T>(out);
     a.pack.channel_scale = static_cast<A>(channel_scale);
     a.pack.spatial_scale = static_cast<A>(spatial_scale);
@@ -252,7 +252,7 @@ int64_t subpixel_stride(const OptionalTensor& filter) { return filter ? filter->
 Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
               int64_t dilation, const std::string& kernel_combine) {
-  const bool mul = is_mul(kernel_combine);
+  const CombineMode combine = combine_of(kernel_combine);
   const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
                                         dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -262,7 +262,7 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
   const cudaStream_t stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
     if (run_upsample_3x3(a, strides, stream)) return;
     for_each_subpixel(a, strides,
@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
     int64_t dilation, const std::string& kernel_combine, bool need_features, bool need_channel,
     bool need_spatial) {
-  const bool mul = is_mul(kernel_combine);
+  const CombineMode combine = combine_of(kernel_combine);
   const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
                                         dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
   const cudaStream_t stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, mul, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
     if (to.need_features) {
       a.result = writable_view_of<T>(to.features);

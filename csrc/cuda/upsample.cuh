@@ -79,7 +79,7 @@ constexpr int kUpsampleTaps = 36;  // of 3 x 3 windows of four subpixels
 // Twice as many rows and columns with 3 x 3 windows, rows contiguous: a thread owns one pixel of
 // the features and makes its four subpixels of each channel of the slab, out of one reading of its
 // window. Taps outside the image count as zeros that take part in the sums.
-template <typename T, bool Mul>
+template <typename T, typename Combine>
 DDF_KERNEL(kUpsampleThreads, 4)
 upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int channel_blocks) {
   DDF_SHARED(float, taps);
@@ -97,11 +97,10 @@ upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int chan
                         ? group_channels - channel_block * kUpsampleBlockChannels
                         : kUpsampleBlockChannels;
 
-  constexpr float kNeutral = Mul ? 1 : 0;
   for (int i = thread_index(); i < count * kUpsampleTaps; i += kUpsampleThreads) {
     const int subpixel = i % kUpsampleTaps / 9, tap = i % 9;
     taps[i] = a.channel_filter.data == nullptr
-                  ? kNeutral
+                  ? Combine::kNeutral
                   : load(a.channel_filter.at(batch, first + i / kUpsampleTaps, tap / 3, tap % 3) +
                          subpixel * strides.channel_filter);
   }
@@ -113,7 +112,7 @@ upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int chan
   DDF_UNROLL
   for (int i = 0; i < kUpsampleTaps; ++i) {
     spatial[i] = a.spatial_filter.data == nullptr
-                     ? kNeutral
+                     ? Combine::kNeutral
                      : load(a.spatial_filter.at(batch, group * 9 + i % 9, row, column) +
                             i / 9 * strides.spatial_filter);
   }
@@ -136,7 +135,7 @@ upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int chan
       load_shared4(channel, taps + c * kUpsampleTaps + i);
       DDF_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const float weight = Mul ? channel[j] * spatial[i + j] : channel[j] + spatial[i + j];
+        const float weight = Combine::weight(channel[j], spatial[i + j]);
         sums[(i + j) / 9] += window[(i + j) % 9] * weight;
       }
     }
@@ -168,9 +167,11 @@ bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, 
     if (blocks > kMaxBlocks) return false;
     const int channels =
         static_cast<int>(std::min<int64_t>(kUpsampleBlockChannels, g.group_channels));
-    launch("ddf_up forward, 3x3", a.mul ? upsample_3x3<T, true> : upsample_3x3<T, false>, blocks,
-           kUpsampleThreads, sizeof(float) * kUpsampleTaps * channels, a, strides,
-           static_cast<int>(pixel_blocks), static_cast<int>(channel_blocks));
+    const auto kernel =
+        with_combine(a.combine, [](auto combine) { return &upsample_3x3<T, decltype(combine)>; });
+    launch("ddf_up forward, 3x3", kernel, blocks, kUpsampleThreads,
+           sizeof(float) * kUpsampleTaps * channels, a, strides, static_cast<int>(pixel_blocks),
+           static_cast<int>(channel_blocks));
     return true;
   }
 }

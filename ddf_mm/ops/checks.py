@@ -116,9 +116,10 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_combine(kernel_combine: str) -> None:
-    """Raises unless ``kernel_combine`` is ``'mul'`` or ``'add'``."""
+    """Raises unless ``kernel_combine`` is one of ``COMBINES``."""
     if kernel_combine not in COMBINES:
-        raise ValueError(f"kernel_combine must be 'mul' or 'add', got {kernel_combine!r}")
+        names = " or ".join(map(repr, COMBINES))
+        raise ValueError(f"kernel_combine must be {names}, got {kernel_combine!r}")
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:

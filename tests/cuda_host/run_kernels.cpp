@@ -31,7 +31,7 @@ struct Call {
   ddf::Geometry geometry;
   // From the filters of a subpixel, and their gradients, to the next.
   ddf::cuda::SubpixelStrides filters, gradients;
-  int32_t mul;
+  ddf::CombineMode combine;
   // Of ddf_pack; the tensors have the type of sums.
   int32_t relu;
   double channel_scale, spatial_scale, eps;
@@ -103,7 +103,7 @@ std::array<Bytes, 3> run_once(const std::string& pass, const Call& call, Order o
   const auto allocate = [&](int64_t floats) { return scratch(floats, 0.f); };
   ddf::cuda::Arguments<T> a{};
   a.geometry = call.geometry;
-  a.mul = call.mul;
+  a.combine = call.combine;
   a.grad = input(call.grad);
   a.features = input(call.features);
   a.channel_filter = input(call.channel_filter);

@@ -16,6 +16,7 @@ from cuda_host.build import CSRC, HERE, NEEDS_HOST, compile_for_host
 from torch import Tensor
 
 from ddf_mm.ops import ddf_reference, ddf_up_reference
+from ddf_mm.ops.checks import COMBINES
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 pytestmark = NEEDS_HOST
@@ -69,7 +70,7 @@ class Call(ctypes.Structure):
         ("geometry", ctypes.c_int64 * 12),
         ("filters", ctypes.c_int64 * 2),
         ("gradients", ctypes.c_int64 * 2),
-        ("mul", ctypes.c_int32),
+        ("combine", ctypes.c_int32),
         ("relu", ctypes.c_int32),
         ("scales", ctypes.c_double * 3),
         ("channel_std", HostTensor),
@@ -123,7 +124,7 @@ class Host:
             *[HostTensor.of(t) for t in (read, x, cf, sf)],
             (HostTensor * 3)(*results),
             (ctypes.c_int64 * 12)(*geometry),
-            mul=combine == "mul",
+            combine=COMBINES.index(combine),
         )
         self.start("forward" if names == ["forward"] else "backward", x.dtype, call)
         return tensors
@@ -146,7 +147,7 @@ class Host:
             (ctypes.c_int64 * 12)(*geometry),
             strides(inputs[1:]),
             strides([None, None] if kind == "forward" else results[1:]),
-            combine == "mul",
+            COMBINES.index(combine),
         )
         self.start(f"up {kind}", x.dtype, call)
         return results
@@ -161,7 +162,7 @@ class Host:
             *[HostTensor.of(t) for t in (None, x, cf, sf)],
             (HostTensor * 3)(HostTensor.of(result)),
             (ctypes.c_int64 * 12)(*geometry),
-            mul=combine == "mul",
+            combine=COMBINES.index(combine),
             relu=relu,
             scales=(ctypes.c_double * 3)(*PACK_SCALES, 1e-10),
             channel_std=HostTensor.of(std),
@@ -287,7 +288,7 @@ GENERIC = [
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("which", ["both", "channel", "spatial"])
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("case", GENERIC, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
 def test_generic_kernels(host, case, combine, which, layout):
     dilation = case.get("dilation", 1)
@@ -308,16 +309,16 @@ def test_generic_kernels_of_every_dtype(host, name, dtype, layout):
     assert f"{name}_generic<" in host.last_kernels
 
 
-def flags(*values: bool) -> str:
-    """``values`` as C++ writes template arguments behind the type."""
-    return "".join(f", {str(value).lower()}" for value in values) + ">("
+def template_arguments(combine: str, *flags: bool) -> str:
+    """The last arguments of a kernel's template, as C++ writes them."""
+    return ", ".join([f", ddf::{combine.capitalize()}", *(str(f).lower() for f in flags)]) + ">("
 
 
 SIZES_3X3 = [(5, 8), (6, 7), (1, 1), (2, 9), (20, 36)]
 
 
 @pytest.mark.parametrize("size", SIZES_3X3, ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_kernel(host, name, dtype, combine, size):
@@ -328,11 +329,13 @@ def test_3x3_kernel(host, name, dtype, combine, size):
         check(host, name, tensors, combine=combine)
         assert "forward_3x3<" in host.last_kernels
         vector = size[1] % 4 == 0
-        assert flags(combine == "mul", name == "grad_features", vector, False) in host.last_kernels
+        assert (
+            template_arguments(combine, name == "grad_features", vector, False) in host.last_kernels
+        )
 
 
 @pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
@@ -341,7 +344,7 @@ def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
         tensors = make(channels=24, size=size, groups=2, which=which, dtype=dtype, layout=layout)
         check(host, name, tensors, combine=combine)
         assert "forward_3x3_channels_last<" in host.last_kernels
-        assert flags(combine == "mul", name == "grad_features", False) in host.last_kernels
+        assert template_arguments(combine, name == "grad_features", False) in host.last_kernels
 
 
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
@@ -355,7 +358,7 @@ WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
 
 
 @pytest.mark.parametrize("size", [(3, 8), (2, 9)], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients(host, k, stride, dtype, combine, size):
@@ -367,7 +370,7 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         for name in names:
             check(host, name, tensors, k, 1, stride, combine)
             assert "grad_filters<" in host.last_kernels
-            assert f", {k}, {stride}{flags(combine == 'mul', vector)}" in host.last_kernels
+            assert f", {k}, {stride}{template_arguments(combine, vector)}" in host.last_kernels
             assert ("reduce_partials<" in host.last_kernels) == (name == "grad_channel")
         if len(names) == 1:
             continue
@@ -377,7 +380,7 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
 def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
@@ -393,7 +396,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
         for name in PASSES[: 3 - stride]:
             check(host, name, tensors, k, 1, stride, combine)
             assert "forward_tiled<" in host.last_kernels
-            kinds = flags(combine == "mul", name != "forward", not rows, False)
+            kinds = template_arguments(combine, name != "forward", not rows, False)
             assert f", {k}, {stride}{kinds}" in host.last_kernels
 
 
@@ -407,7 +410,7 @@ def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, la
         assert "forward_tiled<" in host.last_kernels
 
 
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
@@ -419,7 +422,7 @@ def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
         for name, result in zip(names, got, strict=True):
             compare(name, result, tensors, k, 1, stride, combine)
         assert "grad_filters_channels_last<" in host.last_kernels
-        assert f", {k}, {stride}{flags(combine == 'mul')}" in host.last_kernels
+        assert f", {k}, {stride}{template_arguments(combine)}" in host.last_kernels
 
 
 # Channels for 32, 16 and 8 lanes, for two warps, and a quadruple alone.
@@ -453,7 +456,7 @@ def test_filter_gradients_of_sizes_rounded_down(host, floor):
 
 
 @pytest.mark.parametrize("size", SIZES_3X3, ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_3x3_backward_in_one_pass(host, dtype, combine, size):
     for which in ("both", "channel", "spatial"):
@@ -464,7 +467,7 @@ def test_3x3_backward_in_one_pass(host, dtype, combine, size):
             compare(name, result, tensors, 3, 1, 1, combine)
         assert "backward_3x3<" in host.last_kernels
         assert "forward_3x3" not in host.last_kernels and "grad_filters" not in host.last_kernels
-        assert flags(combine == "mul", size[1] % 4 == 0) in host.last_kernels
+        assert template_arguments(combine, size[1] % 4 == 0) in host.last_kernels
 
 
 NORM_SHAPES = [(2, 18, 5, 7), (2, 18, 1, 1), (3, 45, 2, 3), (1, 100, 3, 100)]
@@ -512,7 +515,7 @@ def test_nan_and_inf_in_one_pass(host, poisoned, value):
     """As apart, but that taps outside of the features have a gradient of zero, not of NaN."""
     ones = [torch.ones_like(t) for t in make(batch=1, channels=8, size=(6, 8), groups=2)]
     inside = expected("grad_spatial", ones, 3, 1, 1, "mul") != 0
-    for combine in ("mul", "add"):
+    for combine in COMBINES:
         tensors = make(batch=1, channels=8, size=(6, 8), groups=2)
         tensors[poisoned][0, 1, 0, 1] = value
         got = host.run_several(PASSES[1:], *tensors, 3, 1, 1, combine)
@@ -563,7 +566,7 @@ def test_views(host, name, offset):
 def test_nan_and_inf_stay_where_they_are(host, name, poisoned, value, dilation, layout):
     tensors = make(batch=1, channels=8, size=(6, 8), groups=2, layout=layout)
     tensors[poisoned][0, 1, 0, 1] = value
-    for combine in ("mul", "add"):
+    for combine in COMBINES:
         got = host.run(name, *tensors, 3, dilation, 1, combine)
         want = expected(name, tensors, 3, dilation, 1, combine)
         assert torch.equal(got.isnan(), want.isnan())
@@ -788,27 +791,27 @@ def check_pack(
 
 
 @pytest.mark.parametrize("size", SIZES_3X3, ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_pack_3x3(host, dtype, combine, size):
     check_pack(host, make_pack(size=size, dtype=dtype), combine=combine)
     assert host.last_kernels.count("forward_3x3<") == len(ORDERS)
-    assert flags(combine == "mul", False, size[1] % 4 == 0, True) in host.last_kernels
+    assert template_arguments(combine, False, size[1] % 4 == 0, True) in host.last_kernels
 
 
 @pytest.mark.parametrize("size", [(1, 2), (3, 7), (4, 16), (2, 35)], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_pack_3x3_channels_last(host, dtype, combine, size):
     tensors = make_pack(channels=24, size=size, dtype=dtype, layout=torch.channels_last)
     check_pack(host, tensors, combine=combine)
     assert host.last_kernels.count("forward_3x3_channels_last<") == len(ORDERS)
-    assert flags(combine == "mul", False, True) in host.last_kernels
+    assert template_arguments(combine, False, True) in host.last_kernels
 
 
 @pytest.mark.parametrize("size", [(3, 8), (5, 9)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
 def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout, size):
@@ -818,7 +821,7 @@ def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, la
     tensors = make_pack(1, channels, size, k, stride=stride, dtype=dtype, layout=layout)
     check_pack(host, tensors, k, 1, stride, combine)
     assert host.last_kernels.count("forward_tiled<") == len(ORDERS)
-    kinds = flags(combine == "mul", False, not rows, True)
+    kinds = template_arguments(combine, False, not rows, True)
     assert f", {k}, {stride}{kinds}" in host.last_kernels
 
 
@@ -848,7 +851,7 @@ def test_pack_of_more_channels_in_a_slab_than_threads(host):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize(
     "case", GENERIC[1:], ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items())
 )
@@ -1041,7 +1044,7 @@ def check_up(host: Host, tensors, k=3, scale=2, dilation=1, combine="mul") -> st
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 def test_upsampling(host, dtype, combine, layout):
     for which in ("both", "channel", "spatial"):

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddf_mm.ops import backend_info, ddf, ddf_reference
+from ddf_mm.ops.checks import COMBINES
 
 INFO = backend_info()
 if INFO["cpu"] != "compiled":
@@ -39,7 +40,6 @@ DDF_BACKWARD = torch.ops.ddf_mm.ddf_backward
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WHICH = ["both", "channel", "spatial"]
-COMBINES = ["mul", "add"]
 
 
 @pytest.fixture

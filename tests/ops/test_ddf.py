@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ddf_cases import make
 
 from ddf_mm.ops import backend_info, ddf, ddf_reference, ddf_up
+from ddf_mm.ops.checks import COMBINES
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -57,7 +58,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("which", ["both", "channel", "spatial"])
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
 def test_equals_the_loop_over_the_definition(case, combine, which, device):
     k, d, s = case["k"], case["dilation"], case["stride"]
@@ -105,7 +106,7 @@ def test_neutral_channel_filter_is_none(combine, fill):
 
 
 @pytest.mark.parametrize("which", ["both", "channel", "spatial"])
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize(
     "case",
     [
@@ -318,7 +319,7 @@ def test_bad_arguments_are_named(function, change, exception, message):
         function(**{**good, **change})
 
 
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("scale, groups, k", [(2, 1, 3), (3, 2, 3), (1, 1, 5), (4, 1, 3)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_ddf_up_writes_each_subpixel(scale, groups, k, combine, layout):

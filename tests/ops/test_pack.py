@@ -11,10 +11,10 @@ from ddf_cases import make as make_inputs
 from torch import Tensor
 
 from ddf_mm.ops import ddf_reference
+from ddf_mm.ops.checks import COMBINES
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-COMBINES = ["mul", "add"]
 # Of the channel and the spatial filters, behind FilterNorm.
 SCALES = 0.7, 0.4
 EPS = 1e-10

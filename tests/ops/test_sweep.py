@@ -23,6 +23,7 @@ from ddf_cases import (
 from torch import Tensor
 
 from ddf_mm.ops import ddf, ddf_reference
+from ddf_mm.ops.checks import COMBINES
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -104,7 +105,7 @@ def cases(draw: st.DrawFn, least_batch: int = 0) -> Case:
         dilation=dilation,
         stride=stride,
         floor=may_floor and draw(st.booleans()),
-        combine=draw(st.sampled_from(["mul", "add"])),
+        combine=draw(st.sampled_from(COMBINES)),
         which=which,
         dtype=draw(st.sampled_from(DTYPES)),
         layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(4)),

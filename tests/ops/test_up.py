@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.ops import backend_info, ddf_up, ddf_up_reference
+from ddf_mm.ops.checks import COMBINES
 
 if backend_info()["cpu"] != "compiled" and os.environ.get("DDF_MM_REQUIRE_OPS") != "1":
     pytest.skip(f"no compiled ops: {backend_info()['why']}", allow_module_level=True)
@@ -30,7 +31,6 @@ UP = torch.ops.ddf_mm.ddf_up
 UP_BACKWARD = torch.ops.ddf_mm.ddf_up_backward
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-COMBINES = ["mul", "add"]
 
 
 def short(value) -> str:
