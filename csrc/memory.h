@@ -1,4 +1,4 @@
-// How the operators of every device get memory, and what they throw when there is none.
+// Allocation for the operators of every device, and the exception of a failed allocation.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-// Of Python's stable ABI. Weak: a process without Python can load the libraries too.
+// From Python's stable ABI. Weak, so that processes without Python can load the libraries.
 extern "C" {
 struct _object;
 __attribute__((weak)) _object* PyImport_ImportModule(const char* name);
@@ -18,8 +18,8 @@ __attribute__((weak)) _object* PyObject_CallMethod(_object* object, const char* 
 
 namespace pybind11 {
 
-// pybind11's base of exceptions that set Python's error themselves, declared as there: it exports
-// the class so that any module can throw one.
+// pybind11's base class of exceptions that set the Python error themselves. pybind11 exports it, so
+// that any module can throw one.
 class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -33,8 +33,8 @@ namespace ddf {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// LibTorch's C interface tells that an allocation failed, not why: it drops the exception. Python
-// repeats the allocation, which raises the same one.
+// LibTorch's C interface reports a failed allocation but drops its exception. Python repeats the
+// allocation, which raises it again.
 class FailedAllocation : public pybind11::builtin_exception {
  public:
   FailedAllocation(int64_t bytes, const torch::stable::Device& device)
@@ -65,7 +65,7 @@ inline int64_t bytes_of(torch::headeronly::ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// The tensor of `elements` that allocate() makes on a device.
+// Returns allocate(); throws FailedAllocation if that fails.
 template <typename Allocate>
 Tensor allocated(int64_t elements, torch::headeronly::ScalarType type,
                  const torch::stable::Device& device, const Allocate& allocate) {
@@ -93,10 +93,10 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool c
   return empty(like, size, channels_last, like.scalar_type());
 }
 
-// What is not asked for.
-inline Tensor none_of(const Tensor& like) { return empty(like, {0}, false); }
+// An empty tensor, returned for a gradient that is not needed.
+inline Tensor no_gradient(const Tensor& like) { return empty(like, {0}, false); }
 
-// t itself, or a copy in this order of memory.
+// t itself, or a copy of it in this memory format.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return allocated(t.numel(), t.scalar_type(), t.device(), [&] {

@@ -11,21 +11,21 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
       "ddf_backward(Tensor grad, Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
       "int kernel_size, int dilation, int stride, str kernel_combine, "
       "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
-  // x is [B, filters * taps, ...]; std and mean are [filters * taps], in the dtype of the sums.
+  // x is [B, filters * taps, ...]; std and mean are [filters * taps], in the accumulation dtype.
   m.def(
       "filter_norm(Tensor x, int filters, Tensor? std, Tensor? mean, float scale, float eps) "
       "-> Tensor");
   m.def(
       "filter_norm_backward(Tensor grad, Tensor x, int filters, Tensor? std, float scale, "
       "float eps, bool need_x, bool need_std, bool need_mean) -> (Tensor, Tensor, Tensor)");
-  // ddf with FilterNorm of its filters before it, a bias [C] and ReLU behind it; for the forward
-  // pass only.
+  // ddf with a prologue, FilterNorm of both filters, and an epilogue, bias [C] and ReLU. Forward
+  // only.
   m.def(
       "ddf_pack(Tensor features, Tensor raw_channel, Tensor raw_spatial, Tensor? channel_std, "
       "float channel_scale, float spatial_scale, float eps, Tensor? bias, bool relu, "
       "int kernel_size, int dilation, int stride, str kernel_combine) -> Tensor");
-  // Filters of every subpixel: channel_filter [B, s*s, C, k, k], spatial_filter [B, s*s, g*k*k, H,
-  // W].
+  // Each subpixel has its own filters: channel_filter [B, s*s, C, k, k], spatial_filter
+  // [B, s*s, g*k*k, H, W].
   m.def(
       "ddf_up(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
       "int kernel_size, int scale_factor, int dilation, str kernel_combine) -> Tensor");

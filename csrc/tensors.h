@@ -1,6 +1,6 @@
-// What the operators of every device check of their arguments, for memory safety alone: ddf_mm.ops
-// has told its users of bad arguments in its own words, but programs also call the operators
-// themselves, and exported ones with other sizes than Python saw.
+// Argument checks of the operators of every device, for memory safety only. ddf_mm.ops validates
+// its arguments in Python, but programs can call the operators directly, and exported programs call
+// them with sizes that Python never saw.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -16,7 +16,7 @@
 
 namespace ddf {
 
-// Stored with the channels innermost, and not also contiguous (as one pixel or one channel is).
+// Whether t is channels_last and not also contiguous, as a tensor of one pixel or one channel is.
 inline bool is_channels_last(const Tensor& t) {
   if (t.is_contiguous()) return false;
   const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
@@ -32,7 +32,7 @@ inline std::vector<int64_t> size_of(const Tensor& t) {
   return size;
 }
 
-// Python's None comes as an undefined tensor.
+// Python's None arrives as an undefined tensor.
 inline void check_defined(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.defined(), "ddf_mm: ", name, " must be a tensor, got None");
 }
@@ -46,28 +46,29 @@ inline void check_dtype(const Tensor& tensor, const char* name) {
                   torch::headeronly::toString(type));
 }
 
-inline void check_kind(const Tensor& tensor, const Tensor& features, const char* name,
-                       int64_t dimensions) {
+// `like` is the argument of the name `of`.
+inline void check_kind(const Tensor& tensor, const Tensor& like, const char* name,
+                       int64_t dimensions, const char* of = "features") {
   check_defined(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == dimensions, "ddf_mm: ", name, " must have ", dimensions,
                   " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == features.scalar_type(), "ddf_mm: ", name,
-                  " must have the dtype of the first tensor");
-  STD_TORCH_CHECK(tensor.device() == features.device(), "ddf_mm: ", name,
-                  " must be on the device of the first tensor");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "ddf_mm: ", name,
+                  " must have the dtype of ", of);
+  STD_TORCH_CHECK(tensor.device() == like.device(), "ddf_mm: ", name, " must be on the device of ",
+                  of);
 }
 
-inline void check_like(const Tensor& tensor, const Tensor& features, const char* name,
-                       const std::vector<int64_t>& size) {
-  check_kind(tensor, features, name, static_cast<int64_t>(size.size()));
+inline void check_like(const Tensor& tensor, const Tensor& like, const char* name,
+                       const std::vector<int64_t>& size, const char* of = "features") {
+  check_kind(tensor, like, name, static_cast<int64_t>(size.size()), of);
   for (size_t i = 0; i < size.size(); ++i)
     STD_TORCH_CHECK(tensor.size(i) == size[i], "ddf_mm: ", name, " must have size ", size[i],
                     " in dimension ", i, ", got ", tensor.size(i));
 }
 
-inline void check_like(const OptionalTensor& tensor, const Tensor& features, const char* name,
+inline void check_like(const OptionalTensor& tensor, const Tensor& like, const char* name,
                        const std::vector<int64_t>& size) {
-  if (tensor) check_like(*tensor, features, name, size);
+  if (tensor) check_like(*tensor, like, name, size);
 }
 
 inline void check_elements(bool is_bounded) {
@@ -97,7 +98,7 @@ inline CombineMode combine_of(const std::string& kernel_combine) {
 
 inline int64_t ceil_of_quotient(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
-// With `scale`, of ddf_up, filters have a dimension of subpixels behind the batch.
+// With `scale` (ddf_up), filters have a dimension of subpixels after the batch.
 inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
                             const OptionalTensor& spatial_filter, int64_t kernel_size,
                             int64_t dilation, int64_t stride,
@@ -152,8 +153,8 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
                of_filter({spatial_channels, rows, columns}));
   }
   g.group_channels = g.channels / g.groups;
-  // More dilation puts all taps but the centre outside of the features just as well, more stride
-  // all windows but the first; what the kernels compute from both stays small.
+  // A larger dilation changes nothing, since all taps but the centre lie outside the features, nor
+  // does a larger stride, since there is one output. The bounds keep computed offsets small.
   g.dilation = std::min(dilation, std::max(g.height, g.width));
   g.stride = std::min(stride, std::max(g.height, g.width));
   check_elements(g.is_bounded());
@@ -164,41 +165,41 @@ inline std::vector<int64_t> output_size(const Geometry& g) {
   return {g.batch, g.channels, g.scale * g.out_height, g.scale * g.out_width};
 }
 
-// The type that sums, and the parameters of filter_norm, are kept in.
-inline torch::headeronly::ScalarType sum_type_of(const Tensor& x) {
+// The accumulation type, which is also that of filter_norm's parameters.
+inline torch::headeronly::ScalarType accumulate_type_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_parameter(const OptionalTensor& parameter, const Tensor& x, int64_t size,
-                            const char* name) {
+inline void check_parameter(const OptionalTensor& parameter, const Tensor& like, int64_t size,
+                            const char* name, const char* of) {
   if (!parameter) return;
   STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == size, "ddf_mm: ", name,
                   " must have one dimension of ", size);
-  STD_TORCH_CHECK(parameter->scalar_type() == sum_type_of(x), "ddf_mm: ", name,
-                  " must be float64 beside float64 tensors, float32 otherwise");
-  STD_TORCH_CHECK(parameter->device() == x.device(), "ddf_mm: ", name,
-                  " must be on the device of the first tensor");
+  STD_TORCH_CHECK(parameter->scalar_type() == accumulate_type_of(like), "ddf_mm: ", name,
+                  " must be float64 if ", of, " is, float32 otherwise");
+  STD_TORCH_CHECK(parameter->device() == like.device(), "ddf_mm: ", name,
+                  " must be on the device of ", of);
 }
 
-// Also checks the parameters that ddf_pack has beside ddf's.
+// As geometry_of, and checks the other arguments of ddf_pack.
 inline Geometry pack_geometry_of(const Tensor& features, const Tensor& raw_channel,
                                  const Tensor& raw_spatial, const OptionalTensor& channel_std,
                                  const OptionalTensor& bias, int64_t kernel_size, int64_t dilation,
                                  int64_t stride) {
   const Geometry g = geometry_of(features, raw_channel, raw_spatial, kernel_size, dilation, stride);
   STD_TORCH_CHECK(kernel_size >= 3, "ddf_mm: kernel_size must be at least 3, got ", kernel_size);
-  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std");
-  check_parameter(bias, features, g.channels, "bias");
+  check_parameter(channel_std, features, g.channels * g.taps(), "channel_std", "features");
+  check_parameter(bias, features, g.channels, "bias", "features");
   return g;
 }
 
-// Filters to normalize, in an order of memory that the kernels know: x itself, or a copy.
+// Sizes and memory format of filter_norm's input.
 struct FilterNormGeometry {
   int64_t batch, filters, taps, pixels;
   bool channels_last;
 
-  // x is [B, filters * taps, ...]; what follows are pixels.
+  // x is [B, filters * taps, ...]; the remaining dimensions are pixels.
   FilterNormGeometry(const Tensor& x, int64_t filters, const OptionalTensor& std)
       : filters(filters) {
     check_defined(x, "x");
@@ -217,12 +218,12 @@ struct FilterNormGeometry {
     pixels = 1;
     for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
     channels_last = x.dim() == 4 && is_channels_last(x);
-    check_parameter(std, x, x.size(1), "std");
+    check_parameter(std, x, x.size(1), "std", "x");
   }
 
   Tensor ordered(const Tensor& t) const { return in_layout(t, channels_last); }
   bool is_empty() const { return batch * pixels == 0; }
-  // Whether a filter's taps, not its pixels, are neighbours in memory.
+  // Whether the taps of a filter are adjacent in memory; if not, the pixels are.
   bool has_taps_inner() const { return channels_last || pixels == 1; }
 };
 
@@ -230,12 +231,12 @@ struct FilterNormGeometry {
 struct __attribute__((visibility("hidden"))) FilterNormGradients {
   Tensor x, std, mean;
 
-  FilterNormGradients(const FilterNormGeometry& of, const Tensor& like, bool need_x, bool need_std,
+  FilterNormGradients(const FilterNormGeometry& g, const Tensor& like, bool need_x, bool need_std,
                       bool need_mean)
-      : x(need_x ? empty(like, size_of(like), of.channels_last) : none_of(like)),
-        std(empty(like, {need_std ? like.size(1) : 0}, false, sum_type_of(like))),
-        mean(empty(like, {need_mean ? like.size(1) : 0}, false, sum_type_of(like))) {
-    if (!of.is_empty()) return;
+      : x(need_x ? empty(like, size_of(like), g.channels_last) : no_gradient(like)),
+        std(empty(like, {need_std ? like.size(1) : 0}, false, accumulate_type_of(like))),
+        mean(empty(like, {need_mean ? like.size(1) : 0}, false, accumulate_type_of(like))) {
+    if (!g.is_empty()) return;
     torch::stable::zero_(std);
     torch::stable::zero_(mean);
   }
@@ -254,11 +255,11 @@ struct __attribute__((visibility("hidden"))) DDFGradients {
         need_spatial(need_spatial && of_spatial),
         features(checked_like(grad, of_features, g)),
         channel_filter(this->need_channel ? empty(of_features, size_of(*of_channel), false)
-                                          : none_of(of_features)),
+                                          : no_gradient(of_features)),
         spatial_filter(this->need_spatial
                            ? empty(of_features, size_of(*of_spatial),
                                    of_spatial->dim() == 4 && is_channels_last(*of_spatial))
-                           : none_of(of_features)) {}
+                           : no_gradient(of_features)) {}
 
   // Whether there is nothing to compute.
   bool is_empty() const {
@@ -268,7 +269,7 @@ struct __attribute__((visibility("hidden"))) DDFGradients {
  private:
   Tensor checked_like(const Tensor& grad, const Tensor& of, const Geometry& g) const {
     check_like(grad, of, "grad", output_size(g));
-    return need_features ? empty(of, size_of(of), is_channels_last(of)) : none_of(of);
+    return need_features ? empty(of, size_of(of), is_channels_last(of)) : no_gradient(of);
   }
 };
 

@@ -1,5 +1,5 @@
-// What the CPU kernels take: pointers, sizes and a way to run in parallel. No framework includes,
-// so that a file compiled for one instruction set holds no function another file could pick up.
+// Arguments of the CPU kernels. No framework includes: a file compiled for one instruction set must
+// not contain inline functions that the linker could choose for other files.
 #pragma once
 #include <cstdint>
 
@@ -25,7 +25,7 @@ struct SpatialStrides {
   }
 };
 
-// The geometry of the filters' gradients: what each subpixel reads counts as an image of its own.
+// The geometry of the filter gradients: each subpixel counts as an image.
 inline Geometry by_subpixel(Geometry g) {
   g.batch *= g.subpixels();
   return g;
@@ -35,12 +35,12 @@ inline Geometry by_subpixel(Geometry g) {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
 
-// What surrounds ddf in a DDFPack.
+// Prologue (FilterNorm of the filters) and epilogue (bias, ReLU) of ddf_pack; by default none.
 struct PackOptions {
-  // Whether the filters are raw, before FilterNorm.
+  // Whether to apply FilterNorm to the filters.
   bool normalize = false;
   double channel_scale = 1, spatial_scale = 1, eps = 0;
-  // Of the type that sums are kept in; null if there is none.
+  // In the accumulation type; null if absent.
   const void* channel_std = nullptr;  // [C * taps]
   const void* bias = nullptr;         // [C], added to the output
   bool relu = false;
@@ -52,9 +52,9 @@ struct Forward {
   CombineMode combine;
   bool channels_last;  // features and output
   const void* features;
-  // [B, subpixels, C, taps], contiguous; null if there is none
+  // [B, subpixels, C, taps], contiguous; null if absent
   const void* channel_filter;
-  const void* spatial_filter;  // null if there is none
+  const void* spatial_filter;  // null if absent
   SpatialStrides spatial_strides;
   PackOptions pack;
   void* output;
@@ -87,7 +87,7 @@ struct FilterNorm {
   FilterNormSizes sizes;
   DType dtype;
   const void* x;
-  // [filters * taps] of the type that sums are kept in; null if there is none.
+  // [filters * taps] in the accumulation type; null if absent.
   const void* std;
   const void* mean;
   double scale, eps;

@@ -1,38 +1,37 @@
 // Kernels for channels_last (NHWC) features: vectors run along the channels of a pixel.
-//
-// Pixels of a row that read the same taps make a strip, which shares the list of its taps: where
-// each leads, and the values of the spatial filter. The channel filter is kept widened, in blocks
-// of one vector of channels with all taps.
+// Pixels of a row with the same taps form a strip. The taps of a strip are collected once: pointers
+// to their pixels and values of the spatial filter. The channel filter is converted to the
+// accumulation type, in blocks of one vector of channels with all taps.
 #pragma once
 #include "cpu/filter_norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// Pixels of a whole strip; what is left of a row makes strips of one pixel.
+// Pixels of a whole strip; the remaining pixels of a row form strips of one pixel.
 constexpr int kStrip = 4;
 
-// Along one axis: for each position of a pixel, the taps whose other end lies in the image, and
-// where, in the order of where.
+// Along one axis: for each position, the taps that lie inside the image and the positions that they
+// connect to, in ascending order.
 class AxisTaps {
  public:
   struct End {
     int64_t tap, at;
-    int64_t pixel, subpixel;  // of an output that `at` leads to; pixel is `at` in features
+    int64_t pixel, subpixel;  // of `at` in an output; in features, pixel is `at`
   };
   struct Strip {
     int64_t first, count;  // positions `step` apart
   };
 
-  // From an output pixel to the pixels of the features that it reads.
+  // From output positions to the features that they read.
   static AxisTaps to_features(const Geometry& g, int64_t out_size, int64_t size) {
     return AxisTaps(out_size, g.kernel, 1, 1, g.stride, [&](int64_t position, int64_t tap) {
       const int64_t at = position * g.stride + tap * g.dilation - g.padding();
       return at < size ? at : -1;
     });
   }
-  // From a pixel of the features to the output pixels, out_size of every subpixel, that read it.
-  // Taps are counted backwards.
+  // From feature positions to the outputs that read them, out_size for each subpixel. Taps are in
+  // reverse order.
   static AxisTaps to_output(const Geometry& g, int64_t size, int64_t out_size) {
     return AxisTaps(size, g.kernel, g.scale, g.stride, g.scale, [&](int64_t position, int64_t tap) {
       const int64_t from = position + g.padding() - (g.kernel - 1 - tap) * g.dilation;
@@ -40,7 +39,7 @@ class AxisTaps {
     });
   }
 
-  // Positions `step` apart lead `advance` apart by the same tap.
+  // By the same tap, positions `step` apart connect to positions `advance` apart.
   int64_t step, advance;
 
   const End* begin(int64_t position) const { return ends_.data() + first_[position]; }
@@ -93,30 +92,30 @@ struct Taps {
         tap(new int64_t[taps]) {}
 
   int64_t count = 0;
-  std::unique_ptr<const T*[]> pixel;         // where each leads from the strip's first pixel
+  std::unique_ptr<const T*[]> pixel;         // of each tap, for the first pixel of the strip
   int64_t advance = 0;                       // from one pixel of the strip to the next
   std::unique_ptr<Accumulate<T>[]> spatial;  // [count][pixels of the strip]
   std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
 };
 
-// Where the values of a spatial filter lie from a strip's first tap of its first pixel on.
+// Steps in a spatial filter from the first tap of a strip's first pixel.
 struct SpatialSteps {
   int64_t row, column, pixel;  // to the next row and column of taps, and to the next pixel
 };
 
-// Lists the taps of strips. The spatial filter belongs to an output pixel: to those of the strip
-// (own_filter) or to the ones that the taps lead to.
+// Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip
+// (own_filter, forward) or those that the taps connect to (grad_features).
 template <class T>
 struct Gather {
   const Geometry& g;
   AxisTaps rows, columns;
-  int64_t width;  // of what the taps lead to
+  int64_t width;  // of the image that the taps read
   const T* spatial;
   SpatialStrides strides;
   bool own_filter;
   Accumulate<T> neutral;
 
-  // The taps of P pixels in a row, for a filter with these strides.
+  // The taps of P pixels in a row, for a filter with the given strides.
   template <int P, class F>
   DDF_INLINE void collect(Taps<T>& taps, const T* image, const F* filter,
                           const SpatialStrides& strides, int64_t row, int64_t column) const {
@@ -139,7 +138,7 @@ struct Gather {
     taps.count = u;
   }
 
-  // The same for the filter as it lies in memory.
+  // The same, with the strides of the spatial filter.
   template <int P>
   DDF_INLINE void collect(Taps<T>& taps, const T* image, const T* filter, int64_t row,
                           int64_t column) const {
@@ -147,7 +146,7 @@ struct Gather {
   }
 
   // For a 3x3 filter with these strides: the first tap of the pixel at (row, column), whose taps
-  // all lie inside, and the way to the others.
+  // all lie inside the image, and the steps to the others.
   template <class F>
   std::pair<const F*, SpatialSteps> interior_3x3(const F* filter, const SpatialStrides& s,
                                                  int64_t row, int64_t column) const {
@@ -164,8 +163,8 @@ struct Gather {
 };
 
 // The channel filter of channels [channel0, channel1) of one of batch * subpixels images,
-// to[(v * block_taps + t) * L + lane]; lanes behind the last channel are zero. With reversed, in
-// the order of the mirrored filter.
+// to[(v * block_taps + t) * L + lane]; lanes after the last channel are zero. `reversed`: taps in
+// reverse order.
 template <class T>
 void fill_channel_blocks(Accumulate<T>* to, int64_t block_taps, const Geometry& g, const T* filter,
                          int64_t image, int64_t channel0, int64_t channel1, bool reversed,
@@ -184,9 +183,8 @@ void fill_channel_blocks(Accumulate<T>* to, int64_t block_taps, const Geometry& 
   }
 }
 
-// out[p][c] = sum over the listed taps of pixel[c] * (c[t, c] o spatial[p]) for the P pixels of a
-// strip, out_step apart, and count channels, with the bias c[all_taps, c], or the output_min if
-// that is more.
+// out[p][c] = sum over the collected taps of pixel[c] * (c[t, c] o spatial[p]) for the P pixels of
+// a strip, out_step apart, and count channels, plus the bias c[all_taps, c], at least output_min.
 template <int P, class T, class Combine>
 DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t first,
                              const Accumulate<T>* channel, Accumulate<T> output_min, T* out,
@@ -195,7 +193,7 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   const int64_t number = taps.count, advance = taps.advance;
-  // wide is an integral constant: a whole vector of channels or the last few.
+  // wide is an integral constant: whether c starts a whole vector of channels.
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
     const A* block = channel + c * (all_taps + 1);
@@ -221,8 +219,8 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   if (c < count) filter(c, std::false_type());
 }
 
-// The same for a 3x3 filter inside of the image, where neighbours read the same pixels. `pixels` is
-// the first channel of the first pixel that the strip reads, `line` the way to the next row.
+// The same for a 3x3 filter inside the image, whose pixels are loaded once for all taps. `pixels`
+// is the first channel of the first pixel that the strip reads, `line` the step to the next row.
 template <int P, class T, class Combine, class F>
 DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line, const F* spatial,
                                  const SpatialSteps& steps, const Accumulate<T>* channel,
@@ -269,8 +267,8 @@ DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line,
   if (c < count) filter(c, std::false_type());
 }
 
-// A row of a 3x3 filter inside of the image but for its first and last pixel. `pixels` is the first
-// pixel of the row before, `spatial` the filter's first tap of the second pixel.
+// A row of a 3x3 filter except for its first and last pixel. `pixels` is the first pixel of the
+// previous row, `spatial` the first tap of the filter of the second pixel.
 template <class T, class Combine, class F>
 __attribute__((noinline)) void filter_row_3x3(const T* pixels, int64_t channels, const F* spatial,
                                               const SpatialSteps& steps,
@@ -293,7 +291,7 @@ __attribute__((noinline)) void filter_row_3x3(const T* pixels, int64_t channels,
   if (column + 1 < columns) strip(column, std::integral_constant<int, 1>());
 }
 
-// Normalizes a group's blocks of channels and puts the bias behind the taps of each.
+// FilterNorm of the channel blocks of a group; stores the bias after the taps of each.
 template <class A>
 void normalize_channel_blocks(A* blocks, const Geometry& g, int64_t group,
                               const TypedPackOptions<A>& pack) {
@@ -308,7 +306,7 @@ void normalize_channel_blocks(A* blocks, const Geometry& g, int64_t group,
   }
 }
 
-// to[t * pitch + j], normalized, of a row of a group's spatial filter.
+// FilterNorm of a row of a group's spatial filter, to[t * pitch + j].
 template <class T>
 void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t taps, const T* filter,
                    const SpatialStrides& strides, const TypedPackOptions<Accumulate<T>>& pack) {
@@ -320,7 +318,7 @@ void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t ta
     standardize<A, L>(to + j, taps, pitch, pack.eps, pack.spatial_scale);
 }
 
-// Both directions: for each pixel of `to` the taps that the gather finds in `from`, filtered.
+// Forward and grad_features: each pixel of `to` gathers from `from`.
 template <class T, class Combine>
 void filter_channels_last(const Gather<T>& gather, const T* channel_filter, const T* from,
                           int64_t from_size, T* to, int64_t rows, int64_t columns,
@@ -329,7 +327,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   constexpr int L = kLanes<A>;
   const Geometry& g = gather.g;
   const auto strips = gather.columns.strips();
-  // A pixel makes all of its subpixels, or gathers from all of them at once.
+  // A pixel computes all of its subpixels, or gathers from all of them at once.
   const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
   const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * gather.columns.step * g.channels;
@@ -414,7 +412,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   });
 }
 
-// From output pixels to the features, for the arguments of either pass.
+// The taps that output pixels read in the features.
 template <class T, class Combine, class Arguments>
 Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
   return {g,
@@ -454,8 +452,7 @@ void grad_features_channels_last(const Backward& b, ParallelFor run) {
       g.width, TypedPackOptions<Accumulate<T>>(), run);
 }
 
-// Where S taps of a strip of pixels lie: x, s and ds, and c and dc, in the blocks of the channel
-// filter.
+// Pointers for S taps of a strip of pixels: x, s and ds, and c and dc in the channel blocks.
 template <class T, int S>
 struct StripTaps {
   const T* x[S];
@@ -463,12 +460,12 @@ struct StripTaps {
   Accumulate<T>* ds[S];
   const Accumulate<T>* c;
   Accumulate<T>* dc;
-  int64_t next;  // from a tap in these blocks to the next
+  int64_t next;  // step to the next tap in the blocks
 };
 
 // With p = dy * x at S taps of a strip of P pixels: ds[tap][pixel] = sum over the channels of
 // p * c[tap], and dc[tap] += p * s[tap][pixel] (p alone for Add). Pixels of s are kPixel apart; the
-// next vector of channels of c and dc lies `block` behind.
+// next vector of channels of c and dc starts `block` later.
 template <int P, int S, int kPixel, class T, class Combine>
 DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* dy, int64_t dy_step,
                                   int64_t block, int64_t channels) {
@@ -476,12 +473,12 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr int K = S * (P == 3 ? 4 : P);
-  // Addresses have an index times 1, 2, 4 or 8.
+  // x86 addresses scale an index by 1, 2, 4 or 8 only.
   int64_t x_step3 = 3 * x_step, dy_step3 = 3 * dy_step;
   DDF_OPAQUE(x_step3);
   DDF_OPAQUE(dy_step3);
   V sums[K] = {};
-  // wide is an integral constant: a whole vector of channels or the last few.
+  // wide is an integral constant: whether i starts a whole vector of channels.
   const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : channels - i;
     V y[P];
@@ -513,13 +510,13 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
     for (int p = 0; p < P; ++p) at.ds[u][p] = totals[u * P + p];
 }
 
-// What the filter gradients of a row of the output read and write.
+// Arguments of the filter gradients of one row of the output.
 template <class T>
 struct GradRow {
   using A = Accumulate<T>;
   const Geometry& g;
-  int64_t ty0, ty1;      // the rows of taps that lie in the image
-  const int64_t* range;  // [kernel][2]: the pixels of which a column of taps lies in the image
+  int64_t ty0, ty1;      // the rows of taps inside the image
+  const int64_t* range;  // [kernel][2]: the pixels for which a column of taps is inside the image
   const T* x;            // the first tap of the first pixel, which may lie outside
   const T* dy;
   int64_t dy_step;  // to the next pixel
@@ -530,7 +527,7 @@ struct GradRow {
   int64_t channels;
 };
 
-// The pixels of s are kPixel apart, its taps `width`, or next to each other where pixels are not.
+// The pixels of s are kPixel apart; its taps are `width` apart if kPixel is 1, otherwise adjacent.
 template <int kPixel, class T, class Combine>
 __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   using A = Accumulate<T>;
@@ -538,7 +535,7 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   const Geometry& g = row.g;
   const int64_t taps = g.taps(), width = g.out_width, k = g.kernel;
   const int64_t x_step = g.stride * g.channels;
-  // S taps from tap t on, `apart` from each other.
+  // S taps, `apart` from each other, starting at t.
   const auto step = [&](int64_t t, int64_t apart, int64_t column, auto pixels,
                         auto number) __attribute__((always_inline)) {
     constexpr int S = decltype(number)::value, P = decltype(pixels)::value;
@@ -608,17 +605,17 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
   const int64_t spatial_channels = g.groups * taps, out_size = g.out_height * width;
   const bool is_split = grad_spatial && plan.channel_blocks > 1;
-  // The sums of a single tile are the gradient, unless it has fewer bits.
+  // The sums of a single tile are the gradient, unless it needs rounding.
   const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
   Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
   A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
   Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
                                        : 0);
-  // A 3x3 spatial filter of one group in the features' order of memory is read where it lies.
+  // A channels_last 3x3 spatial filter of one group is read without a copy.
   constexpr int kTapsInner = 9;
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
                            b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
-  // What the caches do not hold is fetched a row ahead, which costs what they do hold 5 %.
+  // Prefetching a row ahead costs 5 % where the tensors fit in the caches, so it is off there.
   constexpr int64_t kCaches = 16 << 20;
   const int64_t positions = g.height * g.width + g.subpixels() * out_size;
   const bool is_fetched =
@@ -639,7 +636,7 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
       const int64_t count = item.channel1 - item.channel0;
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
       const T* pixels = features + image * g.height * g.width * g.channels + item.channel0;
-      // The group's first spatial_channel of the spatial filter and of its gradient.
+      // The group's first channel of the spatial filter and of its gradient.
       const int64_t spatial_channel = item.group * taps;
       const SpatialStrides &from = b.spatial_strides, &to = b.grad_spatial_strides;
       const T* filter = spatial_filter ? spatial_filter + from.start(item.image, g.subpixels()) +

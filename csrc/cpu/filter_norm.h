@@ -1,12 +1,13 @@
-// FilterNorm: each filter less its mean and over its standard deviation, then scaled and shifted.
+// FilterNorm: subtracts the mean of each filter, divides by its standard deviation, scales and
+// shifts.
 #pragma once
 #include "cpu/simd.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// Of L filters: what x is multiplied with to have a deviation of one, and the slope of that, which
-// are both 0 for a filter whose taps are all equal.
+// Of L filters: 1 / (deviation + eps), and the factor of the gradient through the deviation. Both
+// are 0 for a filter whose taps are all equal.
 template <class A, int L>
 struct Moments {
   Vector<A, L> inverse, slope;
@@ -16,7 +17,7 @@ struct Moments {
 template <class A, int L>
 DDF_INLINE Moments<A, L> standardize(A* values, int64_t taps, int64_t step, A eps, A scale = 1) {
   using V = Vector<A, L>;
-  // Less the first tap, equal taps are 0 whatever rounding does to their mean.
+  // Subtracting the first tap makes equal taps exactly 0, however their mean is rounded.
   const V first = load<L>(values);
   V sum{};
   for (int64_t t = 0; t < taps; ++t) {
@@ -43,14 +44,14 @@ DDF_INLINE Moments<A, L> standardize(A* values, int64_t taps, int64_t step, A ep
   return {inverse, slope};
 }
 
-// What a kernel does with its filters and sums in a DDFPack, in the types of its elements.
+// PackOptions in the accumulation type A.
 template <class A>
 struct TypedPackOptions {
   bool normalize;
   A channel_scale, spatial_scale, eps;
   const A* channel_std;
   const A* bias;
-  // Smaller sums become this much.
+  // Lower bound of the output: 0 for ReLU, otherwise -infinity.
   A output_min;
 
   explicit TypedPackOptions(const PackOptions& s = {})
@@ -62,7 +63,7 @@ struct TypedPackOptions {
         bias(static_cast<const A*>(s.bias)),
         output_min(s.relu ? A(0) : -std::numeric_limits<A>::infinity()) {}
 
-  // Of `lanes` channels from `channel` on, values[t * L + lane].
+  // FilterNorm of `lanes` channels starting at `channel`, values[t * L + lane].
   template <int L>
   DDF_INLINE void normalize_channels(A* values, int64_t taps, int64_t channel,
                                      int64_t lanes) const {
@@ -75,16 +76,16 @@ struct TypedPackOptions {
   }
 };
 
-// NaNs stay.
+// NaNs are kept.
 template <class V>
 DDF_INLINE V clamp_min(V v, V output_min) {
   return v < output_min ? output_min : v;
 }
 
-// What filters in either order of memory have in common: L of them from `first` on are loaded to
-// values[t * L + lane], of which `count` are there; the other lanes hold zeros.
+// PixelsInner and TapsInner load L filters to values[t * L + lane] and store them, for one memory
+// format each. Lanes after the last filter are zero.
 //
-// Pixels next to each other, [batch][filters][taps][pixels]. L pixels of filter `filter`.
+// Pixels adjacent in memory, [batch][filters][taps][pixels]: L pixels of one filter.
 template <class A>
 struct PixelsInner {
   static constexpr int L = kLanes<A>;
@@ -116,14 +117,13 @@ struct PixelsInner {
     };
     count() == L ? store_lanes(std::true_type()) : store_lanes(std::false_type());
   }
-  // Of a parameter [filters * taps].
+  // data is [filters * taps].
   DDF_INLINE Vector<A, L> parameter(const A* data, int64_t t) const {
     return splat<A, L>(data[filter * s.taps + t]);
   }
 };
 
-// Taps next to each other, [batch][pixels][filters][taps]: L filters from row `row` on, of which
-// `rows` are there.
+// Taps adjacent in memory, [batch][pixels][filters][taps]: `rows` <= L filters starting at `row`.
 template <class A>
 struct TapsInner {
   static constexpr int L = kLanes<A>;
@@ -154,8 +154,8 @@ struct TapsInner {
   }
 };
 
-// Calls body(filters, taps, room) with room for kArrays times L filters: the scratch, or, where the
-// number of taps is 9, a constant then, registers.
+// Calls body(filters, taps, room) with room for kArrays times L filters. With 9 taps, their number
+// is a constant and the room is on the stack, so that compilers can use registers.
 template <int kArrays, class Filters, class A, class F>
 DDF_INLINE void call_with_taps(int64_t taps, const Filters& filters, A* scratch, const F& body) {
   constexpr int kRoom = kArrays * 9 * kLanes<A>;
@@ -167,13 +167,13 @@ DDF_INLINE void call_with_taps(int64_t taps, const Filters& filters, A* scratch,
   }
 }
 
-// Does so for all filters, L at a time.
+// As call_with_taps, for all filters, L at a time.
 template <class A, int kArrays, class F>
 void for_each_filters(const FilterNormSizes& s, ParallelFor run, const F& body) {
   constexpr int L = kLanes<A>;
   if (s.taps_inner) {
     const int64_t rows = s.batch * s.pixels * s.filters, blocks = ceil_div(rows, L);
-    // Threads take whole pages of filters.
+    // Threads take many neighbouring filters.
     constexpr int64_t kBlocks = 16;
     parallel(run, ceil_div(blocks, kBlocks), [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(kArrays * s.taps * L);
@@ -183,7 +183,7 @@ void for_each_filters(const FilterNormSizes& s, ParallelFor run, const F& body) 
                                 scratch.get(), body);
     });
   } else {
-    // Runs of pixels, whose taps stay in the nearest cache.
+    // The taps of a run of pixels stay in the L1 cache.
     constexpr int64_t kPixels = 16 * L;
     const int64_t runs = ceil_div(s.pixels, kPixels);
     parallel(run, s.batch * s.filters * runs, [&](int64_t begin, int64_t end) {
@@ -252,8 +252,8 @@ void filter_norm_grad_x(const FilterNormBackward& n, ParallelFor run) {
       });
 }
 
-// The sums over images and pixels for the parameters: a thread has all of a filter's, so that they
-// do not depend on the number of threads.
+// The gradients of the parameters, sums over images and pixels. One thread computes all of a
+// filter, so that results do not depend on the number of threads.
 template <class T>
 void filter_norm_grad_parameters(const FilterNormBackward& n, ParallelFor run) {
   using A = Accumulate<T>;

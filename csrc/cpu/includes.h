@@ -1,5 +1,5 @@
-// The headers that cpu/kernels.h needs; a file for one instruction set includes them before it
-// switches that set on.
+// Headers for cpu/kernels.h. A file for one instruction set includes them before it enables that
+// set.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,23 +1,22 @@
 // Kernels for contiguous (NCHW) features: vectors run along a row.
-//
-// Rows of features are copied into a zero-padded tile, split by the stride's phases, in which
-// every tap of the filter reads consecutive values, whatever kernel, stride and dilation are. The
-// spatial filter of a tile of rows is kept widened and serves all channels of its group.
+// Rows of features are copied into a zero-padded tile, split into the phases of the stride, where
+// each tap reads consecutive values for any kernel, stride and dilation. The spatial filter of a
+// tile of rows is converted to the accumulation type once for all channels of its group.
 #pragma once
 #include "cpu/filter_norm.h"
 
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// Channels that are filtered together.
+// Channels of a block, which are filtered together.
 constexpr int kBlockChannels = 4;
 
 // The zero-padded copy of the rows that a tile of output rows reads, of kBlockChannels channels
-// whose rows take turns: channel n begins n * line behind the first.
+// with interleaved rows: channel n starts n * line after channel 0.
 //
 // Padded row r and column c lie in phase (r % stride, c % stride) at (r / stride, c / stride); tap
 // (ty, tx) of output (i, j) is padded row i * stride + ty * dilation, so it lies
-// offset_of(ty * dilation, tx * dilation) behind i * pitch + j. Phases that no tap reads are left
+// offset_of(ty * dilation, tx * dilation) after i * pitch + j. Phases that no tap reads are left
 // out.
 template <class A>
 struct PaddedTile {
@@ -41,10 +40,10 @@ struct PaddedTile {
     columns = (g.out_width - 1) * g.stride + reach + 1;
     phases = std::min(g.stride, reach + 1);
     phase_rows = ceil_div(rows, g.stride);
-    // A vector that starts in the row may end behind it.
+    // A vector that starts in the row may end after it.
     line =
         std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
-    // With stride 1, rows of the features start at whole vectors.
+    // With stride 1, rows of the features are aligned to vectors.
     line = round_up(line, kLanes<A>);
     pitch = kBlockChannels * line;
     const int64_t lead = g.stride == 1 ? round_up(pad, kLanes<A>) - pad : 0;
@@ -71,8 +70,8 @@ struct PaddedTile {
     return offsets;
   }
 
-  // Copies what the window of the output rows from row0 on holds of a plane. The plane that lies
-  // `ahead` behind it, if that is not 0, is wanted next.
+  // Copies the rows of a plane that the tile at output row row0 reads. Prefetches those of the
+  // plane `ahead` elements later, unless that is 0.
   template <class T>
   void fill(A* to, const T* plane, int64_t row0, int64_t ahead) const {
     const int64_t above = row0 * g.stride - g.padding();
@@ -91,10 +90,10 @@ struct PaddedTile {
   }
 };
 
-// Pixels that filter with the same taps: `step` apart, from (row, column) on.
+// Pixels that use the same taps: `step` apart, starting at (row, column).
 struct Phase {
   struct Tap {
-    int64_t channel, spatial;  // where in the filters of a channel and of a pixel
+    int64_t channel, spatial;  // offsets in the filters of a channel and of a pixel
     int64_t down, right;       // from pixel (i, j) to the one whose spatial filter it is
   };
   int64_t row, column;
@@ -103,8 +102,8 @@ struct Phase {
 };
 
 // A tile of a phase's spatial filter in the order in which filter_rows reads it,
-// to[(i * blocks + b) * taps + t][lane] for vector b of row i of `width` pixels. Behind the edges
-// of the filter, which has rows x columns pixels, it is neutral.
+// to[(i * blocks + b) * taps + t][lane] for vector b of row i of `width` pixels. Outside the
+// filter, which has rows x columns pixels, the tile is neutral.
 template <class T>
 void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, int64_t width,
                        int64_t row0, int64_t row1, const T* filter, int64_t rows, int64_t columns,
@@ -129,7 +128,7 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   }
 }
 
-// Normalizes what load_spatial_tile has packed.
+// FilterNorm of the result of load_spatial_tile.
 template <class A>
 void normalize_spatial_tile(A* spatial_tile, int64_t taps, int64_t blocks,
                             const TypedPackOptions<A>& pack) {
@@ -139,8 +138,8 @@ void normalize_spatial_tile(A* spatial_tile, int64_t taps, int64_t blocks,
 }
 
 // out[n][r, j] = sum_t x[x_offset[t] + (r * kBlockChannels + n) * line + j] * (c[t, n] o
-// s[r][t][j]) for one vector of R rows and NC channels, with the bias c[taps, n], or the output_min
-// c[taps + 1, 0] if that is more. The output has room for so many values from out on.
+// s[r][t][j]) for one vector of R rows and NC channels, with the bias c[taps, n], the lower bound
+// c[taps + 1, 0], and room for `room` values from out on.
 template <class T, class Combine, int R, int NC>
 DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accumulate<T>* x,
                                int64_t line, const Accumulate<T>* s, int64_t s_row,
@@ -150,7 +149,7 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accu
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   V sums[R * NC];
-  // Addresses have an index times 1, 2, 4 or 8.
+  // x86 addresses scale an index by 1, 2, 4 or 8 only.
   int64_t line3 = 3 * line;
   DDF_OPAQUE(line3);
   DDF_UNROLL
@@ -176,16 +175,15 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accu
       store_first<L>(out + n * out_size + r * width, clamp_min(sums[r * NC + n], output_min),
                      decltype(is_whole)::value ? L : room - r * width);
   };
-  // One branch for all of them: compilers would put a sum off until its branch, and spill.
+  // One branch for all vectors: with one each, compilers delay the sums and spill registers.
   if (room - (R - 1) * width >= L)
     store_sums(std::true_type());
   else
     store_sums(std::false_type());
 }
 
-// Filters rows of NC channels. A vector that runs over the end of its row is overwritten by the
-// next row, which is why a pair of rows starts at its end; the last ones of the tile store just
-// what is theirs.
+// Filters rows of NC channels. A vector that exceeds its row is overwritten by the next row, so
+// pairs of rows start with their last vector; the last vectors of the tile are stored in part.
 template <class T, class Combine, int NC>
 __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t width,
                                            const int64_t* x_offset, int64_t line,
@@ -215,8 +213,7 @@ void for_each_channel_block(int64_t begin, int64_t end, const F& body) {
   for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
 }
 
-// Rows of the phases that share their rows, of NC channels each, from[(phase, channel)][row]: to
-// rows in which the phases take turns.
+// Interleaves the phases of a row, from[(phase, channel)][row], into rows of the output.
 template <int NC, class T>
 void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t width,
                      int64_t phase_row, int64_t step, int64_t row0, T* to, int64_t to_height,
@@ -236,9 +233,9 @@ void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t wid
     }
 }
 
-// Both directions: filters `from`, whose windows g describes, for the pixels of every phase of
-// `to`, which has to_height x to_width pixels, step apart in a phase. The filters are those of the
-// operator's geometry.
+// Forward and grad_features: filters `from`, padded as g says, for the pixels of each phase of
+// `to`, which has to_height x to_width pixels, `step` apart in a phase. `filters` is the geometry
+// of the operator.
 template <class T, class Combine>
 void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulate<T>>& padded,
                  const std::vector<Phase>& phases, const T* from, const Geometry& filters,
@@ -259,7 +256,7 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t rows = item.row1 - item.row0;
-      // Other rows of the window lie outside the image.
+      // Other rows of the tile lie outside the image.
       if (item.row0 != padded_for) std::fill(x.get(), x + padded.size, A(0));
       padded_for = item.row0;
       const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
@@ -315,14 +312,14 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
   });
 }
 
-// What a tile of the spatial filter takes per row.
+// Bytes of a row of a tile of the spatial filter.
 template <class T>
 int64_t spatial_row_bytes(int64_t width, int64_t taps) {
   return taps * round_up(width, kLanes<Accumulate<T>>) *
          static_cast<int64_t>(sizeof(Accumulate<T>));
 }
 
-// Tap t of subpixel r of the pixel that lies `down` and `right` of the one that filters.
+// Tap t of subpixel r of the pixel `down` rows below and `right` columns beside the filtered one.
 inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64_t r, int64_t t,
                          int64_t down, int64_t right) {
   return {r * g.channels * g.taps() + t, r * strides.subpixel + t * strides.tap, down, right};
@@ -348,11 +345,11 @@ void forward_nchw(const Forward& f, ParallelFor run) {
                           g.scale, TypedPackOptions<Accumulate<T>>(f.pack), run);
 }
 
-// Every pixel of the features gathers from all subpixels of the pixels that read it.
+// Each pixel of the features gathers from all subpixels of the output pixels that read it.
 template <class T, class Combine>
 void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
-  // The windows of the output's gradient, which start `reach` before a pixel's first subpixel.
+  // Windows of grad, which start `reach` before the first subpixel of a pixel.
   const int64_t reach = g.scale * g.padding() + g.scale - 1;
   Geometry padded_geometry = g;
   padded_geometry.height = g.scale * g.height;
@@ -378,13 +375,13 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
                           TypedPackOptions<Accumulate<T>>(), run);
 }
 
-// Every pixel of the features gathers from the output's pixels that read it, which by some of the
-// taps are none: its phase, which is its place within the stride, says by which.
+// Each pixel of the features gathers from the output pixels that read it. With a stride, the taps
+// by which they read it depend on its phase, its position modulo the stride.
 template <class T, class Combine>
 void grad_features_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
   if (g.scale > 1) return grad_features_upsample_nchw<T, Combine>(b, run);
-  // The windows of the output's gradient from which the pixels of a phase gather.
+  // Windows of grad from which the pixels of a phase gather.
   const int64_t reach = ceil_div(g.padding(), g.stride);
   Geometry padded_geometry = g;
   padded_geometry.height = g.out_height;
@@ -443,10 +440,9 @@ void fill_channel(Accumulate<T>* to, const T* filter, int64_t taps, Accumulate<T
 }
 
 // Both filter gradients of a tile, for NC channels: with p = dy * x at each tap,
-// grad_spatial[t] += p * c[t] and grad_channel[t] += p * s[t] (p alone for Add). dy lies as x does;
-// s and ds are [taps][plane], in rows of `pitch`.
-//
-// A function of its own: compilers then keep its pointers in registers.
+// grad_spatial[t] += p * c[t] and grad_channel[t] += p * s[t] (p alone for Add). dy has the layout
+// of x; s and ds are [taps][plane], in rows of `pitch`. Not inlined, so that compilers keep its
+// pointers in registers.
 template <class T, class Combine, int NC>
 __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int64_t width,
                                                 const int64_t* x_offset, int64_t line,
@@ -467,8 +463,8 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
     for (int n = 0; n < NC; ++n) channel[n] = splat<A, L>(c[t * NC + n]);
     const A *from = x + x_offset[t], *grad = dy, *filter = s + t * plane;
     A* to = ds + t * plane;
-    // is_whole is an integral constant; the lanes behind the end of the row may hold features
-    // that are not finite, which a zero gradient would not make zero.
+    // is_whole is an integral constant. Lanes after the end of the row may hold features that are
+    // not finite: their product with a zero gradient is NaN, hence the mask.
     const auto add = [&](auto is_whole) __attribute__((always_inline)) {
       const V spatial = load<L>(filter);
       V total = load<L>(to);
@@ -496,7 +492,7 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
       filter += pitch - whole;
       to += pitch - whole;
     }
-    // In rows of less than a vector the same lanes lie behind the end, every time.
+    // In rows shorter than a vector, the lanes after the end are the same in each row.
     if (whole == 0)
       for (int n = 0; n < NC; ++n) sums[n] = inside ? sums[n] : V{};
     A totals[NC];
@@ -520,7 +516,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   using A = Accumulate<T>;
   const Geometry g = by_subpixel(b.geometry);
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
-  // All taps read the same features and gradients of four channels, out of the nearest cache.
+  // All taps read the same features and gradients of a channel block, from the L1 cache.
   const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)));
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
@@ -528,7 +524,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t out_size = g.out_height * g.out_width;
   const int64_t spatial_channels = g.groups * g.taps();
-  // The sums of a single tile are the gradient, unless it has fewer bits.
+  // The sums of a single tile are the gradient, unless it needs rounding.
   const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
   Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * g.taps());
   A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();

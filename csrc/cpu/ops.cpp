@@ -1,5 +1,4 @@
-// Registers the CPU kernels: checks what they rely on, makes the outputs, picks the instruction
-// set.
+// The CPU implementations of the operators: checks, allocation, choice of the instruction set.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +24,7 @@ using torch::headeronly::ScalarType;
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
-    // A name of a smaller instruction set than the processor's, for tests.
+    // For tests: a smaller instruction set than the processor has.
     const char* name = std::getenv("DDF_MM_CPU_ISA");
     const std::string asked = name ? name : "";
     __builtin_cpu_init();
@@ -42,7 +41,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// LibTorch's C interface would drop what body throws.
+// Exceptions of body are rethrown here, because LibTorch's C interface drops them.
 void run_in_parallel(int64_t count, Body body, void* context) {
   std::exception_ptr thrown;
   std::mutex mutex;
@@ -66,7 +65,7 @@ void run(void (*kernel)(const Arguments&, ParallelFor), const Arguments& argumen
   }
 }
 
-// One of those that check_dtype lets pass.
+// tensor has passed check_dtype.
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -80,7 +79,7 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// With a dimension of subpixels, or without.
+// With or without a dimension of subpixels.
 SpatialStrides strides_of(const Tensor& spatial) {
   const int64_t last = spatial.dim() - 1;
   return {spatial.stride(0), last == 4 ? spatial.stride(1) : 0, spatial.stride(last - 2),
@@ -118,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
                                                const OptionalTensor& spatial_filter,
                                                CombineMode combine, bool need_features,
                                                bool need_channel, bool need_spatial) {
-  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
-                        need_channel, need_spatial);
-  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
+  const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
+                           need_channel, need_spatial);
+  if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
   Backward b{};
   b.geometry = g;
   b.dtype = dtype_of(features);
@@ -136,29 +135,29 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
     b.spatial_filter = spatial_filter->const_data_ptr();
     b.spatial_strides = strides_of(*spatial_filter);
   }
-  b.grad_features = to.need_features ? to.features.mutable_data_ptr() : nullptr;
-  b.grad_channel = to.need_channel ? to.channel_filter.mutable_data_ptr() : nullptr;
-  if (to.need_spatial) {
-    b.grad_spatial = to.spatial_filter.mutable_data_ptr();
-    b.grad_spatial_strides = strides_of(to.spatial_filter);
+  b.grad_features = grads.need_features ? grads.features.mutable_data_ptr() : nullptr;
+  b.grad_channel = grads.need_channel ? grads.channel_filter.mutable_data_ptr() : nullptr;
+  if (grads.need_spatial) {
+    b.grad_spatial = grads.spatial_filter.mutable_data_ptr();
+    b.grad_spatial_strides = strides_of(grads.spatial_filter);
   }
   run(kernels().backward, b);
-  return {to.features, to.channel_filter, to.spatial_filter};
+  return {grads.features, grads.channel_filter, grads.spatial_filter};
 }
 
-FilterNormSizes sizes_of(const FilterNormGeometry& of) {
-  return {of.batch, of.filters, of.taps, of.pixels, of.has_taps_inner()};
+FilterNormSizes sizes_of(const FilterNormGeometry& g) {
+  return {g.batch, g.filters, g.taps, g.pixels, g.has_taps_inner()};
 }
 
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
-  const FilterNormGeometry of(x, filters, std);
-  check_parameter(mean, x, x.size(1), "mean");
-  const Tensor result = empty(x, size_of(x), of.channels_last);
-  if (of.is_empty()) return result;
-  const Tensor ordered = of.ordered(x);
+  const FilterNormGeometry g(x, filters, std);
+  check_parameter(mean, x, x.size(1), "mean", "x");
+  const Tensor result = empty(x, size_of(x), g.channels_last);
+  if (g.is_empty()) return result;
+  const Tensor ordered = g.ordered(x);
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
-  run(kernels().filter_norm, {sizes_of(of), dtype_of(x), ordered.const_data_ptr(), data_of(factors),
+  run(kernels().filter_norm, {sizes_of(g), dtype_of(x), ordered.const_data_ptr(), data_of(factors),
                               data_of(shifts), scale, eps, result.mutable_data_ptr()});
   return result;
 }
@@ -167,18 +166,18 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         int64_t filters, const OptionalTensor& std,
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
-  const FilterNormGeometry of(x, filters, std);
-  check_like(grad, x, "grad", size_of(x));
-  const FilterNormGradients to(of, x, need_x, need_std, need_mean);
-  if (of.is_empty()) return {to.x, to.std, to.mean};
-  const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
+  const FilterNormGeometry g(x, filters, std);
+  check_like(grad, x, "grad", size_of(x), "x");
+  const FilterNormGradients grads(g, x, need_x, need_std, need_mean);
+  if (g.is_empty()) return {grads.x, grads.std, grads.mean};
+  const Tensor ordered = g.ordered(x), ordered_grad = g.ordered(grad);
   const OptionalTensor factors = contiguous(std);
   run(kernels().filter_norm_backward,
-      {sizes_of(of), dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
-       data_of(factors), scale, eps, need_x ? to.x.mutable_data_ptr() : nullptr,
-       need_std ? to.std.mutable_data_ptr() : nullptr,
-       need_mean ? to.mean.mutable_data_ptr() : nullptr});
-  return {to.x, to.std, to.mean};
+      {sizes_of(g), dtype_of(x), ordered_grad.const_data_ptr(), ordered.const_data_ptr(),
+       data_of(factors), scale, eps, need_x ? grads.x.mutable_data_ptr() : nullptr,
+       need_std ? grads.std.mutable_data_ptr() : nullptr,
+       need_mean ? grads.mean.mutable_data_ptr() : nullptr});
+  return {grads.x, grads.std, grads.mean};
 }
 
 Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,

@@ -6,15 +6,15 @@
 #include "combine.h"
 
 #define DDF_INLINE inline __attribute__((always_inline))
-// For loops over arrays of vectors, which stay in registers only when the loop is gone.
+// Arrays of vectors stay in registers only if the loops over them are unrolled completely.
 #if defined(__clang__)
 #define DDF_UNROLL _Pragma("unroll")
 #else
 #define DDF_UNROLL _Pragma("GCC unroll 16")
 #endif
-// Hides how a pointer or number came about, so that it gets a register.
+// Hides how a value was computed, so that compilers keep it in a register.
 #define DDF_OPAQUE(value) asm("" : "+r"(value))
-// The lanes of a and b, counted through both, with the numbers that follow.
+// Selects lanes of the concatenation of a and b by index.
 #if defined(__clang__) || __GNUC__ >= 12
 #define DDF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -36,7 +36,7 @@ template <int kBytes>
 using IntegerOf =
     std::conditional_t<kBytes == 8, int64_t, std::conditional_t<kBytes == 2, int16_t, int32_t>>;
 
-// Values a vector holds of a type that sums are kept in.
+// Lanes of a vector of the accumulation type A.
 template <class A>
 constexpr int kLanes = DDF_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
@@ -47,7 +47,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// 16-bit values are summed in float.
+// The accumulation type: float for 16-bit types.
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -100,7 +100,7 @@ DDF_INLINE T narrow(Accumulate<T> x) {
 
 template <class A, int N>
 DDF_INLINE Vector<A, N> splat(A value) {
-  // Not a sum, which would make -0 a 0 and so costs an addition.
+  // Not value + 0, which compilers cannot remove, because it turns -0 into 0.
   return value - Vector<A, N>{};
 }
 
@@ -194,7 +194,7 @@ DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
   }
 }
 
-// The first count < N elements; the other lanes are zero. Memory behind them is not touched.
+// The first count < N elements; the other lanes are zero. Memory after them is not accessed.
 template <int N, class T>
 DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
 #if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
@@ -259,8 +259,8 @@ DDF_INLINE void store_first(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
     store_some<N>(to, v, count);
 }
 
-// Lane i is a's where bit H of i is not set and b's where it is, of index i with that bit cleared
-// (set, for kUpper).
+// Lane i is taken from a if bit H of i is clear, otherwise from b, at index i with that bit cleared
+// (kUpper: set).
 template <int H, bool kUpper, class V, int... I>
 DDF_INLINE V pick_lanes(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kN = sizeof...(I);
@@ -296,7 +296,7 @@ DDF_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
   return DDF_SHUFFLE(a, b, (2 * I + kFirst)...);
 }
 
-// Lanes of a and b by turns, from lane kFirst of each on.
+// Interleaves the lanes of a and b, starting at lane kFirst.
 template <int kFirst, class V, int... I>
 DDF_INLINE V interleave_lanes(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kN = sizeof...(I);
@@ -353,7 +353,7 @@ DDF_INLINE void load_rows(Accumulate<T>* to, int64_t to_pitch, const T* from, in
     });
 }
 
-// Has rows of elements read into the second level's cache.
+// Prefetches rows of elements into the L2 cache.
 template <class T>
 DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_t count) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
@@ -372,7 +372,7 @@ DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_
   if (step == 1) return load_rows(to, 0, from, 0, 1, count);
   int64_t i = 0;
   if (step == 2)
-    // The element behind the last one may not be there.
+    // Not <=: the element after the last may be outside the tensor.
     for (; i + kN < count; i += kN)
       store<kN>(to + i, every_other<0>(load<kN>(from + 2 * i), load<kN>(from + 2 * i + kN),
                                        std::make_integer_sequence<int, kN>()));
@@ -382,7 +382,7 @@ DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Zeros, until something is written, at whole cache lines.
+// A zero-initialized array, aligned to cache lines.
 template <class A>
 class Scratch {
  public:
@@ -412,8 +412,8 @@ void parallel(ParallelFor run, int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// How work is cut: by image, tile of rows, filter group, chunk of a group's channels. It depends on
-// the sizes alone, so that results do not depend on the number of threads.
+// Partition of the work by image, tile of rows, filter group and channel block. It depends on the
+// sizes only, so that results do not depend on the number of threads.
 struct Plan {
   int64_t rows, tiles;
   int64_t block_channels, channel_blocks;
@@ -423,7 +423,7 @@ struct Plan {
     int64_t image, tile, row0, row1, group, channel_block, channel0, channel1;
   };
 
-  // row_bytes: what a tile keeps per row, for as many rows as fit in a cache.
+  // row_bytes: memory that a tile needs per row. A tile has as many rows as fit in the cache.
   Plan(const Geometry& g, int64_t row_bytes) {
     constexpr int64_t kTileBytes = 48 * 1024;
     // Enough items for many cores, but each partial sum stays under 1 % of the unfolded features.
@@ -456,7 +456,7 @@ struct Plan {
   }
 };
 
-// Adds up partial sums [parts][count], in order.
+// Adds `number` partial sums of `count` values, `step` apart, in order.
 template <class T>
 void reduce_partials(T* to, int64_t stride, const Accumulate<T>* partials, int64_t number,
                      int64_t step, int64_t count) {
@@ -481,7 +481,7 @@ void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel,
   });
 }
 
-// parts is [chunks][B * groups * taps][Ho * Wo].
+// partials is [channel_blocks][B * groups * taps][Ho * Wo].
 template <class T>
 void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
                         const SpatialStrides& strides, const Accumulate<T>* partials,

@@ -1,4 +1,4 @@
-// What every kernel takes.
+// Arguments of the kernels.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -9,15 +9,15 @@
 
 namespace ddf::cuda {
 
-// For arguments of generic lambdas, which are then compiled once for each.
+// Compile-time arguments of generic lambdas.
 using True = std::true_type;
 using False = std::false_type;
 
 // CUDA's limit for one launch.
 constexpr int64_t kMaxBlocks = INT32_MAX;
 
-// Rows, columns and the pixels of one channel are counted in 32 bits, with what is added to them;
-// elements are not, but for those that one launch writes.
+// Rows, columns and the pixels of one channel are 32-bit, with room for halos; so is the index of
+// an element within a launch. Other offsets are 64-bit.
 constexpr int64_t kMaxPixels = INT32_MAX / 4;
 constexpr int64_t kMaxElements32 = INT32_MAX;
 
@@ -33,7 +33,7 @@ inline bool is_within_launches(const Geometry& g) {
          is_product_within(kMaxElements32, g.groups, g.kernel, g.kernel, g.out_width);
 }
 
-// The type that sums are kept in.
+// The accumulation type: float for 16-bit types.
 template <typename T>
 struct AccumulateType {
   using type = float;
@@ -45,7 +45,7 @@ struct AccumulateType<double> {
 template <typename T>
 using Accumulate = typename AccumulateType<T>::type;
 
-// A tensor of four dimensions with strides in elements; data is null for a filter that is None.
+// A tensor of four dimensions with strides in elements; data is null if the filter is None.
 template <typename T>
 struct View {
   T* data;
@@ -57,20 +57,20 @@ struct View {
   }
 };
 
-// What a DDFPack has around ddf, with the defaults of ddf alone.
+// Prologue (FilterNorm of the filters) and epilogue (bias, ReLU) of ddf_pack; by default none.
 template <typename A>
 struct PackOptions {
   A channel_scale = 1, spatial_scale = 1, eps = 0;
-  const A* channel_std = nullptr;  // [C * k * k]; null if there is none
-  const A* bias = nullptr;         // [C], added to the output; null if there is none
-  // Smaller outputs become this much.
+  const A* channel_std = nullptr;  // [C * k * k]; null if absent
+  const A* bias = nullptr;         // [C], added to the output; null if absent
+  // Lower bound of the output: 0 for ReLU, otherwise -infinity.
   A output_min = -std::numeric_limits<A>::infinity();
 
-  // What the sums of a channel begin with.
+  // The bias of a channel, with which its sums start.
   DDF_DEVICE A bias_of(int64_t channel) const {
     return bias == nullptr ? A(0) : load(bias + channel);
   }
-  // The output for a sum. NaNs stay.
+  // NaNs are kept.
   DDF_DEVICE A clamp_min(A sum) const { return sum < output_min ? output_min : sum; }
 };
 
@@ -86,7 +86,7 @@ struct Arguments {
   PackOptions<Accumulate<T>> pack;
 };
 
-// The tensors that a call is to fill; their data is null where they are not wanted.
+// The gradients of a call; data is null where a gradient is not needed.
 template <typename T>
 struct Gradients {
   View<T> features, channel_filter, spatial_filter;

@@ -1,10 +1,9 @@
 // All three gradients in one pass over grad and features, for 3 x 3 windows of stride and dilation
 // 1 over rows that are contiguous in memory (NCHW).
-//
-// A thread owns pixels of the features and meets in the window of grad around each the outputs
-// that read it: grad alone needs the neighbours. A block owns a tile of pixels, and every warp
-// takes its share of the channels. grad_spatial is summed in registers over a warp's channels, then
-// over the warps; grad_channel over a warp's lanes, then by reduce_partials over the tiles.
+// A thread has pixels of the features; the outputs that read them are their neighbours in grad. A
+// block has a tile of pixels, and its warps divide the channels. grad_spatial is summed in
+// registers over the channels of a warp, then over the warps; grad_channel over the lanes of a
+// warp, then over the tiles by reduce_partials.
 #pragma once
 #include "grad_filters.cuh"
 
@@ -15,12 +14,11 @@ constexpr int kBackwardThreads = kBackwardWarps * kLanes;
 constexpr int kBackwardRows = 2;
 constexpr int kBackwardColumns = 4;
 constexpr int kBackwardTaps = 9;
-// Floats of shared memory from the filters of one channel to the next: an aligned quadruple for
-// each row of taps.
+// Floats of shared memory from one channel filter to the next: each row of taps is 16-byte aligned.
 constexpr int kBackwardTapStride = 12;
-// Channels of a part, whose filters fill the 48 KiB that every launch may have.
+// Channels of a block, whose filters fill the 48 KiB of shared memory that every launch may use.
 constexpr int kBackwardBlockChannels = 1024;
-// Floats of shared memory for half of the warps' sums of grad_spatial.
+// Floats of shared memory for the sums of grad_spatial of half of the warps.
 constexpr int kBackwardSumFloats =
     kBackwardWarps / 2 * kBackwardTaps * kBackwardRows * kBackwardColumns * kLanes;
 
@@ -101,7 +99,7 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
     float values[kRows][kColumns] = {};
     float channel_sums[kTaps] = {};
     float sums[kRows][kColumns] = {};
-    // Row by row of the window, so that a row takes registers only from its first use to its last.
+    // By rows of the window, so that a row takes registers only from its first use to its last.
     DDF_UNROLL
     for (int y = 0; y < kRows + 2; ++y) {
       float window[kColumns + 2] = {};
@@ -142,7 +140,7 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
             const float term = values[row][column] * output;
             spatial_sums[(tap * kRows + row) * kColumns + column] +=
                 Combine::grad_spatial(term, per_channel, spatial);
-            // Pixels that are not there are zeros, which must not meet an Inf.
+            // Pixels outside the image have no filter: 0 * Inf must not be added.
             if (row_inside[y] && column_inside[x]) {
               sums[row][column] += Combine::weight(per_channel, spatial) * output;
               if (Vector || column_inside[column + 1]) {
@@ -186,14 +184,14 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
       for (int column = 0; column < kColumns; ++column) {
         if (!row_inside[row + 1] || !column_inside[column + 1]) continue;
         const int64_t plane = group * kTaps + tap;
-        // The output that has the pixel under this tap.
+        // The output that reads the pixel by this tap.
         const int y = row + 2 - tap / 3;
         const int x = column + 2 - tap % 3;
         if (row_inside[y] && column_inside[x]) {
           partials.store_spatial(g, channel_block, batch, plane, top + y - 1, left + x - 1,
                                  spatial_sums[(tap * kRows + row) * kColumns + column]);
         }
-        // A tap of the pixel's own output that lies outside of the features, and so in no sum.
+        // A tap of the output at this pixel that lies outside the features has no gradient.
         const int under_y = row + tap / 3;
         const int under_x = column + tap % 3;
         if (!row_inside[under_y] || !column_inside[under_x]) {

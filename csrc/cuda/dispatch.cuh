@@ -1,5 +1,5 @@
-// Which kernel serves a call, and with how many blocks. `launch(name, kernel, blocks, threads,
-// shared_bytes, arguments...)` starts a kernel: on a device in launcher.cuh, on the host in the
+// Chooses the kernel, tiling and grid of a call. `launch(name, kernel, blocks, threads,
+// shared_bytes, arguments...)` launches a kernel: on a device in launcher.cuh, on the host in the
 // tests.
 #pragma once
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace ddf::cuda {
 
-// The choice depends on the shape alone, never on the device: so do the sums' orders.
+// The tiling depends on the shape only, never on the device, and so does the order of sums.
 inline Tiling tiling_of(const Geometry& g) {
   Tiling tiling;
   tiling.tiles_per_row = ceil_div(g.width, kTileColumns);
@@ -28,8 +28,8 @@ inline Tiling tiling_of(const Geometry& g) {
   while (tiling.tile_lanes < tiling.tiles && tiling.tile_lanes < kForward3x3Threads) {
     tiling.tile_lanes *= 2;
   }
-  // A larger slab reads the spatial filter less often; a smaller one makes more blocks, and a
-  // large GPU wants several for each of its 130 or so multiprocessors.
+  // Larger channel blocks read the spatial filter less often; smaller ones give more blocks, and a
+  // large GPU needs several for each of its about 130 multiprocessors.
   const int64_t lanes = kForward3x3Threads / tiling.tile_lanes;
   const int64_t tile_blocks = ceil_div(tiling.tiles, tiling.tile_lanes);
   int64_t block_channels = 32 * lanes;
@@ -46,7 +46,8 @@ inline int64_t blocks_of(const Geometry& g, const Tiling& tiling) {
   return g.batch * ceil_div(tiling.tiles, tiling.tile_lanes) * g.groups * tiling.channel_blocks;
 }
 
-// Whether groups of four along the dimension of stride 1 are aligned, given the other strides.
+// Whether groups of four elements along the dimension of stride 1 are aligned; strides are the
+// others.
 template <typename T>
 bool is_aligned_by_4(const View<T>& tensor, std::initializer_list<int64_t> strides) {
   return reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0 &&
@@ -67,8 +68,8 @@ bool has_aligned_channels(const View<T>& tensor) {
 template <int Value>
 using Constant = std::integral_constant<int, Value>;
 
-// Calls function(kernel, stride) with the windows of the call as constants, if there are kernels
-// compiled for them; says whether it and the function did.
+// Calls function(kernel, stride) with constants if kernels are compiled for them; returns its
+// result, otherwise false.
 template <typename Function>
 bool with_kernel_size(const Geometry& g, Function&& function) {
   if (g.dilation != 1) return false;
@@ -79,16 +80,16 @@ bool with_kernel_size(const Geometry& g, Function&& function) {
   return false;
 }
 
-// Whether the kernels for 3 x 3 windows of stride 1 serve these.
+// Whether windows are 3 x 3, of stride and dilation 1.
 inline bool is_3x3(const Geometry& g) { return g.kernel == 3 && g.dilation == 1 && g.stride == 1; }
 
-// Whether rows are contiguous; those of a tensor that is not there do not matter.
+// Whether rows are contiguous; true for an absent tensor.
 template <typename T>
 bool has_contiguous_rows(const View<T>& tensor) {
   return tensor.data == nullptr || tensor.column_stride == 1;
 }
 
-// Runs forward_3x3 where it serves the call; says whether it did.
+// Runs forward_3x3 if it supports the call; returns whether it did.
 template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_forward_3x3(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
@@ -123,12 +124,12 @@ inline StripGrid strip_grid_of(const Geometry& g) {
   const int64_t quads = g.group_channels / kStripChannels;
   grid.channel_blocks = ceil_div(quads, kStripThreads);
   grid.lanes = ceil_div(quads, grid.channel_blocks);
-  // Narrow groups leave threads over: shared memory has no room for the strips of all.
+  // With narrow groups, not all threads are used: shared memory has no room for their strips.
   grid.per_block = std::min(kStripThreads / grid.lanes, 16);
   return grid;
 }
 
-// Runs forward_3x3_channels_last where it serves the call; says whether it did.
+// Runs forward_3x3_channels_last if it supports the call; returns whether it did.
 template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_forward_3x3_channels_last(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
@@ -152,7 +153,7 @@ bool launch_forward_3x3_channels_last(const Arguments<T>& a, const char* name, L
   }
 }
 
-// Runs forward_tiled where it serves the call; says whether it did.
+// Runs forward_tiled if it supports the call; returns whether it did.
 template <bool Mirrored, bool Pack, typename T, typename Launch>
 bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
@@ -206,9 +207,9 @@ void launch_forward(const Arguments<T>& a, Launch&& launch) {
   launch_forward_generic(a, "ddf forward", launch);
 }
 
-// ddf with what a.pack says. The channel filter is contiguous, the spatial filter too or
-// channels_last. allocate(n) makes room for n elements that lives until the kernels are done: where
-// no kernel normalizes the filters itself, they go through memory.
+// ddf with the prologue and epilogue of a.pack. The channel filter is contiguous, the spatial
+// filter contiguous or channels_last. allocate(n) returns scratch memory for n elements, valid
+// until the kernels are done, for normalized filters where no kernel fuses the prologue.
 template <typename T, typename Allocate, typename Launch>
 void launch_pack(Arguments<T> a, Allocate&& allocate, Launch&& launch) {
   if (launch_forward_3x3<false, true>(a, "ddf_pack, 3x3", launch)) return;
@@ -251,7 +252,7 @@ void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
                 launch);
 }
 
-// Splits the channels of a group when there would be too few blocks for a large GPU.
+// Splits the channels of a group if a large GPU would have too few blocks.
 template <typename T>
 void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
   int64_t block_channels = std::min(g.group_channels, most);
@@ -263,7 +264,7 @@ void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
   partials.channel_blocks = ceil_div(g.group_channels, block_channels);
 }
 
-// Makes room for the parts, calls launch_partials(partials), and adds the parts.
+// Allocates the partial sums, calls launch_partials(partials) and reduces them.
 template <typename T, typename Allocate, typename Launch, typename LaunchPartials>
 void launch_with_partials(PartialSums<T> partials, const Geometry& g, const Gradients<T>& to,
                           Allocate&& allocate, Launch&& launch, LaunchPartials&& launch_partials) {
@@ -291,7 +292,7 @@ void launch_with_partials(PartialSums<T> partials, const Geometry& g, const Grad
       g.groups * taps, g.out_height, g.out_width, partials.channel_blocks);
 }
 
-// Runs backward_3x3 where it serves the call; says whether it did.
+// Runs backward_3x3 if it supports the call; returns whether it did.
 template <typename T, typename Allocate, typename Launch>
 bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate,
                          Launch&& launch) {
@@ -324,7 +325,7 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
   }
 }
 
-// Runs grad_filters where it serves the call; says whether it did.
+// Runs grad_filters if it supports the call; returns whether it did.
 template <typename T, typename Allocate, typename Launch>
 bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, Allocate&& allocate,
                               Launch&& launch) {
@@ -360,7 +361,7 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
   }
 }
 
-// Runs grad_filters_channels_last where it serves the call; says whether it did.
+// Runs grad_filters_channels_last if it supports the call; returns whether it did.
 template <typename T, typename Allocate, typename Launch>
 bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>& to,
                                        Allocate&& allocate, Launch&& launch) {
@@ -380,7 +381,7 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
       grid.columns = ceil_div(g.out_width, grid.per_row);
       grid.rows = ceil_div(g.out_height, kTileOutputRows);
       const int64_t count = g.group_channels / kQuadChannels;
-      // The widest that leaves the fewest lanes without channels.
+      // The most lanes that leave the fewest without channels.
       grid.lanes = kLanes;
       for (const int lanes : {16, 8}) {
         if (ceil_div(count, lanes) * lanes < ceil_div(count, grid.lanes) * grid.lanes) {
@@ -427,8 +428,8 @@ void launch_grad_filters(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
   }
 }
 
-// Fills the gradients that are wanted. allocate(n) makes room for n floats that lives until the
-// kernels are done.
+// Computes the gradients that are needed. allocate(n) returns scratch memory for n floats, valid
+// until the kernels are done.
 template <typename T, typename Allocate, typename Launch>
 void launch_backward(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate, Launch&& launch) {
   const bool wants_filters = to.channel_filter.data != nullptr || to.spatial_filter.data != nullptr;

@@ -1,6 +1,6 @@
-// FilterNorm: each filter less its mean and over its standard deviation, then scaled and shifted.
-// In the kernels of filter_norm a thread has one filter, whose taps it reads again from the nearest
-// cache; those of ddf_pack normalize the filters that they hold.
+// FilterNorm: subtracts the mean of each filter, divides by its standard deviation, scales and
+// shifts. In filter_norm a thread has one filter, whose taps it reads repeatedly, from the L1
+// cache; the kernels of ddf_pack normalize filters in registers or shared memory.
 #pragma once
 #include <cmath>
 
@@ -17,7 +17,7 @@ struct FilterNormArguments {
   bool taps_inner;
   const T* grad;  // of the result; null in the forward pass
   const T* x;
-  // [filters * taps]; null if there is none.
+  // [filters * taps]; null if absent.
   const Accumulate<T>* std;
   const Accumulate<T>* mean;
   Accumulate<T> scale, eps;
@@ -37,8 +37,8 @@ struct FilterNormArguments {
 DDF_DEVICE float square_root(float value) { return sqrtf(value); }
 DDF_DEVICE double square_root(double value) { return sqrt(value); }
 
-// What standardizes the taps of a filter: (x - first - mean) * inverse. Less the first tap, equal
-// taps are 0 whatever rounding does to their mean; inverse and slope of such a filter are 0.
+// Standardizes the taps of a filter: (x - first - mean) * inverse. Subtracting the first tap makes
+// equal taps exactly 0, however their mean is rounded; inverse and slope of such a filter are 0.
 template <typename A>
 struct Moments {
   A first, mean, inverse, slope;
@@ -84,7 +84,7 @@ DDF_DEVICE void normalize(A* values, int step, A scale, A eps, const A* std = nu
   }
 }
 
-// The same for the filters of an Around.
+// The same with the parameters of ddf_pack.
 template <int Taps, typename A>
 DDF_DEVICE void normalize_spatial(const PackOptions<A>& pack, A* values, int step) {
   normalize<Taps>(values, step, pack.spatial_scale, pack.eps);
@@ -106,7 +106,7 @@ struct FilterPosition {
 template <typename T>
 DDF_DEVICE FilterPosition filter_of_thread(const FilterNormArguments<T>& a) {
   const int64_t index = block_index() * kFilterNormThreads + thread_index();
-  // Neighbouring threads have neighbours in memory.
+  // Neighbouring threads access neighbouring addresses.
   const int64_t inner = a.taps_inner ? a.filters : a.pixels;
   const int64_t outer = a.taps_inner ? a.pixels : a.filters;
   const int64_t first = index % inner, second = index / inner % outer;
@@ -203,7 +203,7 @@ void launch_filter_norm(const FilterNormArguments<T>& a, Launch&& launch) {
          size_t{0}, a);
 }
 
-// Fills the gradients that are wanted.
+// Computes the gradients that are needed.
 template <typename T, typename Launch>
 void launch_filter_norm_backward(const FilterNormArguments<T>& a, Launch&& launch) {
   if (a.result != nullptr) {

@@ -1,9 +1,8 @@
 // 3 x 3 windows of stride and dilation 1 over rows that are contiguous in memory (NCHW): the
 // forward pass and grad_features, which is a forward pass over grad with the taps mirrored.
-//
-// A thread owns 2 rows x 4 columns of pixels and goes through the channels of a slab: the spatial
-// filter of its pixels stays in registers meanwhile, the channel filters of the slab lie in shared
-// memory. A small image leaves threads over; these share the channels of the slab.
+// A thread computes 2 x 4 pixels of all channels of a channel block. The spatial filter of its
+// pixels is in registers, the channel filters of the block in shared memory. If the image has fewer
+// tiles than the block has threads, threads share the channels of a tile.
 #pragma once
 #include "filter_norm.cuh"
 
@@ -13,8 +12,7 @@ constexpr int kForward3x3Threads = 128;
 constexpr int kTileRows = 2;
 constexpr int kTileColumns = 4;
 constexpr int kForward3x3Taps = 9;
-// Floats between two channels in shared memory: three aligned quadruples, of nine taps and what the
-// sums begin with.
+// Floats from one channel to the next in shared memory, 16-byte aligned: nine taps and the bias.
 constexpr int kTapStride = 12;
 
 struct Tiling {
@@ -27,8 +25,8 @@ struct alignas(16) Four {
   float values[4];
 };
 
-// Vector: the width is a multiple of 4, and so is every row's address, in elements.
-// Pack: with what a.pack says.
+// Mirrored: grad_features. Vector: the width and the addresses of the rows, in elements, are
+// multiples of 4. Pack: with the prologue and epilogue of a.pack.
 template <typename T, typename Combine, bool Mirrored, bool Vector, bool Pack>
 DDF_KERNEL(kForward3x3Threads, 4)
 forward_3x3(Arguments<T> a, Tiling tiling) {
@@ -57,7 +55,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
             : load(a.channel_filter.at(batch, first + channel, tap / 3, tap % 3));
   }
   if (Pack) {
-    // A filter's taps come from several threads.
+    // The taps of a filter were written by several threads.
     sync_threads();
     for (int channel = thread_index(); channel < channels; channel += kForward3x3Threads) {
       float* const taps = channel_taps + channel * kTapStride;
@@ -77,7 +75,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
   for (int tap = 0; tap < kForward3x3Taps; ++tap) {
     DDF_UNROLL
     for (int row = 0; row < kTileRows; ++row) {
-      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      // Mirrored: the taps that read a pixel belong to neighbouring outputs.
       const int y = top + row - (Mirrored ? tap / 3 - 1 : 0);
       const int x = left - (Mirrored ? tap % 3 - 1 : 0);
       float* const taps = spatial_taps[tap][row];
@@ -162,7 +160,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
           const int x = column + (Mirrored ? 2 - tap % 3 : tap % 3);
           const float spatial = spatial_taps[tap][row][column];
           const float filter = Combine::weight(taps[tap], spatial);
-          // An output that is not there has no filter: its zero must not meet an Inf.
+          // Outputs outside the image have no filter: 0 * Inf must not be added.
           if (!Mirrored || (row_inside[y] && column_inside[x])) sum += window[y][x] * filter;
         }
         sums[column] = Pack ? a.pack.clamp_min(sum) : sum;

@@ -1,10 +1,9 @@
 // 3 x 3 windows of stride and dilation 1 over channels that are contiguous in memory
 // (channels_last): the forward pass, and grad_features with the taps mirrored, as in
 // forward_3x3.cuh.
-//
-// A thread owns 4 neighbouring channels of one filter group and slides along a strip of two rows:
-// the channel filters stay in registers, the spatial filters of the strip lie in shared memory,
-// where all channels find them, and each step loads one new column of the window.
+// A thread has 4 neighbouring channels of a filter group and slides along a strip of two rows. The
+// channel filters are in registers, the spatial filters of the strip in shared memory for all
+// channels. Each step loads one new column of the window.
 #pragma once
 #include "filter_norm.cuh"
 
@@ -15,13 +14,13 @@ constexpr int kStripRows = 2;
 constexpr int kStripColumns = 16;  // at most
 constexpr int kStripChannels = 4;
 constexpr int kStripTaps = 9;
-// Floats of shared memory for the taps of a pixel (three aligned quadruples), and of a strip.
+// Floats of shared memory for the taps of a pixel, 16-byte aligned, and of a strip.
 constexpr int kStripTapStride = 12;
 constexpr int kStripFloats = kStripRows * kStripColumns * kStripTapStride;
 
 struct StripGrid {
-  int columns, per_row, rows;  // columns of a strip; strips beside and below each other
-  int lanes, channel_blocks;   // channel quadruples of a block; blocks for those of a group
+  int columns, per_row, rows;  // columns of a strip; strips per row and column of the image
+  int lanes, channel_blocks;   // channel quadruples of a block; channel blocks of a group
   int per_block;
 };
 
@@ -66,7 +65,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
     float taps[kStripTapStride] = {};
     DDF_UNROLL
     for (int tap = 0; tap < kStripTaps; ++tap) {
-      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      // Mirrored: the taps that read a pixel belong to neighbouring outputs.
       const int y = row + (Mirrored ? 1 - tap / 3 : 0);
       const int x = column + (Mirrored ? 1 - tap % 3 : 0);
       taps[tap] = Combine::kNeutral;
@@ -144,7 +143,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
       for (int tap = 0; tap < kStripTaps; ++tap) {
         const int y = row + (Mirrored ? 2 - tap / 3 : tap / 3);
         const int x = Mirrored ? 2 - tap % 3 : tap % 3;
-        // An output that is not there has no filter: its zero must not meet an Inf.
+        // Outputs outside the image have no filter: 0 * Inf must not be added.
         if (masked && !(row_inside[y] && column + x >= 1 && column + x <= width)) continue;
         DDF_UNROLL
         for (int i = 0; i < kStripChannels; ++i) {
@@ -164,7 +163,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   const bool rows_inside = row_inside[0] && row_inside[2] && row_inside[3];
   const int strip_end = place.left + grid.columns;
   const int end = strip_end < width ? strip_end : width;
-  // Unrolled by the columns of the window, so that columns change their role and not their place.
+  // Unrolled by the columns of the window, so that columns are renamed instead of moved.
   DDF_UNROLL_BY(3)
   for (int column = place.left; column < end; ++column) {
     load_column(window[2], column + 1 < width);

@@ -1,10 +1,9 @@
 // Windows larger than 3 x 3 of stride 1, and 3 x 3 of stride 2, of dilation 1, in either layout:
 // the forward pass, and grad_features of stride 1 with the taps mirrored, as in forward_3x3.cuh.
-//
-// A thread owns 4 neighbouring outputs of a row in each of 4 channels. The spatial filters of a
-// block's outputs and the channel filters of its channels lie in shared memory, where the rows of
-// taps are walked in a loop: unrolled, they would not fit the registers. Neighbouring threads have
-// neighbouring outputs, or neighbouring channels where those are neighbours in memory.
+// A block computes a tile of outputs of a channel block; a thread 4 neighbouring outputs of a row
+// in each of 4 channels. The filters of the block are in shared memory. The loop over the rows of
+// taps is not unrolled, because the taps would not fit in registers. Neighbouring threads have
+// neighbouring outputs, or channels where those are adjacent in memory.
 #pragma once
 #include "filter_norm.cuh"
 #include "load_row.cuh"
@@ -53,7 +52,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
     const bool inside = row < out_height && column < out_width;
     DDF_UNROLL_NOT
     for (int tap = 0; tap < kTaps; ++tap) {
-      // Mirrored: the taps under which the pixel lies belong to the outputs around it.
+      // Mirrored: the taps that read a pixel belong to neighbouring outputs.
       const int y = row + (Mirrored ? Kernel / 2 - tap / Kernel : 0);
       const int x = column + (Mirrored ? Kernel / 2 - tap % Kernel : 0);
       float value = Combine::kNeutral;
@@ -74,7 +73,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
             : load(a.channel_filter.at(batch, first + channel, tap / Kernel, tap % Kernel));
   }
   if (Pack) {
-    // A filter's taps come from several threads.
+    // The taps of a filter were written by several threads.
     sync_threads();
     for (int channel = thread_index(); channel < channels; channel += kTiledThreads) {
       normalize_channel<kTaps>(a.pack, first + channel, channel_taps + channel, kBlockChannels);
@@ -122,7 +121,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
       } else {
         DDF_UNROLL
         for (int i = 0; i < kThreadChannels; ++i) {
-          // A channel behind the last repeats it; its sums are not stored.
+          // Channels after the last repeat the first; their sums are not stored.
           const T* const plane = line + (channel + i < channels ? i : 0) * input.channel_stride;
           if (vector) {
             load_row<Kernel / 2, true>(window[i], plane, column, width);
@@ -140,7 +139,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
         DDF_UNROLL
         for (int j = 0; j < kThreadOutputs; ++j) {
           const int x = j * Stride + (Mirrored ? Kernel - 1 - tap_column : tap_column);
-          // An output that is not there has no filter: its zero must not meet an Inf.
+          // Outputs outside the image have no filter: 0 * Inf must not be added.
           const int at = column + x - Kernel / 2;
           if (masked && (at < 0 || at >= width)) continue;
           DDF_UNROLL
@@ -157,7 +156,7 @@ forward_tiled(Arguments<T> a, int tiles, int channel_blocks, bool vector) {
       const int y = top + (Mirrored ? Kernel - 1 - tap_row : tap_row);
       if (y < 0 || y >= height) {
         if (Mirrored) continue;
-        // Zeros, which make a NaN of an Inf in the filter.
+        // Zero features; 0 * Inf in the filter is NaN, as in the reference.
         DDF_UNROLL_NOT
         for (int tap_column = 0; tap_column < Kernel; ++tap_column) {
           const int tap = tap_row * Kernel + tap_column;

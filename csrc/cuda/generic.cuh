@@ -1,7 +1,7 @@
-// Kernels for any kernel size, stride, dilation, groups and strides of memory: one value a thread.
+// Kernels for any kernel size, stride, dilation, groups and memory strides: one value per thread.
 //
-// Outside the image the features are zeros that take part in sums, as in the reference, so that a
-// NaN or Inf of a filter stays where it is there. Sums run in one order: results are repeatable.
+// Zeros outside the image are multiplied and added as in the reference, so that NaN and Inf in the
+// filters have the same effect. Sums have a fixed order, so that results are repeatable.
 #pragma once
 #include <algorithm>
 
@@ -10,12 +10,12 @@
 namespace ddf::cuda {
 
 constexpr int kGenericThreads = 256;
-// Neighbouring channels that a block of grad_channel_generic sums when they are neighbours in
-// memory: one warp reads them together.
+// Channels of a block of grad_channel_generic if they are adjacent in memory: a warp reads them
+// together.
 constexpr int kChannelLanes = 32;
 
-// The part of a tensor that one launch writes: few enough elements to be counted in 32 bits, whose
-// divisions are cheap.
+// The slice of a tensor that one launch writes: small enough for 32-bit indices, whose divisions
+// are cheap.
 struct Slice {
   int first_batch, first_row;
   int batches, channels, rows, columns;
@@ -27,7 +27,7 @@ struct Position {
   bool inside;
 };
 
-// The element that a thread owns: neighbouring threads meet neighbouring addresses.
+// The element that a thread computes; neighbouring threads have neighbouring addresses.
 DDF_DEVICE Position position_in(const Slice& slice) {
   unsigned index = static_cast<unsigned>(block_index()) * kGenericThreads + thread_index();
   Position at;
@@ -222,14 +222,14 @@ grad_channel_generic(Arguments<T> a, int channel_lanes) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Channels that are neighbours in memory are walked first.
+// Whether neighbouring threads should take neighbouring channels.
 template <typename T>
 bool is_channels_last(const View<T>& tensor) {
   return tensor.channel_stride == 1 && tensor.column_stride != 1;
 }
 
-// Launches a generic kernel for [batch, channels, rows, columns] results, in several boxes if they
-// are too many for one.
+// Launches a generic kernel for [batch, channels, rows, columns] results, in several slices if one
+// is not enough.
 template <typename T, typename Kernel, typename Launch>
 void launch_slices(const Arguments<T>& a, const char* name, Kernel kernel, int64_t channels,
                    int64_t rows, int64_t columns, Launch&& launch) {

@@ -1,10 +1,10 @@
 // The gradients of both filters in one pass over grad and features, over rows that are contiguous
 // in memory (NCHW), dilation 1.
-//
-// A block owns a tile of outputs, 4 neighbours in a row for each lane of a warp. 3 x 3: every warp
-// takes its share of the channels; grad_spatial is summed in registers over a warp's channels, then
-// over the warps. Larger: every warp takes one row of taps, since its registers hold no more, and
-// all channels. grad_channel is summed over a warp's lanes, then by reduce_partials over the tiles.
+// A block has a tile of outputs, 4 neighbours in a row for each lane of a warp. 3 x 3: the warps
+// divide the channels; grad_spatial is summed in registers over the channels of a warp, then over
+// the warps. Larger: each warp has one row of taps, because registers hold no more, and all
+// channels. grad_channel is summed over the lanes of a warp, then over the tiles by
+// reduce_partials.
 #pragma once
 #include "load_row.cuh"
 #include "reduce.cuh"
@@ -13,17 +13,17 @@ namespace ddf::cuda {
 
 constexpr int kLaneOutputs = 4;
 
-// Rows of taps that a warp of the filters' gradients takes, and warps that share the channels.
+// Rows of taps of a warp, and warps that divide the channels.
 constexpr int tap_rows(int kernel) { return kernel == 3 ? 3 : 1; }
 constexpr int channel_warps(int kernel) { return kernel == 3 ? 4 : 1; }
 constexpr int grad_filters_threads(int kernel) {
   return kLanes * channel_warps(kernel) * (kernel / tap_rows(kernel));
 }
-// Floats of shared memory for half of the warps' sums.
+// Floats of shared memory for the sums of half of the warps.
 constexpr int grad_filters_shared_floats(int kernel) {
   return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kLaneOutputs * kLanes;
 }
-// Sums that sum_over_lanes can take for `taps` taps.
+// Length of an array for sum_over_lanes that holds `taps` sums.
 constexpr int summed_taps(int taps) { return taps == 7 ? 8 : taps; }
 
 // Adds the sums of Warps warps in shared memory; the first gets the total.
@@ -32,7 +32,7 @@ DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int la
   DDF_UNROLL_NOT
   for (int half = Warps / 2; half >= 1; half /= 2) {
     float* const slot = shared + warp % half * N * kLanes + lane;
-    // The sums of the step before are read before they are overwritten.
+    // The sums of the previous step are read before they are overwritten.
     sync_threads();
     if (warp >= half && warp < 2 * half) {
       DDF_UNROLL
@@ -146,7 +146,7 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
         const float term = grad[j] * window[tap / Kernel][j * Stride + tap % Kernel];
         spatial_sums[tap * kLaneOutputs + j] +=
             Combine::grad_spatial(term, per_channel, spatial_taps[tap][j]);
-        // An output behind the row's end has a zero grad, but its features may be NaN or Inf.
+        // Outputs after the end of the row have a zero grad, but their features may be NaN or Inf.
         if (Vector || output_inside[j])
           channel_sums[tap] += Combine::grad_channel(term, per_channel, spatial_taps[tap][j]);
       }

@@ -1,12 +1,11 @@
 // The gradients of both filters in one pass over grad and features, over channels that are
 // contiguous in memory (channels_last), dilation 1.
-//
-// A thread owns 4 neighbouring channels of one filter group and slides along strips of outputs,
-// each step loading new columns of the window. grad_channel is summed in registers over a tile's
-// outputs, then by reduce_partials over the tiles; grad_spatial over the lanes of a warp, which
-// hold the channels, then by reduce_partials over the warps that share a group. Each warp takes
-// tiles of its own; of windows larger than 3 x 3 its registers hold one row of taps only, so that
-// there the warps of a block take the rows of one tile.
+// A thread has 4 neighbouring channels of a filter group and slides along strips of outputs; each
+// step loads new columns of the window. grad_channel is summed in registers over the outputs of a
+// tile, then over the tiles by reduce_partials; grad_spatial over the lanes of a warp, which hold
+// the channels, then over the channel blocks by reduce_partials. Each warp has its own tiles; for
+// windows larger than 3 x 3, registers hold one row of taps, so the warps of a block divide the
+// rows of taps of a tile.
 #pragma once
 #include "grad_filters.cuh"
 
@@ -16,26 +15,25 @@ constexpr int kTileOutputRows = 8;
 constexpr int kTileOutputColumns = 16;  // at most
 constexpr int kQuadChannels = 4;
 
-// Warps of a block that have tiles of their own, and those that share one.
+// Warps of a block with different tiles.
 constexpr int tile_warps(int kernel) { return kernel == 3 ? 4 : 1; }
 constexpr int grad_filters_channels_last_threads(int kernel) {
   return kLanes * tile_warps(kernel) * (kernel / tap_rows(kernel));
 }
-// Floats of shared memory for the taps of a pixel, whole quadruples, and for a warp.
+// Floats of shared memory for the taps of a pixel, 16-byte aligned, and for a block.
 constexpr int quad_tap_stride(int kernel) { return kernel == 3 ? 12 : 8; }
 constexpr int grad_filters_channels_last_shared_floats(int kernel) {
-  // At most four strips are beside each other in a warp.
+  // A warp has at most four strips.
   return grad_filters_channels_last_threads(kernel) / kLanes * 4 * kTileOutputColumns *
          quad_tap_stride(kernel);
 }
 
 struct TileGrid {
-  int columns, per_row, rows;  // columns of a tile; tiles beside and below each other
+  int columns, per_row, rows;  // columns of a tile; tiles per row and column of the image
   int lanes;                   // quadruples of channels of a warp: 8, 16 or 32
 };
 
-// partials.tiles are those of an image, partials.channel_blocks the warps that share a group's
-// channels.
+// partials.channel_blocks is the number of warps that divide the channels of a group.
 template <typename T, int Kernel, int Stride, typename Combine>
 DDF_KERNEL(grad_filters_channels_last_threads(Kernel), Kernel == 7 ? 1 : 2)
 grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid grid) {
@@ -92,7 +90,7 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
   for (int row = first_row; row < first_row + kTileOutputRows; ++row) {
     const bool tile_row_active = in_tile && row < g.out_height;
     const bool row_active = active && tile_row_active;
-    // The taps of the row before are read before they are overwritten.
+    // The taps of the previous row are read before they are overwritten.
     sync_warp();
     for (int column = lane; column < kTileOutputColumns; column += grid.lanes) {
       const bool inside =
@@ -138,15 +136,15 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
     };
     DDF_UNROLL
     for (int x = 0; x < Kernel - Stride; ++x) load_column(window[x]);
-    // Every lane makes every step, since the sums over lanes want all of them. Unrolled by the
-    // columns of the window, so that columns change their role and not their place.
+    // All lanes take all steps, because the sums over lanes need all of them. Unrolled by the
+    // columns of the window, so that columns are renamed instead of moved.
     DDF_UNROLL_BY(Kernel)
     for (int column = 0; column < grid.columns; ++column) {
       DDF_UNROLL
       for (int x = Kernel - Stride; x < Kernel; ++x) load_column(window[x]);
       float spatial_sums[summed_taps(kTaps)] = {};
       const bool inside = row_active && left + column < g.out_width;
-      // Elsewhere a zero must not meet an Inf.
+      // 0 * Inf must not be added elsewhere.
       if (inside) {
         float grad[kQuadChannels];
         load4(grad, gradient);

@@ -1,4 +1,5 @@
-// The definitions of launcher.cuh's passes, for the files that compile them.
+// Definitions of the functions declared in launcher.cuh, and macros that instantiate them for a
+// dtype.
 #pragma once
 #include "dispatch.cuh"
 #include "launcher.cuh"

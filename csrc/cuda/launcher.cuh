@@ -1,5 +1,5 @@
-// Starts kernels on a device; the passes of ops.cu, each compiled for each dtype in a file of its
-// own (forward_float.cu and so on), so that a build can use several cores.
+// Launches kernels, and declares the functions that ops.cu calls. They are instantiated for each
+// dtype in a separate file (forward_float.cu, ...), which compilers can process in parallel.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Exception.h>
@@ -27,7 +27,7 @@ class Launcher {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, given...);
-    // The error must not be reported by a later call.
+    // Clears the error, so that later calls do not report it.
     if (error != cudaSuccess) cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, name,
                     ": the kernel did not start: ", cudaGetErrorString(error));
@@ -37,7 +37,7 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// Makes room for as many elements, that lives until the kernels are done.
+// Allocates scratch memory of so many elements, valid until the kernels are done.
 template <typename T>
 using Allocate = std::function<T*(int64_t)>;
 
@@ -57,7 +57,8 @@ void run_filter_norm(const FilterNormArguments<T>& a, cudaStream_t stream);
 template <typename T>
 void run_filter_norm_backward(const FilterNormArguments<T>& a, cudaStream_t stream);
 
-// The kernels of ddf_up alone, compiled in upsample.cu. The first says whether it serves the call.
+// Kernels of ddf_up, instantiated in upsample.cu. The first returns false if it does not support
+// the call.
 template <typename T>
 bool run_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, cudaStream_t stream);
 

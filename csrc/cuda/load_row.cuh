@@ -1,15 +1,15 @@
-// Loads of rows that are contiguous in memory.
+// Loads from rows that are contiguous in memory.
 #pragma once
 #include "arguments.cuh"
 
 namespace ddf::cuda {
 
-// Columns of a row that four outputs read.
+// Columns of a row of the features that four neighbouring outputs read.
 constexpr int input_columns(int kernel, int stride) { return 3 * stride + kernel; }
 
-// Columns column - Before .. column - Before + N - 1 into `to`, zeros where there are none; `line`
-// points to `column`, which is inside. Vector: the width is a multiple of 4, and so is every row's
-// address, in elements.
+// Loads columns column - Before to column - Before + N - 1, zeros outside the image; `line` points
+// to `column`, which is inside. Vector: the width and the addresses of the rows, in elements, are
+// multiples of 4.
 template <int Before, bool Vector, int N, typename T>
 DDF_DEVICE void load_row(float (&to)[N], const T* line, int column, int width) {
   DDF_UNROLL

@@ -1,4 +1,4 @@
-// The CUDA kernels of the operators whose schemas are in ../ops.cpp.
+// The CUDA implementations of the operators, whose schemas are in ../ops.cpp.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -44,7 +44,7 @@ void with_type(ScalarType type, Function&& function) {
   }
 }
 
-// Of filters of several subpixels, [B, subpixels, ...], those of the first.
+// Of filters [B, subpixels, ...], the view of the first subpixel.
 template <typename T>
 View<T> strided_view(T* data, const Tensor& t) {
   const int64_t last = t.dim() - 1;
@@ -66,16 +66,16 @@ View<T> writable_view_of(const Tensor& t) {
   return strided_view(static_cast<T*>(t.mutable_data_ptr()), t);
 }
 
-// The geometry of a call that the kernels serve.
-Geometry served(const Geometry& g) {
-  STD_TORCH_CHECK(is_within_launches(g), "ddf_mm: CUDA kernels serve images of at most ",
+// The geometry, if launches of CUDA kernels support it.
+Geometry check_launchable(const Geometry& g) {
+  STD_TORCH_CHECK(is_within_launches(g), "ddf_mm: CUDA kernels support images of at most ",
                   kMaxPixels, " pixels, and as many channels, kernel_size * dilation and stride, ",
                   "with at most ", kMaxElements32, " values in one row of all channels");
   return g;
 }
 
-// Room that lives until the kernels are done: the caching allocator hands a block on to later work
-// of the same stream only, so it may be given back before.
+// Scratch memory, valid until the kernels are done: the caching allocator reuses a freed block only
+// for later work of the same stream, so it may be freed before.
 template <typename T>
 class Scratch {
  public:
@@ -108,8 +108,8 @@ Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
            const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
            int64_t stride, const std::string& kernel_combine) {
   const CombineMode combine = combine_of(kernel_combine);
-  const Geometry g =
-      served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
+  const Geometry g = check_launchable(
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
@@ -132,41 +132,41 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
     const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation, int64_t stride,
     const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
   const CombineMode combine = combine_of(kernel_combine);
-  const Geometry g =
-      served(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
+  const Geometry g = check_launchable(
+      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
-                        need_channel, need_spatial);
-  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
+  const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
+                           need_channel, need_spatial);
+  if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
     Scratch<float> scratch(features, ScalarType::Float);
-    const Gradients<T> views{view_if<T>(to.need_features, to.features),
-                             view_if<T>(to.need_channel, to.channel_filter),
-                             view_if<T>(to.need_spatial, to.spatial_filter)};
+    const Gradients<T> views{view_if<T>(grads.need_features, grads.features),
+                             view_if<T>(grads.need_channel, grads.channel_filter),
+                             view_if<T>(grads.need_spatial, grads.spatial_filter)};
     run_backward(a, views, Allocate<float>(std::ref(scratch)), current_stream(features));
   });
-  return {to.features, to.channel_filter, to.spatial_filter};
+  return {grads.features, grads.channel_filter, grads.spatial_filter};
 }
 
-FilterNormGeometry served(const FilterNormGeometry& of) {
-  STD_TORCH_CHECK(of.taps <= kMaxElements32, "ddf_mm: CUDA kernels serve filters of at most ",
+FilterNormGeometry check_launchable(const FilterNormGeometry& g) {
+  STD_TORCH_CHECK(g.taps <= kMaxElements32, "ddf_mm: CUDA kernels support filters of at most ",
                   kMaxElements32, " taps");
-  return of;
+  return g;
 }
 
 template <typename T>
-FilterNormArguments<T> arguments_of(const FilterNormGeometry& of, const Tensor& x,
+FilterNormArguments<T> arguments_of(const FilterNormGeometry& g, const Tensor& x,
                                     const OptionalTensor& std, double scale, double eps) {
   using A = Accumulate<T>;
   FilterNormArguments<T> a{};
-  a.batch = of.batch;
-  a.filters = of.filters;
-  a.taps = of.taps;
-  a.pixels = of.pixels;
-  a.taps_inner = of.has_taps_inner();
+  a.batch = g.batch;
+  a.filters = g.filters;
+  a.taps = g.taps;
+  a.pixels = g.pixels;
+  a.taps_inner = g.has_taps_inner();
   a.x = static_cast<const T*>(x.const_data_ptr());
   a.std = static_cast<const A*>(data_of(std));
   a.scale = static_cast<A>(scale);
@@ -176,16 +176,16 @@ FilterNormArguments<T> arguments_of(const FilterNormGeometry& of, const Tensor& 
 
 Tensor filter_norm(const Tensor& x, int64_t filters, const OptionalTensor& std,
                    const OptionalTensor& mean, double scale, double eps) {
-  const FilterNormGeometry of = served(FilterNormGeometry(x, filters, std));
-  check_parameter(mean, x, x.size(1), "mean");
+  const FilterNormGeometry g = check_launchable(FilterNormGeometry(x, filters, std));
+  check_parameter(mean, x, x.size(1), "mean", "x");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor result = empty(x, size_of(x), of.channels_last);
-  if (of.is_empty()) return result;
-  const Tensor ordered = of.ordered(x);
+  const Tensor result = empty(x, size_of(x), g.channels_last);
+  if (g.is_empty()) return result;
+  const Tensor ordered = g.ordered(x);
   const OptionalTensor factors = contiguous(std), shifts = contiguous(mean);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    FilterNormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
+    FilterNormArguments<T> a = arguments_of<T>(g, ordered, factors, scale, eps);
     a.mean = static_cast<const Accumulate<T>*>(data_of(shifts));
     a.result = static_cast<T*>(result.mutable_data_ptr());
     run_filter_norm(a, current_stream(x));
@@ -197,24 +197,24 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
                                                         int64_t filters, const OptionalTensor& std,
                                                         double scale, double eps, bool need_x,
                                                         bool need_std, bool need_mean) {
-  const FilterNormGeometry of = served(FilterNormGeometry(x, filters, std));
-  check_like(grad, x, "grad", size_of(x));
+  const FilterNormGeometry g = check_launchable(FilterNormGeometry(x, filters, std));
+  check_like(grad, x, "grad", size_of(x), "x");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const FilterNormGradients to(of, x, need_x, need_std, need_mean);
-  if (of.is_empty()) return {to.x, to.std, to.mean};
-  const Tensor ordered = of.ordered(x), ordered_grad = of.ordered(grad);
+  const FilterNormGradients grads(g, x, need_x, need_std, need_mean);
+  if (g.is_empty()) return {grads.x, grads.std, grads.mean};
+  const Tensor ordered = g.ordered(x), ordered_grad = g.ordered(grad);
   const OptionalTensor factors = contiguous(std);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    FilterNormArguments<T> a = arguments_of<T>(of, ordered, factors, scale, eps);
+    FilterNormArguments<T> a = arguments_of<T>(g, ordered, factors, scale, eps);
     a.grad = static_cast<const T*>(ordered_grad.const_data_ptr());
-    if (need_x) a.result = static_cast<T*>(to.x.mutable_data_ptr());
-    if (need_std) a.grad_std = static_cast<A*>(to.std.mutable_data_ptr());
-    if (need_mean) a.grad_mean = static_cast<A*>(to.mean.mutable_data_ptr());
+    if (need_x) a.result = static_cast<T*>(grads.x.mutable_data_ptr());
+    if (need_std) a.grad_std = static_cast<A*>(grads.std.mutable_data_ptr());
+    if (need_mean) a.grad_mean = static_cast<A*>(grads.mean.mutable_data_ptr());
     run_filter_norm_backward(a, current_stream(x));
   });
-  return {to.x, to.std, to.mean};
+  return {grads.x, grads.std, grads.mean};
 }
 
 Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
@@ -222,8 +222,8 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
                 double eps, const OptionalTensor& bias, bool relu, int64_t kernel_size,
                 int64_t dilation, int64_t stride, const std::string& kernel_combine) {
   const CombineMode combine = combine_of(kernel_combine);
-  const Geometry g = served(pack_geometry_of(features, raw_channel, raw_spatial, channel_std, bias,
-                                             kernel_size, dilation, stride));
+  const Geometry g = check_launchable(pack_geometry_of(
+      features, raw_channel, raw_spatial, channel_std, bias, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
@@ -253,8 +253,8 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
               int64_t dilation, const std::string& kernel_combine) {
   const CombineMode combine = combine_of(kernel_combine);
-  const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
-                                        dilation, 1, scale_factor));
+  const Geometry g = check_launchable(geometry_of(features, channel_filter, spatial_filter,
+                                                  kernel_size, dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
@@ -277,47 +277,47 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     int64_t dilation, const std::string& kernel_combine, bool need_features, bool need_channel,
     bool need_spatial) {
   const CombineMode combine = combine_of(kernel_combine);
-  const Geometry g = served(geometry_of(features, channel_filter, spatial_filter, kernel_size,
-                                        dilation, 1, scale_factor));
+  const Geometry g = check_launchable(geometry_of(features, channel_filter, spatial_filter,
+                                                  kernel_size, dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const DDFGradients to(g, grad, features, channel_filter, spatial_filter, need_features,
-                        need_channel, need_spatial);
-  if (to.is_empty()) return {to.features, to.channel_filter, to.spatial_filter};
+  const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
+                           need_channel, need_spatial);
+  if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const cudaStream_t stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
     a.grad = view_of<T>(grad);
-    if (to.need_features) {
-      a.result = writable_view_of<T>(to.features);
+    if (grads.need_features) {
+      a.result = writable_view_of<T>(grads.features);
       run_upsample_grad_features(a, strides, stream);
     }
-    if (!to.need_channel && !to.need_spatial) return;
+    if (!grads.need_channel && !grads.need_spatial) return;
     const Gradients<T> views{{},
-                             view_if<T>(to.need_channel, to.channel_filter),
-                             view_if<T>(to.need_spatial, to.spatial_filter)};
-    const SubpixelStrides to_strides{to.need_channel ? to.channel_filter.stride(1) : 0,
-                                     to.need_spatial ? to.spatial_filter.stride(1) : 0};
+                             view_if<T>(grads.need_channel, grads.channel_filter),
+                             view_if<T>(grads.need_spatial, grads.spatial_filter)};
+    const SubpixelStrides grad_strides{grads.need_channel ? grads.channel_filter.stride(1) : 0,
+                                       grads.need_spatial ? grads.spatial_filter.stride(1) : 0};
     a.result = View<T>{};
     for_each_subpixel(a, strides, [&](const Arguments<T>& call, int64_t r) {
       Scratch<float> scratch(features, ScalarType::Float);
-      run_backward(call, grad_filters_of(views, to_strides, r), Allocate<float>(std::ref(scratch)),
-                   stream);
+      run_backward(call, grad_filters_of(views, grad_strides, r),
+                   Allocate<float>(std::ref(scratch)), stream);
     });
   });
-  return {to.features, to.channel_filter, to.spatial_filter};
+  return {grads.features, grads.channel_filter, grads.spatial_filter};
 }
 
 }  // namespace
 
-// Compiled for the same devices as all kernels.
+// Compiled for the same devices as the other kernels.
 DDF_KERNEL(1) any_kernel() {}
 
 }  // namespace ddf::cuda
 
-// Why a device cannot run kernels that were compiled as these were, or null. Other errors are left
-// to the calls that meet them.
+// Why a device cannot run the compiled kernels, or null if it can. Other errors are reported by the
+// calls that cause them.
 extern "C" __attribute__((visibility("default"))) const char* ddf_mm_why_not_on(int device) {
   try {
     const torch::stable::accelerator::DeviceGuard guard(device);

@@ -1,5 +1,5 @@
-// What the kernels use of the machine that runs them. Every access to global memory goes through
-// load and store, so that the host build of the tests can check each one.
+// Device functions and qualifiers, which the host build of the tests replaces. Kernels access
+// global memory by load and store only, so that the host build can check each access.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -28,7 +28,7 @@ DDF_DEVICE int thread_index() { return threadIdx.x; }
 DDF_DEVICE int64_t block_index() { return blockIdx.x; }
 DDF_DEVICE void sync_threads() { __syncthreads(); }
 DDF_DEVICE void sync_warp() { __syncwarp(); }
-// The value of the lane whose index differs in the bits of `mask`; every lane takes part.
+// The value of lane (index ^ mask); all lanes of the warp must call it.
 DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -43,7 +43,7 @@ DDF_DEVICE void store(double* p, double value) { *p = value; }
 DDF_DEVICE void store(Half* p, float value) { *p = __float2half_rn(value); }
 DDF_DEVICE void store(BFloat16* p, float value) { *p = __float2bfloat16_rn(value); }
 
-// Four neighbours at once; the address is a multiple of their size.
+// Four consecutive elements; the address is aligned to their size.
 DDF_DEVICE void load4(float* to, const float* p) {
   const float4 four = __ldg(reinterpret_cast<const float4*>(p));
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
@@ -81,7 +81,7 @@ DDF_DEVICE void store4(BFloat16* p, const float* from) {
       make_uint2(reinterpret_cast<const unsigned&>(low), reinterpret_cast<const unsigned&>(high));
 }
 
-// Two neighbours at once; the address is a multiple of their size.
+// Two consecutive elements; the address is aligned to their size.
 DDF_DEVICE void store2(float* p, const float* from) {
   *reinterpret_cast<float2*>(p) = make_float2(from[0], from[1]);
 }

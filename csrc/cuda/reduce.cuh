@@ -68,13 +68,13 @@ struct PartialSums {
   }
 };
 
-// How many of N values sum_over_lanes spreads over the lanes: the others it sums in place.
+// Number of the N values that sum_over_lanes distributes over the lanes.
 constexpr int spread_of(int n) { return n >= 8 ? 8 : 4; }
 
 // Sums N values (4, 5, 8 or 9) over `lanes` neighbouring lanes, a power of two of at least 8. Lane
-// i of the first spread_of(N) gets the sum of value i in values[0]; all get that of a last odd
-// value in values[N - 1]. Half of the values change hands at each step, so that over a warp 9 sums
-// cost 14 shuffles, not 45.
+// i of the first spread_of(N) gets the sum of value i in values[0]; all lanes get the sum of a last
+// odd value in values[N - 1]. Lanes exchange half of the values in each step (butterfly), so that 9
+// sums over a warp take 14 shuffles, not 45.
 template <int N>
 DDF_DEVICE void sum_over_lanes(float (&values)[N], int lane, int lanes) {
   constexpr int kSpread = spread_of(N);

@@ -1,5 +1,5 @@
-// ddf_up: the kernels that its subpixels share, and which calls they serve. Everything else is a
-// pass of ddf for each subpixel, over views with gaps.
+// Kernels of ddf_up that compute all subpixels together, and their launches. Other calls run the
+// kernels of ddf for each subpixel, on strided views.
 #pragma once
 #include <algorithm>
 
@@ -27,7 +27,7 @@ View<T> subpixel_of(View<T> output, int64_t scale, int64_t r) {
   return output;
 }
 
-// The call of ddf that makes subpixel r; `a` holds the filters of the first one.
+// The call of ddf that computes subpixel r; `a` has the filters of the first subpixel.
 template <typename T>
 Arguments<T> subpixel_of(Arguments<T> a, const SubpixelStrides& strides, int64_t r) {
   const int64_t scale = a.geometry.scale;
@@ -39,7 +39,7 @@ Arguments<T> subpixel_of(Arguments<T> a, const SubpixelStrides& strides, int64_t
   return a;
 }
 
-// One value of the features' gradient a thread, from all subpixels of the pixels that read it.
+// grad_features, one value per thread, from all subpixels of the output pixels that read it.
 template <typename T>
 DDF_KERNEL(kGenericThreads, 4)
 upsample_grad_features_generic(Arguments<T> a, Slice slice, SubpixelStrides strides) {
@@ -72,13 +72,13 @@ upsample_grad_features_generic(Arguments<T> a, Slice slice, SubpixelStrides stri
 }
 
 constexpr int kUpsampleThreads = 128;
-// Channels that a block makes, whose filters are in shared memory.
+// Channels of a block, whose filters are in shared memory.
 constexpr int kUpsampleBlockChannels = 32;
 constexpr int kUpsampleTaps = 36;  // of 3 x 3 windows of four subpixels
 
-// Twice as many rows and columns with 3 x 3 windows, rows contiguous: a thread owns one pixel of
-// the features and makes its four subpixels of each channel of the slab, out of one reading of its
-// window. Taps outside the image count as zeros that take part in the sums.
+// scale 2, 3 x 3 windows, contiguous rows: a thread has one pixel of the features and computes its
+// four subpixels for each channel of the block from one load of the window. Zeros outside the image
+// are multiplied and added as in the reference.
 template <typename T, typename Combine>
 DDF_KERNEL(kUpsampleThreads, 4)
 upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int channel_blocks) {
@@ -146,7 +146,7 @@ upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int chan
   }
 }
 
-// Runs upsample_3x3 where it serves the call; says whether it did.
+// Runs upsample_3x3 if it supports the call; returns whether it did.
 template <typename T, typename Launch>
 bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
@@ -176,13 +176,13 @@ bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, 
   }
 }
 
-// Calls run(call, r), which makes subpixel r by a pass of ddf.
+// Calls run(call, r) for each subpixel r.
 template <typename T, typename Run>
 void for_each_subpixel(const Arguments<T>& a, const SubpixelStrides& strides, Run&& run) {
   for (int64_t r = 0; r < a.geometry.subpixels(); ++r) run(subpixel_of(a, strides, r), r);
 }
 
-// Fills the gradient of the features, which is a.result.
+// Computes grad_features, which is a.result.
 template <typename T, typename Launch>
 void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
                                    Launch&& launch) {
@@ -191,7 +191,7 @@ void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides&
                 g.width, [&](const auto&... given) { launch(given..., strides); });
 }
 
-// The filters' gradients of subpixel r; `to` holds those of the first one.
+// The filter gradients of subpixel r; `to` has those of the first subpixel.
 template <typename T>
 Gradients<T> grad_filters_of(const Gradients<T>& to, const SubpixelStrides& strides, int64_t r) {
   return {View<T>{}, moved(to.channel_filter, r * strides.channel_filter),

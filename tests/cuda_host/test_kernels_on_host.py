@@ -657,7 +657,7 @@ FAULTS = {
     ),
     "sums overwritten before they are read": (
         "grad_filters.cuh",
-        "    // The sums of the step before are read before they are overwritten.\n"
+        "    // The sums of the previous step are read before they are overwritten.\n"
         "    sync_threads();",
         "",
         "grad_spatial",
@@ -694,7 +694,7 @@ FAULTS = {
     ),
     "taps of a row overwritten before they are read": (
         "grad_filters_channels_last.cuh",
-        "    // The taps of the row before are read before they are overwritten.\n    sync_warp();",
+        "    // The taps of the previous row are read before they are overwritten.\n    sync_warp();",
         "",
         "grad_channel",
         "depends on the order of the threads",
