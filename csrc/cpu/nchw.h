@@ -35,14 +35,14 @@ struct PaddedTile {
   std::vector<Run> runs;
 
   PaddedTile(const Geometry& geometry, int64_t out_rows) : g(geometry) {
-    const int64_t reach = (g.kernel - 1) * g.dilation, pad = g.padding();
-    rows = (out_rows - 1) * g.stride + reach + 1;
-    columns = (g.out_width - 1) * g.stride + reach + 1;
-    phases = std::min(g.stride, reach + 1);
+    const int64_t extent = (g.kernel - 1) * g.dilation, pad = g.padding();
+    rows = (out_rows - 1) * g.stride + extent + 1;
+    columns = (g.out_width - 1) * g.stride + extent + 1;
+    phases = std::min(g.stride, extent + 1);
     phase_rows = ceil_div(rows, g.stride);
     // A vector that starts in the row may end after it.
     line =
-        std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + reach / g.stride);
+        std::max(ceil_div(columns, g.stride), round_up(g.out_width, kLanes<A>) + extent / g.stride);
     // With stride 1, rows of the features are aligned to vectors.
     line = round_up(line, kLanes<A>);
     pitch = kBlockChannels * line;
@@ -349,12 +349,12 @@ void forward_nchw(const Forward& f, ParallelFor run) {
 template <class T, class Combine>
 void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
-  // Windows of grad, which start `reach` before the first subpixel of a pixel.
-  const int64_t reach = g.scale * g.padding() + g.scale - 1;
+  // Windows of grad, which start `halo` before the first subpixel of a pixel.
+  const int64_t halo = g.scale * g.padding() + g.scale - 1;
   Geometry padded_geometry = g;
   padded_geometry.height = g.scale * g.height;
   padded_geometry.width = g.scale * g.width;
-  padded_geometry.kernel = 2 * reach + 1;
+  padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = 1;
   padded_geometry.stride = g.scale;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()));
@@ -365,8 +365,8 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
       const int64_t down = g.padding() - t / g.kernel * g.dilation;
       const int64_t right = g.padding() - t % g.kernel * g.dilation;
       phase.taps.push_back(tap_of(g, b.spatial_strides, r, t, down, right));
-      phase.x_offset.push_back(padded.offset_of(g.scale * down + r / g.scale + reach,
-                                                g.scale * right + r % g.scale + reach));
+      phase.x_offset.push_back(padded.offset_of(g.scale * down + r / g.scale + halo,
+                                                g.scale * right + r % g.scale + halo));
     }
   filter_nchw<T, Combine>(padded_geometry, plan, padded, {phase}, static_cast<const T*>(b.grad), g,
                           static_cast<const T*>(b.channel_filter),
@@ -382,13 +382,13 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
   if (g.scale > 1) return grad_features_upsample_nchw<T, Combine>(b, run);
   // Windows of grad from which the pixels of a phase gather.
-  const int64_t reach = ceil_div(g.padding(), g.stride);
+  const int64_t halo = ceil_div(g.padding(), g.stride);
   Geometry padded_geometry = g;
   padded_geometry.height = g.out_height;
   padded_geometry.width = g.out_width;
   padded_geometry.out_height = ceil_div(g.height, g.stride);
   padded_geometry.out_width = ceil_div(g.width, g.stride);
-  padded_geometry.kernel = 2 * reach + 1;
+  padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = padded_geometry.stride = 1;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
@@ -401,8 +401,7 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
         const int64_t right = column + g.padding() - t % g.kernel * g.dilation;
         if (down % g.stride || right % g.stride) continue;
         phase.taps.push_back(tap_of(g, b.spatial_strides, 0, t, down / g.stride, right / g.stride));
-        phase.x_offset.push_back(
-            padded.offset_of(down / g.stride + reach, right / g.stride + reach));
+        phase.x_offset.push_back(padded.offset_of(down / g.stride + halo, right / g.stride + halo));
       }
       phases.push_back(phase);
     }
