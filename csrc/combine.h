@@ -14,8 +14,8 @@ namespace ddf {
 // output = sum of x * weight(c, s). With p = grad * x, grad_channel and grad_spatial are the terms
 // of the gradients of c and s.
 struct Mul {
-  // Stands for a filter that is None: the weight is the other filter. Finite, and so is the weight of
-  // two of them, which kernels multiply by zero padding.
+  // Stands for a filter that is None: the weight is the other filter. Finite, and so is the weight
+  // of two of them, which kernels multiply by zero padding.
   static constexpr float kNeutral = 1;
   // Whether grad_channel and grad_spatial depend on c and s; if not, kernels do not load them.
   static constexpr bool kGradReadsFilters = true;
