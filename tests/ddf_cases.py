@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 
@@ -40,6 +41,7 @@ def misaligned(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
 
 
+DEFINITIONS = {"mul": operator.mul, "add": operator.add}  # of the combine modes
 # For each combine mode one whose gradients, of absolute values, are at least as large.
 LARGER_TERMS = {"mul": "mul", "add": "add"}
 
@@ -114,7 +116,7 @@ def by_unfold(
         weights.append(sf.reshape(batch, groups, 1, k * k, *sf.shape[2:]))
     weight = weights[0] if len(weights) == 1 else None
     if weight is None:
-        weight = weights[0] * weights[1] if combine == "mul" else weights[0] + weights[1]
+        weight = DEFINITIONS[combine](*weights)
     return (windows * weight).sum(3).flatten(1, 2)
 
 

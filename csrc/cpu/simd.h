@@ -433,9 +433,9 @@ struct Plan {
                      std::max<int64_t>(1, g.out_height * g.out_width / kSparse));
     rows = ceil_div(g.out_height, tiles);
     tiles = ceil_div(g.out_height, rows);
-    const int64_t wanted = ceil_div(kItems, g.batch * tiles * g.groups);
+    const int64_t needed = ceil_div(kItems, g.batch * tiles * g.groups);
     block_channels =
-        std::max(ceil_div(g.group_channels, wanted), std::min(kSparse, g.group_channels));
+        std::max(ceil_div(g.group_channels, needed), std::min(kSparse, g.group_channels));
     channel_blocks = ceil_div(g.group_channels, block_channels);
     items = g.batch * tiles * g.groups * channel_blocks;
   }

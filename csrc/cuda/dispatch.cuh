@@ -432,13 +432,13 @@ void launch_grad_filters(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
 // until the kernels are done.
 template <typename T, typename Allocate, typename Launch>
 void launch_backward(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate, Launch&& launch) {
-  const bool wants_filters = to.channel_filter.data != nullptr || to.spatial_filter.data != nullptr;
+  const bool needs_filters = to.channel_filter.data != nullptr || to.spatial_filter.data != nullptr;
   if (to.features.data != nullptr) {
-    if (wants_filters && launch_backward_3x3(a, to, allocate, launch)) return;
+    if (needs_filters && launch_backward_3x3(a, to, allocate, launch)) return;
     a.result = to.features;
     launch_grad_features(a, launch);
   }
-  if (wants_filters) launch_grad_filters(a, to, allocate, launch);
+  if (needs_filters) launch_grad_filters(a, to, allocate, launch);
 }
 
 }  // namespace ddf::cuda

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ddf_cases import make
+from ddf_cases import DEFINITIONS, make
 
 from ddf_mm.ops import backend_info, ddf, ddf_reference, ddf_up
 from ddf_mm.ops.checks import COMBINES
@@ -37,10 +37,8 @@ def loop_over_definition(x, cf, sf, k, dilation, stride, combine, out_size):
                 weight = sf[b, group * k**2 + t, i, j]
             elif sf is None:
                 weight = cf[b, c, ty, tx]
-            elif combine == "mul":
-                weight = cf[b, c, ty, tx] * sf[b, group * k**2 + t, i, j]
             else:
-                weight = cf[b, c, ty, tx] + sf[b, group * k**2 + t, i, j]
+                weight = DEFINITIONS[combine](cf[b, c, ty, tx], sf[b, group * k**2 + t, i, j])
             out[b, c, i, j] += x[b, c, row, column] * weight
     return torch.from_numpy(out)
 
