@@ -183,7 +183,7 @@ def test_bad_arguments_are_refused(device):
         ([x, raw_channel[:, 1:], raw_spatial, std, bias], "channel_filter must have size 16"),
         ([x, raw_channel, raw_spatial[:, 1:], std, bias], "spatial_filter has 17 channels"),
         ([x, raw_channel, raw_spatial[:, :, 1:], std, bias], "spatial_filter has 4 rows"),
-        ([x, raw_channel.double(), raw_spatial, std, bias], "must have the dtype of the first"),
+        ([x, raw_channel.double(), raw_spatial, std, bias], "must have the dtype of features"),
         ([x, raw_channel, raw_spatial, std[1:], bias], "channel_std must have one dimension of"),
         ([x, raw_channel, raw_spatial, std, bias[1:]], "bias must have one dimension of 16"),
         ([x, raw_channel, raw_spatial, std.double(), bias], "channel_std must be float64 beside"),
