@@ -224,7 +224,7 @@ def test_nan_and_inf_stay_in_their_filter(layout, value):
         ((torch.zeros(2, 9), 1, None, torch.zeros(9, 1)), "mean must have one dimension of 9"),
         (
             (torch.zeros(2, 9), 1, torch.zeros(9).double(), None),
-            "std must be float64 beside float64",
+            "std must be float64 if x is",
         ),
         ((torch.zeros(2, 9, dtype=torch.int32), 1, None, None), "must be float16, bfloat16"),
     ],

@@ -186,10 +186,10 @@ def test_bad_arguments_are_refused(device):
         ([x, raw_channel.double(), raw_spatial, std, bias], "must have the dtype of features"),
         ([x, raw_channel, raw_spatial, std[1:], bias], "channel_std must have one dimension of"),
         ([x, raw_channel, raw_spatial, std, bias[1:]], "bias must have one dimension of 16"),
-        ([x, raw_channel, raw_spatial, std.double(), bias], "channel_std must be float64 beside"),
+        ([x, raw_channel, raw_spatial, std.double(), bias], "channel_std must be float64 if"),
         (
             [x, raw_channel, raw_spatial, std, bias.to(x.dtype).half()],
-            "bias must be float64 beside",
+            "bias must be float64 if features",
         ),
     ]
     for tensors, message in wrong:
