@@ -80,18 +80,18 @@ def sanitized() -> dict[str, object]:
 
 
 @in_each_set
-def test_passes_the_sweep(sanitized, instruction_set):
-    names = ["test_sweep.py", "test_branches.py"]
+def test_passes_the_cases_of_ddf_and_ddf_pack(sanitized, instruction_set):
+    names = ["test_sweep.py", "test_pack.py"]
     command = [sys.executable, "-m", "pytest", "-q", *(ROOT / "tests" / "ops" / n for n in names)]
     # Not in ROOT, whose ddf_mm would be imported first.
     result = run(
-        [*command, "-k", "cpu or threads or equals"],
+        [*command, "-k", "cpu or threads"],
         BUILD,
         **sanitized,
         DDF_MM_CPU_ISA=instruction_set,
     )
     assert result.returncode == 0, result.stdout
-    assert re.search(r"\b12 passed", result.stdout), result.stdout
+    assert re.search(r"\b[1-9]\d\d passed", result.stdout), result.stdout
 
 
 def test_passes_the_direct_calls(sanitized):
