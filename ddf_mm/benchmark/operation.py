@@ -400,8 +400,7 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
 
 def make_upsamplers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
     """The upsampling layers that are compared, for the case's features and kernel."""
-    import ddf_mm.layers.carafe
-    from ddf_mm.layers import DDFUpPack
+    from ddf_mm.layers import CARAFE, DDFUpPack
 
     channels, k = case.shape[1], case.setting.kernel_size
 
@@ -415,11 +414,14 @@ def make_upsamplers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.
                 subpixels.append(ddf(x, channel_filter, spatial(x), k))
             return F.pixel_shuffle(torch.stack(subpixels, 2).flatten(1, 2), args.scale)
 
+    if args.device == "cuda":  # mmcv has kernels there
+        from mmcv.ops import CARAFEPack as CARAFE
+
     options = dict(kernel_size=k, scale_factor=args.scale, head=case.setting.groups)
     return {
         "ddf": DDFUpPack(channels, **options),
         "composition": Composition(channels, **options),
-        "carafe": ddf_mm.layers.carafe.PortableCARAFEPack(channels, args.scale),
+        "carafe": CARAFE(channels, args.scale),
         "nearest": torch.nn.Upsample(scale_factor=args.scale),
     }
 

@@ -16,6 +16,7 @@ _T = TypeVar("_T")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINES = ("mul", "add")
+PADDINGS = ("zeros", "reflect", "replicate", "valid")
 AUTOCAST_RULE = "torch.autocast casts the tensors of a call where none of them is float64"
 
 
@@ -82,7 +83,11 @@ def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int 
     """``kernel_size`` as an int; raises unless it is an odd integer of at least ``minimum``."""
     kernel_size = check_int(name, kernel_size, minimum)
     if kernel_size % 2 == 0:
-        raise ValueError(f"{name} must be odd, so that a window has a centre; got {kernel_size}")
+        raise ValueError(
+            f"{name} must be odd, so that a window has a centre; got {kernel_size} (a filter of "
+            f"{kernel_size} x {kernel_size} taps is one of {kernel_size + 1} x {kernel_size + 1} "
+            "whose first or last row and column are zeros: torch.nn.functional.pad adds them)"
+        )
     return kernel_size
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_ddf, check_ddf_up
+from ddf_mm.ops.checks import (
+    PADDINGS,
+    check_ddf,
+    check_ddf_up,
+    check_features,
+    check_int,
+    check_kernel_size,
+    shape_of,
+)
 from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
@@ -19,6 +28,7 @@ def ddf(
     dilation: int = 1,
     stride: int = 1,
     kernel_combine: str = "mul",
+    padding: str = "zeros",
 ) -> Tensor:
     r"""Applies a decoupled dynamic filter: one k x k filter a channel times (or plus) one a pixel.
 
@@ -43,6 +53,7 @@ def ddf(
             channels_last; B may be 0.
         channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for a filter that changes nothing:
             ones for ``'mul'``, zeros for ``'add'`` (a filter as in CARAFE and involution).
+            A filter of batch 1 serves all images of the batch, the spatial one as well.
         spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads") that share
             the channels evenly and in order, or ``None`` likewise (a filter as in WeightNet).
             Ho = ceil(H / stride); floor, as the official op wants it, is taken too.
@@ -50,6 +61,12 @@ def ddf(
         dilation: distance in pixels between neighbouring taps.
         stride: distance in pixels between neighbouring windows.
         kernel_combine: ``'mul'`` or ``'add'``.
+        padding: what lies outside the features: ``'zeros'``, their reflection (``'reflect'``) or
+            their outermost pixels (``'replicate'``), as in :func:`torch.nn.functional.pad`; or
+            ``'valid'``, which computes only the pixels whose windows lie in the features: of
+            Hp x Wp features that are Ho = (Hp - d*(k-1) - 1) // stride + 1 rows. All but
+            ``'zeros'`` compute the pixels of the padded features, for which spatial filters get a
+            rim of zeros, and return a view.
 
     Returns:
         ``Tensor[B, C, Ho, Wo]`` of the dtype and memory format of ``features``.
@@ -67,13 +84,84 @@ def ddf(
     tensors = features, channel_filter, spatial_filter
     options = kernel_size, dilation, stride, kernel_combine
     if has_torch_function_variadic(*tensors):  # torch.fx records the call
-        return handle_torch_function(ddf, tensors, *tensors, *options)
-    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+        kept = options if padding == "zeros" else (*options, padding)
+        return handle_torch_function(ddf, tensors, *tensors, *kept)
+    if padding != "zeros":
+        return _ddf_padded(*tensors, kernel_size, dilation, stride, kernel_combine, padding=padding)
+    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf(features, channel_filter, spatial_filter, *options)
     if library.serves(features):
         return torch.ops.ddf_mm.ddf(features, channel_filter, spatial_filter, *options)
     library.warn_about_reference(features.device.type)
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
+
+
+def _for_batch(
+    features: Tensor, channel_filter: Tensor | None, spatial_filter: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Expands filters of batch 1 to the batch of the features. The checks come later."""
+
+    def is_usual(tensor: Tensor | None) -> bool:  # the checks refuse others
+        return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
+
+    def expanded(filters: Tensor | None) -> Tensor | None:
+        if filters is None or not is_usual(filters) or shape_of(filters)[0] != 1:
+            return filters
+        return filters.expand(features.shape[0], *filters.shape[1:])
+
+    if not is_usual(features) or shape_of(features)[0] == 1:
+        return features, channel_filter, spatial_filter
+
+    return features, expanded(channel_filter), expanded(spatial_filter)
+
+
+def _ddf_padded(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+    padding: str,
+) -> Tensor:
+    """:func:`ddf` of other padding than zeros: of padded features, without what windows beyond
+    them give."""
+    if padding not in PADDINGS:
+        names = ", ".join(map(repr, PADDINGS))
+        raise ValueError(f"padding must be one of {names}, got {padding!r}")
+    check_features(features)
+    check_kernel_size(kernel_size)
+    stride = check_int("stride", stride, 1)
+    reach = check_int("dilation", dilation, 1) * (kernel_size // 2)
+    if padding != "valid":
+        features = F.pad(features, (reach,) * 4, mode=padding)
+    height, width = features.shape[2:]
+    if min(height, width) <= 2 * reach:
+        raise ValueError(
+            f"features must have more than dilation * (kernel_size - 1) = {2 * reach} rows and "
+            f"columns for padding 'valid', got {height}x{width}"
+        )
+    out_h, out_w = (height - 2 * reach - 1) // stride + 1, (width - 2 * reach - 1) // stride + 1
+    # The centre of the first window, reach, must be one of the pixels 0, stride, 2 * stride, ...
+    if shift := -reach % stride:
+        features = F.pad(features, (shift, 0, shift, 0))
+        height, width = height + shift, width + shift
+    first = (reach + shift) // stride
+    if spatial_filter is not None:
+        given = shape_of(spatial_filter)
+        if len(given) != 4 or given[2:] != (out_h, out_w):
+            raise ValueError(
+                f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {out_h}x{out_w} pixels "
+                f"for padding {padding!r}, got shape {list(given)}"
+            )
+        after = [(size - 1) // stride + 1 - first for size in (width, height)]
+        rims = first, after[0] - out_w, first, after[1] - out_h
+        spatial_filter = F.pad(spatial_filter, rims)
+    out = ddf(
+        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
+    )
+    return out[:, :, first : first + out_h, first : first + out_w]
 
 
 def ddf_up(
@@ -116,7 +204,7 @@ def ddf_up(
     options = kernel_size, scale_factor, dilation, kernel_combine
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(ddf_up, tensors, *tensors, *options)
-    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf_up(features, channel_filter, spatial_filter, *options)
     if library.serves(features):
         return torch.ops.ddf_mm.ddf_up(features, channel_filter, spatial_filter, *options)

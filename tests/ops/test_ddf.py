@@ -258,7 +258,11 @@ ERRORS = [
     (dict(features=X[:, :0]), ValueError, r"features must have at least one channel.*\[2, 0"),
     (dict(features=X[..., :0]), ValueError, r"features must have at least one .*\[2, 4, 5, 0"),
     (dict(channel_filter="ones"), TypeError, "channel_filter must be a torch.Tensor, got str"),
-    (dict(channel_filter=CF[:1]), ValueError, r"channel_filter must be .*\[2, 4, 3, 3\].*got \[1"),
+    (
+        dict(channel_filter=torch.cat([CF, CF[:1]])),
+        ValueError,
+        r"channel_filter must be .*\[2, 4, 3, 3\].*got \[3",
+    ),
     (dict(channel_filter=CF[:, :2]), ValueError, r"channel_filter must be .*got \[2, 2, 3, 3\]"),
     (dict(channel_filter=CF.flatten(2)), ValueError, r"channel_filter must be .*got \[2, 4, 9\]"),
     (dict(channel_filter=CF.double()), TypeError, "channel_filter .*float32, got torch.float64"),
@@ -266,7 +270,11 @@ ERRORS = [
     (dict(kernel_size=5), ValueError, r"channel_filter must be .*\[2, 4, 5, 5\]"),
     (dict(spatial_filter=3), TypeError, "spatial_filter must be a torch.Tensor, got int"),
     (dict(spatial_filter=SF[0]), ValueError, r"spatial_filter must be .*got shape \[9, 5, 6\]"),
-    (dict(spatial_filter=SF[:1]), ValueError, r"spatial_filter must be .*B = 2.*got shape \[1"),
+    (
+        dict(spatial_filter=torch.cat([SF, SF[:1]])),
+        ValueError,
+        r"spatial_filter must be .*B = 2.*got shape \[3",
+    ),
     (dict(spatial_filter=SF[:, :8]), ValueError, "spatial_filter .*multiple of 9 .*got 8"),
     (
         dict(spatial_filter=SF.repeat(1, 3, 1, 1)),
