@@ -22,6 +22,9 @@ two 1x1 convolutions. ``ddf modules`` is DDFPack with its modules one after the 
 ``benchmark.py upsample`` times DDFUpPack, the same by one ddf a subpixel and a pixel shuffle
 (composition), CARAFE with its defaults, and nearest neighbours.
 
+``benchmark.py family`` times the operations of ddf_mm.ops.family (carafe, involution, ...) beside
+torch.nn.functional.unfold and each original's own formulation in PyTorch.
+
 ``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: predictions
 from images to the head's outputs, or training steps from images to updated weights. It takes
 whatever mmpretrain, mmdet and mmseg build.
@@ -39,7 +42,7 @@ from pathlib import Path
 import torch
 
 # The toolboxes and mmengine are imported for `model` alone: the others need torch.
-from ddf_mm.benchmark import operation
+from ddf_mm.benchmark import family, operation
 from ddf_mm.benchmark.timing import LAYOUTS
 
 SHAPES = [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7), (1, 256, 100, 152)]
@@ -99,7 +102,6 @@ def add_common_options(command: argparse.ArgumentParser) -> None:
         "--repeats", type=parse_positive, default=10, help="rounds in which all take turns"
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG")
 
 
 def benchmark_models(args: argparse.Namespace) -> None:
@@ -197,8 +199,16 @@ def parse_args() -> argparse.Namespace:
         "--cfg-options", nargs="+", action=LazyConfigOptions, metavar="KEY=VALUE",
         help="override settings of the configs",
     )  # fmt: skip
+    members = commands.add_parser("family", help="time the family of ddf", **with_defaults)
+    members.set_defaults(run=family.benchmark_family)
+    members.add_argument(
+        "--members", choices=list(family.MEMBERS), nargs="+", default=list(family.MEMBERS)
+    )
+    members.add_argument("--backward", action="store_true", help="with the backward pass")
     for command in (op, layer, upsample, model):
         add_common_options(command)
+        command.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG")
+    add_common_options(members)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and torch sees none")

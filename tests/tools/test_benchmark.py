@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddf_mm.benchmark import operation, timing
+from ddf_mm.benchmark import family, operation, timing
 from ddf_mm.ops import backend_info
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,3 +404,38 @@ def test_changes_that_there_are_not(options, message):
     result = benchmark("model", config + options[0], *options[1:])
     assert result.returncode != 0 and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+SMALL = {
+    "carafe": [(2, 4, 5, 6), (2, 25, 10, 12)],
+    "involution": [(2, 6, 5, 6), (2, 3, 7, 7, 5, 6)],
+    "adaptive_conv": [(2, 3, 9, 10), (2, 5, 6, 5, 5)],
+    "convex_upsample": [(2, 2, 5, 6), (2, 576, 5, 6)],
+    "cspn": [(2, 8, 5, 6), (2, 1, 5, 6)],
+    "apply_kernel": [(2, 49, 5, 6), (2, 3, 5, 6)],
+    "dynamic_upsampling": [(2, 3, 5, 6), (2, 25, 9, 5, 6)],
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_family_compares_what_computes_the_same(name):
+    member = family.MEMBERS[name]
+    inputs = [torch.rand(size) for size in SMALL[name]]
+    expected = member.ours(*inputs)
+    for function in (member.unfold, member.original or member.unfold):
+        torch.testing.assert_close(function(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_family_reports_every_member(tmp_path):
+    assert set(family.MEMBERS) == set(SMALL)
+    out = tmp_path / "report.json"
+    options = ["--members", "convex_upsample", "dynamic_upsampling", "--repeats", "1"]
+    result = benchmark("family", *options, "--threads", "1", "--backward", "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["convex_upsample", "dynamic_upsampling"]
+    assert "original" not in rows[0]["milliseconds"]  # it is by unfold
+    for row in rows:
+        names = {"ddf_mm", "unfold"} | ({"original"} if row is rows[1] else set())
+        assert set(row["milliseconds"]) == set(row["peak_extra_bytes"]) == names
+        assert 0 < row["error"] < 1e-5 and min(row["milliseconds"].values()) > 0
