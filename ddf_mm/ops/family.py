@@ -1,7 +1,8 @@
 """Weight-dynamic depthwise operations of other papers, by their own names and by ddf and ddf_up.
 
 Each takes the tensors of the original in the original's layout. Where the original only reorders
-the values of a filter, the reordered filter is a view of it.
+the values of a filter, the reordered filter is a view of it. Under torch.autocast the tensors are
+cast as those of ddf; call with it disabled where flows or depths need float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddf_mm.ops import library
 from ddf_mm.ops.checks import check_features, check_int, check_kernel_size, check_tensor, shape_of
 from ddf_mm.ops.ddf import ddf, ddf_up
 
@@ -36,6 +38,7 @@ def carafe(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
     """
+    features, masks = library.autocast_inputs(features, masks)
     check_features(features)
     check_tensor("masks", masks, like=features)
     k, s = check_kernel_size(kernel_size), check_int("scale_factor", scale_factor, 1)
@@ -127,6 +130,7 @@ def convex_upsample(flow: Tensor, mask: Tensor, scale_factor: int = 8) -> Tensor
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
     """
+    flow, mask = library.autocast_inputs(flow, mask)
     check_features(flow, "flow")
     check_tensor("mask", mask, like=flow)
     s = check_int("scale_factor", scale_factor, 1)
@@ -165,6 +169,7 @@ def cspn(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
     """
+    blur_depth, guidance, sparse_depth = library.autocast_inputs(blur_depth, guidance, sparse_depth)
     check_features(blur_depth, "blur_depth")
     check_tensor("guidance", guidance, like=blur_depth)
     check_int("prop_time", prop_time, 0)

@@ -231,3 +231,30 @@ def test_even_kernels_by_a_row_and_column_of_zeros(padding):
     expected = (windows(padded, 3, around) * odd.flatten(2)[..., None, None]).sum(2)
     assert_same(ddf(x, odd, None, padding=padding), expected, [x, filters])
     torch.testing.assert_close(ddf_reference(x, odd, None), ddf(x, odd, None))
+
+
+CALLS = {
+    "carafe": (lambda x, f: carafe(x, f, 3), [(2, 4, 5, 6), (2, 9, 10, 12)]),
+    "involution": (lambda x, f: involution(x, f), [(2, 4, 5, 6), (2, 2, 3, 3, 5, 6)]),
+    "adaptive_conv": (adaptive_conv, [(2, 4, 7, 8), (2, 5, 6, 3, 3)]),
+    "convex_upsample": (lambda x, f: convex_upsample(x, f, 2), [(2, 2, 5, 6), (2, 36, 5, 6)]),
+    "cspn": (lambda x, f: cspn(x, f, prop_time=2), [(2, 8, 5, 6), (2, 1, 5, 6)]),
+    "apply_kernel": (apply_kernel, [(2, 9, 5, 6), (2, 4, 5, 6)]),
+    "dynamic_upsampling": (dynamic_upsampling, [(2, 4, 5, 6), (2, 9, 4, 5, 6)]),
+    "reflect": (lambda x, f: ddf(x, None, f, padding="reflect"), [(2, 4, 5, 6), (2, 9, 5, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_autocast_compile_and_trace(name):
+    call, sizes = CALLS[name]
+    inputs = [torch.rand(size) for size in sizes]
+    expected = call(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(inputs[0], inputs[1].bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), expected)
+    mapped = torch.func.vmap(call)(*(x[None].expand(3, *x.shape) for x in inputs))
+    torch.testing.assert_close(mapped[2], expected)
