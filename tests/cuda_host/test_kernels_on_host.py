@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -404,7 +407,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60))], ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
-def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, layout):
+def test_larger_windows_with_channel_blocks_and_tiles(host, k, stride, channels, size, layout):
     tensors = make(1, channels, size, k, stride=stride, layout=layout)
     for name in PASSES[: 3 - stride]:
         check(host, name, tensors, k, 1, stride)
@@ -534,7 +537,7 @@ def test_nan_and_inf_in_one_pass(host, poisoned, value):
 
 @pytest.mark.parametrize("channels, size", [(150, (3, 8)), (70, (4, 4)), (3, (34, 40))], ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
-def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
+def test_3x3_kernel_with_channel_blocks_and_tiles(host, name, channels, size):
     check(host, name, make(batch=1, channels=channels, size=size))
     assert "forward_3x3<" in host.last_kernels
 
@@ -580,157 +583,191 @@ def test_one_pixel(host, name):
     check(host, name, make(batch=1, channels=1, size=(1, 1)))
 
 
-def changed(folder: Path, file: str, old: str, new: str) -> Host:
-    """The float32 kernels with ``old`` replaced by ``new`` in ``file``."""
-    csrc = folder / "csrc"
-    shutil.copytree(CSRC, csrc)
-    path = csrc / "cuda" / file
-    source = path.read_text()
-    assert source.count(old) == 1, f"{file} no longer has {old!r} once"
-    path.write_text(source.replace(old, new))
-    return Host(csrc, folder, "-DDDF_FLOAT32_ONLY", "-O0")
+class Fault(NamedTuple):
+    """Replaces ``old`` (an expression, or statements that end in ";"), which ``file`` has once
+    before ``after``, by ``new``; what the host then reports matches ``message``."""
+
+    file: str
+    old: str
+    new: str
+    message: str
+    after: str = ""
+
+    @property
+    def edit(self) -> tuple[str, ...]:
+        return self.file, self.old, self.after, self.new
 
 
-@pytest.mark.parametrize("at_once", [7, 50, 130])
-def test_results_of_several_launches(tmp_path, at_once):
-    """What is done for 2**31 elements and more, with a smaller number."""
-    old = "kMaxElements32 = INT32_MAX"
-    host = changed(tmp_path, "arguments.cuh", old, f"kMaxElements32 = {at_once}")
+class FaultyHost(Host):
+    """The float32 kernels, compiled once with all ``faults``; :meth:`plant` switches one on."""
+
+    MAX_ELEMENTS = "constexpr int64_t kMaxElements32 = INT32_MAX;"
+
+    def __init__(self, folder: Path, faults: list[Fault]) -> None:
+        csrc = folder / "csrc"
+        shutil.copytree(CSRC, csrc)
+        self.edits = list(dict.fromkeys(fault.edit for fault in faults))
+        for number, (file, old, after, new) in enumerate(self.edits):
+            if old.endswith(";"):
+                switch = f"if (planted_fault == {number}) {{ {new} }} else {{ {old} }}"
+            else:
+                switch = f"(planted_fault == {number} ? ({new}) : ({old}))"
+            self.replace(csrc / "cuda" / file, old + after, switch + after)
+        # A variable instead of the constant, for the tests of several launches.
+        variable = 'extern "C" { int64_t max_elements_32 = INT32_MAX; }\n'
+        variable += "static int64_t& kMaxElements32 = max_elements_32;"
+        self.replace(csrc / "cuda" / "arguments.cuh", self.MAX_ELEMENTS, variable)
+        header = folder / "planted_fault.h"
+        header.write_text('extern "C" { int planted_fault = -1; }\n')
+        super().__init__(csrc, folder, "-include", str(header), "-DDDF_FLOAT32_ONLY", "-O0")
+        self.planted_fault = ctypes.c_int.in_dll(self.library, "planted_fault")
+        self.max_elements = ctypes.c_int64.in_dll(self.library, "max_elements_32")
+
+    @staticmethod
+    def replace(path: Path, old: str, new: str) -> None:
+        source = path.read_text()
+        assert source.count(old) == 1, f"{path.name} no longer has {old!r} once"
+        path.write_text(source.replace(old, new))
+
+    @contextmanager
+    def plant(self, fault: Fault) -> Iterator[None]:
+        self.planted_fault.value = self.edits.index(fault.edit)
+        try:
+            yield
+        finally:
+            self.planted_fault.value = -1
+
+
+@pytest.fixture(scope="module")
+def faulty_host(tmp_path_factory: pytest.TempPathFactory) -> FaultyHost:
+    faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), NORM_FAULT]
+    return FaultyHost(tmp_path_factory.mktemp("faulty_host"), faults)
+
+
+@pytest.mark.parametrize("elements", [7, 50, 130])
+def test_results_of_several_launches(faulty_host, monkeypatch, elements):
+    """The split into launches of at most 2**31 - 1 elements, with a smaller bound."""
+    monkeypatch.setattr(faulty_host.max_elements, "value", elements)
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
         for name in PASSES:
-            check(host, name, tensors, dilation=2)
-            launches = host.last_kernels.count("_generic<") / 3
+            check(faulty_host, name, tensors, dilation=2)
+            launches = faulty_host.last_kernels.count("_generic<") / len(ORDERS)
             assert (launches > 1) == (name != "grad_channel")
 
 
-# File, what in it is replaced by what, the passes to run, and what is found.
-GRADIENTS = "grad_features grad_channel grad_spatial"
+ORDER = "depends on the order of the threads"
 FAULTS = {
-    "removed barrier": (
-        "forward_3x3.cuh",
-        "sync_threads();\n\n  const int tile =",
-        "\n\n  const int tile =",
-        "forward",
-        "depends on the order of the threads",
+    "removed barrier": Fault(
+        "forward_3x3.cuh", "sync_threads();", "", ORDER, "\n\n  const int tile ="
     ),
-    "barrier after a return": (
+    "barrier after a return": Fault(
         "forward_3x3.cuh",
         "if (tile >= tiling.tiles) return;",
-        "if (tile >= tiling.tiles) return;\n  sync_threads();",
-        "forward",
+        "if (tile >= tiling.tiles) return; sync_threads();",
         "divergent barrier",
     ),
-    "halo one too wide": (
+    "halo one too wide": Fault(
         "forward_3x3.cuh",
         "left + column - 1 < width",
         "left + column - 1 <= width",
-        "forward",
         "outside of every tensor",
     ),
-    "vector loads of any row": (
+    "vector loads of unaligned rows": Fault(
         "dispatch.cuh",
         "reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0",
         "true",
-        "forward",
         "misaligned read of 16 bytes",
     ),
-    "shared memory too small": (
+    "shared memory too small": Fault(
         "dispatch.cuh",
         "sizeof(float) * kTapStride * tiling.block_channels",
         "sizeof(float) * kTapStride * (tiling.block_channels - 1)",
-        "forward",
         "shared memory is written past its",
     ),
-    "a thread too many": (
+    "a thread too many": Fault(
         "generic.cuh",
         "index < static_cast<unsigned>(slice.batches)",
         "index <= static_cast<unsigned>(slice.batches)",
-        "grad_spatial",
         "outside of every tensor",
     ),
-    "shuffle of a part of a warp": (
+    "shuffle of a part of a warp": Fault(
         "grad_filters.cuh",
-        "    if (partials.channel_partials != nullptr) {",
-        "    if (partials.channel_partials != nullptr && active) {",
-        "grad_channel",
+        "partials.channel_partials != nullptr",
+        "partials.channel_partials != nullptr && active",
         "divergent shuffle",
     ),
-    "sums overwritten before they are read": (
+    "sums overwritten before they are read": Fault(
         "grad_filters.cuh",
-        "    // The sums of the previous step are read before they are overwritten.\n"
+        "// The sums of the previous step are read before they are overwritten.\n"
         "    sync_threads();",
         "",
-        "grad_spatial",
-        "depends on the order of the threads",
+        ORDER,
     ),
-    "unfinished sum": (
-        "generic.cuh",
-        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {\n"
-        "    sync_threads();",
-        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {",
-        "grad_channel",
-        "depends on the order of the threads",
+    "unfinished sum": Fault(
+        "generic.cuh", "sync_threads();", "", ORDER, "\n    if (thread_index() < half)"
     ),
-    "taps read before they are there, whole backward": (
-        "backward_3x3.cuh",
-        "  sync_threads();",
-        "",
-        GRADIENTS,
-        "depends on the order of the threads",
+    "taps read before they are written, backward 3 x 3": Fault(
+        "backward_3x3.cuh", "sync_threads();", "", ORDER
     ),
-    "taps read before they are there, 5 x 5": (
-        "forward_tiled.cuh",
-        "  sync_threads();\n\n  const View",
-        "\n  const View",
-        "forward",
-        "depends on the order of the threads",
+    "taps read before they are written, 5 x 5": Fault(
+        "forward_tiled.cuh", "sync_threads();", "", ORDER, "\n\n  const View"
     ),
-    "taps of a row read before they are there": (
+    "taps of a row read before they are written": Fault(
+        "grad_filters_channels_last.cuh", "sync_warp();", "", ORDER, "\n\n    const int top"
+    ),
+    "taps of a row overwritten before they are read": Fault(
         "grad_filters_channels_last.cuh",
-        "    sync_warp();\n\n    const int top",
-        "\n    const int top",
-        "grad_channel",
-        "depends on the order of the threads",
-    ),
-    "taps of a row overwritten before they are read": (
-        "grad_filters_channels_last.cuh",
-        "    // The taps of the previous row are read before they are overwritten.\n"
-        "    sync_warp();",
+        "// The taps of the previous row are read before they are overwritten.\n    sync_warp();",
         "",
-        "grad_channel",
-        "depends on the order of the threads",
+        ORDER,
     ),
-    "blocks beyond the grid": (
+    "blocks beyond the grid": Fault(
         "dispatch.cuh",
-        "launch(name, kernel, blocks, kForward3x3Threads",
-        "launch(name, kernel, blocks << 31, kForward3x3Threads",
-        "forward",
+        "blocks",
+        "blocks << 31",
         "CUDA cannot launch",
+        ", kForward3x3Threads, shared",
     ),
+}
+# The passes that run the changed kernel; of the others, forward.
+FAULTY_PASSES = {
+    "a thread too many": ["grad_spatial"],
+    "shuffle of a part of a warp": ["grad_channel"],
+    "sums overwritten before they are read": ["grad_spatial"],
+    "unfinished sum": ["grad_channel"],
+    "taps read before they are written, backward 3 x 3": PASSES[1:],
+    "taps of a row read before they are written": ["grad_channel"],
+    "taps of a row overwritten before they are read": ["grad_channel"],
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(tmp_path, fault):
-    file, old, new, names, message = FAULTS[fault]
-    host = changed(tmp_path, file, old, new)
-    dilation = 2 if file == "generic.cuh" else 1
-    k = 5 if file == "forward_tiled.cuh" else 3
-    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(faulty_host, name):
+    fault = FAULTS[name]
+    dilation = 2 if fault.file == "generic.cuh" else 1
+    k = 5 if fault.file == "forward_tiled.cuh" else 3
+    layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
     grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20), k=k, layout=layout)
-    if "vector" in fault:  # one float of padding before: no row is aligned
+    if "unaligned" in name:  # after one float of padding no row is aligned
         x = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    with pytest.raises(RuntimeError, match=message):
-        host.run_several(names.split(), grad, x, cf, sf, k, dilation, 1, "mul")
+    arguments = FAULTY_PASSES.get(name, ["forward"]), grad, x, cf, sf, k, dilation, 1, "mul"
+    faulty_host.run_several(*arguments)
+    with faulty_host.plant(fault), pytest.raises(RuntimeError, match=fault.message):
+        faulty_host.run_several(*arguments)
 
 
-def test_a_fault_of_filter_norm_is_found(tmp_path):
-    line = "    if (thread_index() < half)"
-    host = changed(tmp_path, "filter_norm.cuh", f"    sync_threads();\n{line}", line)
+NORM_FAULT = Fault(
+    "filter_norm.cuh", "sync_threads();", "", ORDER, "\n    if (thread_index() < half)"
+)
+
+
+def test_a_fault_of_filter_norm_is_found(faulty_host):
     x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
-    with pytest.raises(RuntimeError, match="depends on the order of the threads"):
-        host.norm(torch.randn_like(x), x, 1, std, None, 1.0)
+    arguments = torch.randn_like(x), x, 1, std, None, 1.0
+    faulty_host.norm(*arguments)
+    with faulty_host.plant(NORM_FAULT), pytest.raises(RuntimeError, match=NORM_FAULT.message):
+        faulty_host.norm(*arguments)
 
 
 def make_pack(
@@ -845,7 +882,7 @@ def test_pack_in_one_block_and_several(host, channels, size, layout):
         assert "forward_tiled<" in host.last_kernels
 
 
-def test_pack_of_more_channels_in_a_slab_than_threads(host):
+def test_pack_of_more_channels_in_a_block_than_threads(host):
     """As many images do without splitting the channels."""
     tensors = make_pack(1030, 130, (1, 1), groups=1)
     check_pack(host, tensors, options=PACK_OPTIONS[:1])
@@ -939,49 +976,30 @@ def test_pack_of_views(host, offset):
 
 
 PACK_FAULTS = {
-    "taps normalized before they are there": (
-        "forward_3x3.cuh",
-        "    sync_threads();\n    for (int channel",
-        "    for (int channel",
-        "depends on the order of the threads",
+    "taps normalized before they are written": Fault(
+        "forward_3x3.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
     ),
-    "taps normalized before they are there, 5 x 5": (
+    "taps normalized before they are written, 5 x 5": Fault(
+        "forward_tiled.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
+    ),
+    "taps read before they are normalized": FAULTS["removed barrier"],
+    "taps read before they are normalized, channels_last": Fault(
+        "forward_3x3_channels_last.cuh", "sync_threads();", "", ORDER
+    ),
+    "a factor beyond the last": Fault(
+        "filter_norm.cuh", "load(std + tap)", "load(std + tap + 1)", "outside of every tensor"
+    ),
+    "a bias beyond the last": Fault(
         "forward_tiled.cuh",
-        "    sync_threads();\n    for (int channel",
-        "    for (int channel",
-        "depends on the order of the threads",
-    ),
-    "taps read before they are normalized": (
-        "forward_3x3.cuh",
-        "  sync_threads();\n\n  const int tile =",
-        "\n  const int tile =",
-        "depends on the order of the threads",
-    ),
-    "taps read before they are normalized, channels_last": (
-        "forward_3x3_channels_last.cuh",
-        "  sync_threads();",
-        "",
-        "depends on the order of the threads",
-    ),
-    "a factor beyond the last": (
-        "filter_norm.cuh",
-        "load(std + tap)",
-        "load(std + tap + 1)",
+        "(channel + i < channels ? i : 0)",
+        "i",
         "outside of every tensor",
+        ");",
     ),
-    "a bias beyond the last": (
-        "forward_tiled.cuh",
-        "(channel + i < channels ? i : 0));",
-        "i);",
-        "outside of every tensor",
+    "taps of a pixel without their scale": Fault(
+        "filter_norm.cuh", "pack.spatial_scale", "1.f", "off by", ", pack.eps"
     ),
-    "taps of a pixel without their scale": (
-        "filter_norm.cuh",
-        "pack.spatial_scale, pack.eps",
-        "1.f, pack.eps",
-        "off by",
-    ),
-    "a maximum that drops NaN": (
+    "a maximum that drops NaN": Fault(
         "arguments.cuh",
         "sum < output_min ? output_min : sum",
         "sum >= output_min ? sum : output_min",
@@ -990,18 +1008,21 @@ PACK_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", PACK_FAULTS)
-def test_a_fault_of_ddf_pack_is_found(tmp_path, fault):
-    file, old, new, message = PACK_FAULTS[fault]
-    host = changed(tmp_path, file, old, new)
-    k = 5 if file == "forward_tiled.cuh" else 3
-    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
-    channels = 8 if "channels_last" in file else 6
+@pytest.mark.parametrize("name", PACK_FAULTS)
+def test_a_fault_of_ddf_pack_is_found(faulty_host, name):
+    fault = PACK_FAULTS[name]
+    k = 5 if fault.file == "forward_tiled.cuh" else 3
+    layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
+    channels = 8 if "channels_last" in fault.file else 6
     tensors = make_pack(1, channels, (4, 20), k, layout=layout)
-    if "NaN" in fault:
+    if "NaN" in name:
         tensors[0][0, 1, 1, 1] = float("nan")
-    with pytest.raises((RuntimeError, AssertionError), match=message):
-        check_pack(host, tensors, k)
+    check_pack(faulty_host, tensors, k)
+    with (
+        faulty_host.plant(fault),
+        pytest.raises((RuntimeError, AssertionError), match=fault.message),
+    ):
+        check_pack(faulty_host, tensors, k)
 
 
 def make_up(
@@ -1085,16 +1106,20 @@ def test_upsampling_keeps_a_nan_where_it_is(host):
 
 
 UP_FAULTS = {
-    "removed barrier": ("sync_threads();", "", "depends on the order|shared"),
-    "window one too wide": ("x < width", "x <= width", "outside of every tensor|off by"),
-    "pixel too many": ("pixel >= height * width", "pixel > height * width", "written twice"),
+    "removed barrier": Fault("upsample.cuh", "sync_threads();", "", f"{ORDER}|shared"),
+    "window one too wide": Fault(
+        "upsample.cuh", "x < width", "x <= width", "outside of every tensor|off by"
+    ),
+    "pixel too many": Fault(
+        "upsample.cuh", "pixel >= height * width", "pixel > height * width", "written twice"
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", UP_FAULTS)
-def test_a_fault_of_upsampling_is_found(tmp_path, fault):
-    old, new, message = UP_FAULTS[fault]
-    host = changed(tmp_path, "upsample.cuh", old, new)
-    grad, x, cf, sf = make_up(size=(3, 5))
-    with pytest.raises(RuntimeError, match=message):
-        host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
+@pytest.mark.parametrize("name", UP_FAULTS)
+def test_a_fault_of_upsampling_is_found(faulty_host, name):
+    fault = UP_FAULTS[name]
+    arguments = "forward", *make_up(size=(3, 5)), 3, 2, 1, "mul"
+    faulty_host.run_up(*arguments)
+    with faulty_host.plant(fault), pytest.raises(RuntimeError, match=fault.message):
+        faulty_host.run_up(*arguments)
