@@ -1,4 +1,4 @@
-"""The DDF operation and its upsampling form."""
+"""The DDF operation and its upsampling variant."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ddf(
     kernel_combine: str = "mul",
     padding: str = "zeros",
 ) -> Tensor:
-    r"""Applies a decoupled dynamic filter: one k x k filter a channel times (or plus) one a pixel.
+    r"""Applies decoupled dynamic filters: a k x k filter per channel times (or plus) one per pixel.
 
     .. math::
         y_{b,c,i,j} = \sum_{t} x_{b,c,\, i s + d (t_y - \lfloor k/2 \rfloor),\,
@@ -42,21 +42,22 @@ def ddf(
     of channel c. Arguments have the order and meaning of the official op (theFoxofSky/ddfnet,
     ddf/ddf.py); the paper is arXiv 2104.14107.
 
-    Sums are kept in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors are
-    cast to the autocast dtype first, as a convolution's are.
+    Sums are accumulated in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors
+    are cast to the autocast dtype first, like those of a convolution.
 
-    A compiled op serves where there is one (see :func:`ddf_mm.ops.backend_info`), the formula in
-    plain PyTorch elsewhere, under torch.func's transforms and in forward-mode differentiation.
+    The compiled op is used if there is one (see :func:`ddf_mm.ops.backend_info`); otherwise, under
+    torch.func's transforms and in forward-mode differentiation, the formula in plain PyTorch.
 
     Args:
         features: ``Tensor[B, C, H, W]`` of float16, bfloat16, float32 or float64, contiguous or
             channels_last; B may be 0.
-        channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for a filter that changes nothing:
-            ones for ``'mul'``, zeros for ``'add'`` (a filter as in CARAFE and involution).
-            A filter of batch 1 serves all images of the batch, the spatial one as well.
-        spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads") that share
-            the channels evenly and in order, or ``None`` likewise (a filter as in WeightNet).
-            Ho = ceil(H / stride); floor, as the official op wants it, is taken too.
+        channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for the neutral filter: ones for
+            ``'mul'``, zeros for ``'add'`` (spatial filters only, as in CARAFE and involution).
+            A filter of batch 1 is used for all images of the batch; so is a spatial one.
+        spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads"), each for C/g
+            consecutive channels, or ``None`` for the neutral filter (channel filters only, as in
+            WeightNet). Ho = ceil(H / stride); floor(H / stride), which the official op requires,
+            is accepted too.
         kernel_size: k, odd.
         dilation: distance in pixels between neighbouring taps.
         stride: distance in pixels between neighbouring windows.
@@ -173,11 +174,12 @@ def ddf_up(
     dilation: int = 1,
     kernel_combine: str = "mul",
 ) -> Tensor:
-    r"""Upsamples with decoupled dynamic filters: s*s of them, one for each subpixel.
+    r"""Upsamples with s*s decoupled dynamic filters, one for each subpixel.
 
     Output pixel (s*i + p, s*j + q) is the DDF of :func:`ddf` at pixel (i, j) with the filters of
     subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py). The compiled op writes the
-    upsampled features directly; sums, autocast and what serves where are as for :func:`ddf`.
+    upsampled features directly. Accumulation, autocast and the choice between the compiled op and
+    the formula are as for :func:`ddf`.
 
     Args:
         features: ``Tensor[B, C, H, W]``, as for :func:`ddf`.

@@ -69,7 +69,7 @@ def test_no_checkpoint_or_none_that_is_whole(tmp_path):
     assert exact_resume.latest_checkpoint(str(tmp_path)) is None
     assert exact_resume.latest_checkpoint(str(tmp_path / "nowhere")) is None
     save(tmp_path, "epoch_1.pth", 0).write_bytes(b"")
-    with pytest.raises(ValueError, match="no whole checkpoint in .*only what is left of epoch_1"):
+    with pytest.raises(ValueError, match="no complete checkpoint in .*only the incomplete epoch_1"):
         exact_resume.latest_checkpoint(str(tmp_path))
 
 

@@ -40,7 +40,7 @@ class _Program:
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (torch.save, r"a.pth' was not loaded: it holds \w+.mkdir, which could"),
+        (torch.save, r"a.pth' was not loaded: it contains \w+.mkdir, which could"),
         # As torch wrote before 1.6, and as pickle does.
         (
             functools.partial(torch.save, _use_new_zipfile_serialization=False),
@@ -78,7 +78,9 @@ def test_missing_checkpoint_stays_a_missing_file(tmp_path):
 @pytest.mark.parametrize("content", [[1], dict(state_dict=None), {1: torch.zeros(1)}])
 def test_no_weights_by_name(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a.pth' holds a (list|dict), but a checkpoint is a dict"):
+    with pytest.raises(
+        UserError, match=r"a.pth' contains a (list|dict), but a checkpoint is a dict"
+    ):
         checkpoints.load_from_local_file(str(tmp_path / "a.pth"))
 
 

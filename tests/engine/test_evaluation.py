@@ -183,7 +183,7 @@ def test_tta_of_datasets_whose_pipeline_cannot_be_replaced(dataset, kind):
 def test_tta_of_masks(model):
     cfg = _tta_config(default_scope="mmdet")
     cfg.model.update(model)
-    with pytest.raises(UserError, match="--tta: mmdet's DetTTAModel merges boxes, no masks, which"):
+    with pytest.raises(UserError, match="--tta: mmdet's DetTTAModel merges boxes but not masks"):
         evaluation.enable_tta(cfg)
     cfg = _tta_config(default_scope="mmdet", tta_model=dict(type="MyTTA"))
     cfg.model.update(model)

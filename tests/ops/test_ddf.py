@@ -398,7 +398,7 @@ def test_autocast_names_the_float64_tensor_that_was_given(double):
     with torch.autocast("cpu"):
         assert ddf(**tensors).dtype == torch.bfloat16
         assert ddf(**{name: t.double() for name, t in tensors.items()}).dtype == torch.float64
-        with pytest.raises(TypeError, match="where none of them is float64") as error:
+        with pytest.raises(TypeError, match="only if none of them is float64") as error:
             ddf(**{**tensors, double: tensors[double].double()})
     message = str(error.value)
     assert "torch.float64" in message and "torch.float32" in message

@@ -395,7 +395,7 @@ def test_networks_with_changes(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["+flat"], "no +flat"),
+        (["+flat"], "unknown change +flat"),
         (["+folded", "--mode", "train"], "has no norms to train"),
     ],
 )

@@ -197,9 +197,15 @@ def convert_again(weights):
         (drop, r"DDF-ResNet50: .*Missing key.*: \"layer3.2.bn2.weight\""),
         (add, r"Unexpected key.*: \"layer1.0.se.conv.weight\""),
         (resize, r"layer2.0.conv1.weight: .*\[3, 3\].*\[128, 256, 1, 1\]"),
-        (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet knows 26: \(2, 2, 2, 2\)"),
-        (plain, r"holds no DDF-ResNet: it lacks 'layer1.0.conv2.spatial_branch.0.weight'"),
-        (convert_again, r"is no official checkpoint: its names start with 'backbone.'"),
+        (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet supports 26: \(2, 2, 2, 2\)"),
+        (
+            plain,
+            r"not the checkpoint of a DDF-ResNet: .* 'layer1.0.conv2.spatial_branch.0.weight'",
+        ),
+        (
+            convert_again,
+            r"is not an official checkpoint: its parameter names start with 'backbone.'",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -223,7 +229,7 @@ class Attack:
 def test_a_file_that_would_run_code_is_refused(tmp_path, refuses):
     src, made = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "made"
     torch.save(dict(state_dict=dict(weight=Attack(str(made)))), src)
-    refuses("which could run code", src, tmp_path / "ddf.pth")
+    refuses("which could execute code", src, tmp_path / "ddf.pth")
     assert not made.exists()
 
 

@@ -115,11 +115,11 @@ def test_a_failure_is_reported_and_stops_nothing(check, word, failed, count):
 def test_what_is_missing_is_said_in_one_line(check, tmp_path):
     process, _, calls = check("test", "sanitize", NO_PYTEST="1")
     assert process.returncode == 1 and not calls
-    assert "test: pytest is not there: pip install pytest" in process.stderr
+    assert "test: pytest is not installed: pip install pytest" in process.stderr
     (tmp_path / "bin" / "compute-sanitizer").unlink()
     process, _, calls = check("sanitize", PATH="/usr/bin:/bin")
     assert process.returncode == 1 and not calls
-    assert "compute-sanitizer is not there" in process.stderr
+    assert "compute-sanitizer was not found" in process.stderr
 
 
 def test_no_gpu_is_an_error(tmp_path):
@@ -128,10 +128,10 @@ def test_no_gpu_is_an_error(tmp_path):
     command = ["bash", str(TOOLS / "gpu_check.sh"), "test", str(tmp_path)]
     process = subprocess.run(command, env=hidden, text=True, capture_output=True, check=False)
     assert process.returncode == 1
-    assert "torch sees no CUDA device" in process.stderr
+    assert "torch finds no CUDA device" in process.stderr
 
 
 def test_a_word_that_is_no_stage(tmp_path):
     command = ["bash", str(TOOLS / "gpu_check.sh"), str(tmp_path), "build"]
     process = subprocess.run(command, text=True, capture_output=True, check=False)
-    assert process.returncode == 2 and "one OUT at most" in process.stderr
+    assert process.returncode == 2 and "at most one OUT" in process.stderr

@@ -203,6 +203,7 @@ def test_only_a_part_of_a_checkpoint_is_left(train):
     _, result = train("fresh", "--resume")
     assert result.code == 1
     assert (
-        "--resume found no whole checkpoint" in result.stderr and checkpoint.name in result.stderr
+        "--resume found no complete checkpoint" in result.stderr
+        and checkpoint.name in result.stderr
     )
     assert result.stderr.count("\n") == 1

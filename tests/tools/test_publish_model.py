@@ -104,8 +104,8 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "no.pth", out], "no.pth' is not a file"),
         ([state, tmp_path / "no" / "out.pth"], "is in a folder that does not exist"),
-        ([plain, out], "has no 'state_dict': it is no checkpoint of a Runner"),
-        ([state, out, "--no-ema"], "holds no moving average for --no-ema to leave out"),
+        ([plain, out], "has no 'state_dict': it is not a checkpoint of a Runner"),
+        ([state, out, "--no-ema"], "has no moving average, which --no-ema would omit"),
     ]:
         assert message in refused(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.glob("out*"))

@@ -499,11 +499,11 @@ TEST_ERRORS = {
         ["while writing --out '../notes.txt/a.json': "],
     ),
     "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
-    "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
+    "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could execute code"]),
     "pictures of several views": (
         [CFG, "../garbage.pth", "--tta", "--show-dir", "shown"],
         2,
-        ["--tta does not go with --show, --show-dir", "VisualizationHook"],
+        ["--tta does not work with --show, --show-dir", "VisualizationHook"],
     ),
     "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
     "format of the metrics": (

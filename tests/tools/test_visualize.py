@@ -297,9 +297,9 @@ class TestCurves:
 
     def test_bad_logs_and_arguments(self, refused, tmp_path):
         assert "'nowhere' is neither a file nor a folder" in refused("plot_curves", "nowhere")
-        assert "holds no */vis_data/scalars.json" in refused("plot_curves", tmp_path)
+        assert "has no */vis_data/scalars.json" in refused("plot_curves", tmp_path)
         log = write_log(tmp_path / "run", records(2, 10))
-        assert "--metrics mAP: not in the log, which holds accuracy/top1" in refused(
+        assert "--metrics mAP: not in the log, which has accuracy/top1" in refused(
             "plot_curves", log, "--metrics", "mAP"
         )
         log.write_text('{"loss": 1, "step": 1}\n{"loss"')
@@ -307,4 +307,4 @@ class TestCurves:
         log.write_text("[1]\n")
         assert "line 1 must be a JSON object" in refused("plot_curves", log)
         log.write_text('{"accuracy/top1": 3, "step": 1}\n')
-        assert "holds no record with a loss" in refused("plot_curves", log)
+        assert "has no record with a loss" in refused("plot_curves", log)
