@@ -40,5 +40,5 @@ def test_growth_is_found():
 def test_other_bits_are_found():
     x = torch.ones(3)
     soak.same("this", [x], [x.clone()])
-    with pytest.raises(UserError, match="this: not the same bits"):
+    with pytest.raises(UserError, match="this: the result differs"):
         soak.same("this", [x], [x + torch.finfo(x.dtype).eps])

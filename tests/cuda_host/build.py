@@ -1,4 +1,4 @@
-"""Compiles CUDA sources of ``csrc`` for the host."""
+"""Compiles the CUDA sources in ``csrc`` for the host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDS_HOST = [
 def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Path) -> None:
     """Compiles and, if ``output`` is a library, links."""
     includes = [csrc, csrc / "cuda", HERE, TORCH / "include"]
-    # A jump from fiber to fiber is what the fortified longjmp looks for.
+    # The fortified longjmp aborts on jumps between fibers.
     command = [*COMPILER, "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE"]
     command += [f"-I{path}" for path in includes]
     command += ["-c"] if output.suffix == ".o" else ["-shared"]
@@ -35,7 +35,7 @@ def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Pat
 
 
 def compile_kernels_for_host(output: Path, csrc: Path = CSRC) -> None:
-    """All that an install compiles by nvcc but ops.cu."""
+    """Compiles all CUDA sources except ops.cu."""
     together = output.with_suffix(".cpp")
     files = [file for file in sorted(csrc.glob("cuda/*.cu")) if file.name != "ops.cu"]
     together.write_text("".join(f'#include "{file}"\n' for file in files))
@@ -45,7 +45,7 @@ def compile_kernels_for_host(output: Path, csrc: Path = CSRC) -> None:
 def compile_ops_for_host(
     library: Path, kernels: Path, ops: Path = CSRC / "cuda" / "ops.cu", csrc: Path = CSRC
 ) -> None:
-    """ops.cu and what emulates devices for it, with the kernels in a library."""
+    """Compiles ops.cu and the emulation of devices, and links them with the kernels."""
     together = library.with_suffix(".cpp")
     together.write_text("".join(f'#include "{file}"\n' for file in (ops, HERE / "ops_on_host.cpp")))
     macros = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]

@@ -72,7 +72,7 @@ def test_averaged_weights_and_what_inferencers_read(trained, monkeypatch, capsys
     assert "left out  ema_state_dict, message_hub, optimizer\n" in printed
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f"line-{digest[:8]}.pth" and digest in printed
-    # Tensors, numbers and text alone: anyone's torch reads it without being told to trust it.
+    # Only tensors, numbers and text, which torch loads by default.
     published = torch.load(path, weights_only=True)
     original = torch.load(trained, weights_only=False)
     assert set(published) == {"meta", "state_dict"}
