@@ -82,7 +82,7 @@ def find_cuobjdump(nvcc: str) -> str:
 @dataclass(frozen=True)
 class Compiled:
     report: str  # of ptxas
-    code: str  # SASS, if asked for
+    code: str  # SASS, or empty without --slots
     seconds: float
 
 

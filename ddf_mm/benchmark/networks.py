@@ -240,7 +240,7 @@ def benchmark_models(args: argparse.Namespace) -> None:
     for name in args.configs:  # so that a wrong config fails before minutes of measurements
         config, changes = split_changes(name)
         if "folded" in changes and "train" in args.mode:
-            raise UserError(f"config {name!r} has no norms to train: leave out --mode train")
+            raise UserError(f"config {name!r} has no norms to train: omit --mode train")
         analysis.read_config(config, args.cfg_options)
     settings = [
         ModelSetting(*values)

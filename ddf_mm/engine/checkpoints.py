@@ -31,17 +31,9 @@ def require_checkpoint(path: str, option: str) -> None:
 
 
 def load_from_local_file(filename: str, map_location=None, more_types: Sequence[type] = ()) -> dict:
-    """Load a local checkpoint without executing code that it contains.
-
-    Args:
-        filename: path of the file.
-        map_location: as for :func:`torch.load`.
-        more_types: harmless types to allow besides those of ``contrib.safe_load``.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        UserError: it is not a checkpoint, or contains objects of other types.
-    """
+    """Load a local checkpoint without executing code that it contains. Raises :class:`UserError` if
+    it is not a checkpoint, or has objects of other types than ``contrib.safe_load`` allows and the
+    harmless ``more_types``."""
     path = osp.expanduser(filename)
     if not osp.isfile(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
@@ -65,11 +57,8 @@ def load_safely() -> None:
 
 def require_weights(model: nn.Module, weights: dict) -> str:
     """List in one line which weights are missing, unexpected or of another size; empty if none.
-
-    ``model`` may be wrapped. Raises :class:`UserError` if a weight is not a tensor, or is of an
-    integer type where the model's is floating-point (or vice versa), which PyTorch would convert
-    silently. Another floating-point precision is accepted.
-    """
+    Raises :class:`UserError` if a weight is not a tensor, or is an integer where the model has a
+    floating-point number or vice versa, which PyTorch would convert silently."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -124,17 +113,8 @@ def require_matching_checkpoint(runner: Runner) -> None:
 def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None = None) -> dict:
     """Load a checkpoint into a model without a runner and without executing code that it contains.
 
-    Args:
-        model: the model.
-        filename: path or URL of the checkpoint.
-        allow_partial: whether names that do not match cause a warning instead of an error; None if
-            the tool has no such option, which the error message then does not mention.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        UserError: the checkpoint does not match the model.
+    Raises :class:`UserError` if the names do not match, unless ``allow_partial``; it is None if the
+    tool has no such option, which the message then does not mention.
     """
     load_safely()
     with phase(f"loading the checkpoint {filename!r}"):

@@ -31,9 +31,7 @@ _PHASE = "_ddf_mm_phase"
 
 class UserError(Exception):
     """An error that the user can correct; the message is one line: what was given, what is needed.
-
-    ``exit_code`` is the exit status of the tool: 2 for the command line, 1 for anything else.
-    """
+    The exit status of the tool is 2 for errors of the command line, otherwise 1."""
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
@@ -42,14 +40,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
-    """Names the step that a block performs, for the message of an error raised in it.
-
-    Args:
-        doing: the step, for example ``"building the model"``; the innermost block is reported.
-        about: details for the message, such as the files that are read.
-        steps: whether these are training iterations, whose errors may be bugs of the code and are
-            therefore reported with a traceback.
-    """
+    """Name the step that a block performs (``doing``), for the message of an error raised in it; of
+    nested blocks the innermost is reported. ``about`` has details such as the files that are read.
+    ``steps``: training iterations, whose errors may be bugs and are reported with a traceback."""
     try:
         yield
     except Exception as error:
@@ -103,8 +96,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action=ConfigOptions,
         metavar="KEY=VALUE",
         help="override settings of the config, merged before any other option takes effect. A "
-        'list is KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]"; quote it and leave '
-        "out white space",
+        'list is KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]", quoted and without '
+        "white space",
     )
     parser.add_argument(
         "--launcher",
@@ -123,9 +116,7 @@ def wants_traceback() -> bool:
 
 
 def rank() -> int:
-    """Rank of this process from the launcher's environment variables, 0 without a launcher.
-
-    Unlike torch.distributed, it needs no process group."""
+    """Rank of this process from the launcher's variables, also before there is a process group."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 

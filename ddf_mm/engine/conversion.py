@@ -39,16 +39,9 @@ class OfficialNetwork:
 
 
 def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
-    """Read an official checkpoint without executing code that it contains.
-
-    Args:
-        path: a file with a state dict, or with a training checkpoint.
-        weights: which weights of a training checkpoint: ``'model'``, ``'ema'`` (the exponential
-            moving average) or ``'auto'`` (the average if there is one).
-
-    Raises:
-        UserError: the file has no such weights, or they are not those of a DDF-ResNet.
-    """
+    """Read an official checkpoint, a state dict or a training checkpoint; of the latter the weights
+    ``'model'``, ``'ema'`` (exponential moving average) or ``'auto'`` (the average if there is one).
+    Raises :class:`UserError` if the file has no such weights of a DDF-ResNet."""
     checkpoint = load_from_local_file(path, "cpu", more_types=(argparse.Namespace,))
     wanted = [weights] if weights != "auto" else list(_WEIGHTS)
     found = [
@@ -133,9 +126,8 @@ def combine_of_name(name: str | None) -> str | None:
 
 
 def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
-    """The ``kernel_combine`` of an official checkpoint, and the source of this information: the
-    checkpoint's architecture or the file's ``name``. The weights do not show it: they have the same
-    names and sizes for both modes."""
+    """The ``kernel_combine`` of an official checkpoint, and its source: the checkpoint or the
+    file's ``name``. The weights of both modes have the same names and sizes."""
     told = {
         f"the checkpoint, {network.architecture!r}": combine_of_name(network.architecture),
         f"the file's name, {name!r}": combine_of_name(name),
@@ -144,11 +136,8 @@ def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
     if len(set(told.values())) == 1:
         source, combine = next(iter(told.items()))
         return combine, source
-    why = (
-        f"{' and '.join(told)}, disagree"
-        if told
-        else "neither the checkpoint nor the file's name has it"
-    )
+    unknown = "neither the checkpoint nor the file's name has it"
+    why = f"{' and '.join(told)}, disagree" if told else unknown
     raise UserError(f"--kernel-combine mul or add is needed: {why}", exit_code=2)
 
 

@@ -48,19 +48,9 @@ def enable_visualization(
     wait_time: float = 2.0,
     interval: int = 1,
 ) -> None:
-    """Make the visualization hook draw predictions during a test.
-
-    Args:
-        cfg: the config, changed in place.
-        show: whether to show them in windows.
-        show_dir: folder for the pictures; None writes none.
-        wait_time: seconds for which a window is shown.
-        interval: draw every ``interval``-th sample.
-
-    Raises:
-        UserError: the config has no visualization hook and its toolbox no default one, or the hook
-            cannot write to a folder.
-    """
+    """Make the visualization hook draw every ``interval``-th prediction of a test, in windows for
+    ``wait_time`` seconds, to a folder, or both. Raises :class:`UserError` if the config has no hook
+    and its toolbox no default one, or if the hook cannot write to a folder."""
     if cfg.get("default_hooks") is None:
         cfg.default_hooks = dict()
     if cfg.default_hooks.get("visualization") is None:
@@ -111,13 +101,7 @@ def enable_tta(cfg: Config) -> None:
     """Test with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``.
 
     Without them, mmpretrain and mmdet configs get the defaults of these toolboxes' own tools: the
-    average of the scores, or the merged boxes, of the image and its horizontal flip. Every dataset
-    of a concatenated dataset gets the pipeline.
-
-    Raises:
-        UserError: mmseg configs without them; predictions that cannot be merged; a dataset whose
-            pipeline cannot be replaced.
-    """
+    average scores, or the merged boxes, of the image and its horizontal flip."""
     scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
     if missing and scope not in _TTA_MODELS:

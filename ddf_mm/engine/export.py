@@ -76,18 +76,9 @@ def export_program(
     model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
     """Export a model of images ``Tensor[B, channels, H, W]``, in evaluation mode, by torch.export.
-
-    Args:
-        model: the model.
-        size: size of the images to trace with. If ``dynamic``, small images are enlarged.
-        channels: channels of the images.
-        dynamic: whether B, H and W of the program are dynamic.
-        guarded: whether strided max poolings remain in a dynamic program, which then only accepts
-            sizes of the same parity. ONNX drops this guard and is faster with them.
-
-    Raises:
-        UserError: the model cannot be exported with dynamic sizes.
-    """
+    If ``dynamic``, B, H and W of the program are dynamic, and it is traced with larger images if
+    these are small. If ``guarded``, strided max poolings remain, and with them guards on the parity
+    of sizes; ONNX has no guards and is faster with these poolings."""
     if dynamic:
         height, width = (max(side, _LEAST_TRACED) for side in (size.height, size.width))
         # torch.export would treat equal sizes as one dimension.
@@ -127,9 +118,7 @@ def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> i
 def save_program(program: ExportedProgram, path: Path, portable: bool = False) -> int:
     """Write a program in torch.export's own format; return the number of its operators.
 
-    Loading it requires ``import ddf_mm.ops``, unless it is ``portable``: then the compiled ops are
-    replaced by PyTorch's own.
-    """
+    Loading it requires ``import ddf_mm.ops``, unless ``portable`` replaces the compiled ops."""
     if portable and (table := decompositions()):
         program = program.run_decompositions(table)
     torch.export.save(program, path)

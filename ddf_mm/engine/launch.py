@@ -39,17 +39,9 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = "none",
 ) -> Config:
-    """Read a config and apply the command line options that all tools have.
-
-    Args:
-        filename: a file, or a config of an installed package (``mmpretrain::resnet/…``).
-        cfg_options: settings to override, by dotted key.
-        work_dir: the work folder; by default the config's, else ``work_dirs/<name>``.
-        launcher: the launcher of a distributed job.
-
-    Raises:
-        UserError: the file is missing or not a config, or an option does not fit it.
-    """
+    """Read a config, a file or one of an installed package (``mmpretrain::resnet/…``), and apply
+    the options of all tools. The work folder is by default the config's, else ``work_dirs/<name>``.
+    Raises :class:`UserError` if the file is not a config, or an option does not fit it."""
     package, shipped, _ = filename.partition("::")
     if shipped:
         # mmengine would install a missing package.
@@ -113,10 +105,9 @@ def find_class(cfg: Config, registry: Registry, component: dict) -> type:
 def set_dataloader_defaults(
     cfg: Config, pin_memory: bool = True, persistent_workers: bool = True
 ) -> None:
-    """Set the defaults of the toolbox's own tools in the data loaders.
-
-    mmpretrain's configs rely on its tools for ``collate_fn`` and pinned memory. Options that need
-    workers are disabled for ``num_workers=0``, pinned memory without an accelerator."""
+    """Set the defaults of the toolbox's own tools: mmpretrain's configs rely on its tools for
+    ``collate_fn`` and pinned memory. Options that need workers are disabled for ``num_workers=0``,
+    pinned memory without an accelerator."""
     for name in DATALOADERS:
         dataloader = cfg.get(name)
         if not isinstance(dataloader, dict):
@@ -207,12 +198,8 @@ def adapt_to_device(cfg: Config) -> list[str]:
 
 
 def init_distributed(cfg: Config) -> None:
-    """Check the launcher, and on a CPU start the process group.
-
-    Raises:
-        UserError: the launcher's environment variables are missing, or it started more processes
-            than the machine has GPUs.
-    """
+    """Check the launcher's environment variables and, against the number of GPUs, the number of
+    processes; on a CPU, start the process group."""
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         return
