@@ -131,7 +131,7 @@ class _Reduced:
 
 
 def _pointers(flags: int) -> _Reduced:
-    """A dtype whose two fields share eight bytes: a float and a pointer to an object."""
+    """A float64 dtype with a field that is an object, whose address would be read from the file."""
     fields = {"a": (np.dtype("O"), 0)}
     state = (3, "<", None, ("a",), fields, 8, 8, flags)
     return _Reduced(np.dtype, "f8", False, True, state=state)
