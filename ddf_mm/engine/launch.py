@@ -76,7 +76,7 @@ def load_config(
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(cfg.filename))[0])
-    # mmengine would only log that the package is missing, and fail later to find its types.
+    # mmengine would only log that the package is missing, and later not find its types.
     if (scope := cfg.get("default_scope")) is not None:
         with phase(f"importing {scope!r}, the config's default_scope, which must be installed"):
             import_module(scope)

@@ -139,7 +139,7 @@ def filter_norm_reference(
     if batch:  # var_mean warns about an empty batch
         taps = split_channels(out, filters, total // filters)
         variance, average = torch.var_mean(taps, dim=2, keepdim=True)
-        # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
+        # The slope of sqrt is infinite at 0; `where` on both sides keeps that out of the gradient.
         is_constant = variance == 0
         deviation = torch.where(is_constant, 1, variance).sqrt()
         out = torch.where(is_constant, 0, (taps - average) / (deviation + eps)).flatten(1, 2)

@@ -42,7 +42,7 @@ struct cudaFuncAttributes {};
 
 namespace ddf::host {
 
-// Of the current device.
+// Errors of the current device.
 cudaError_t last_error();
 cudaError_t error_of_kernels();
 // Records a launch on `stream`.

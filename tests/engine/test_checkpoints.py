@@ -128,7 +128,7 @@ def test_a_head_of_other_classes_with_a_moving_average(make_runner, tmp_path, fo
     source = Classifier()
     nn.init.constant_(source.norm.weight, 3)
     torch.save(forms(source.state_dict())[form], tmp_path / "a.pth")
-    hook = EMAHook(momentum=1e-9)  # the average stays where it started
+    hook = EMAHook(momentum=1e-9)  # the average stays at its initial value
     runner = make_runner(kind, 5, load_from=str(tmp_path / "a.pth"), custom_hooks=[hook])
     runner.train()
     average = hook.ema_model.module.norm.weight

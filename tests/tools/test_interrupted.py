@@ -117,7 +117,7 @@ from mmengine.utils.dl_utils import collect_env
 import ddf_mm.engine.launch
 import ddf_mm.layers
 
-collect_env()  # for what it imports
+collect_env()  # for the modules that it imports
 """
 
 

@@ -195,7 +195,7 @@ tta_pipeline = None
     said = run(work, "test.py", *test, "--out", "several.pkl", "--show-dir", "pictures")
     assert "one/coco/bbox_mAP" in said and "two/coco/bbox_mAP" in said
     assert len(load(work / "several.pkl")) == 8
-    assert len(list((work / "several").glob("*/pictures/*.png"))) == 4  # both sets name them alike
+    assert len(list((work / "several").glob("*/pictures/*.png"))) == 4  # equal names in both sets
 
 
 def test_mmdet_resumes_distributed(work):

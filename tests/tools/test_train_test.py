@@ -131,7 +131,7 @@ from mmpretrain.utils import register_all_modules
 import ddf_mm.engine.evaluation
 
 register_all_modules(init_default_scope=False)
-collect_env()  # for what it imports
+collect_env()  # for the modules that it imports
 """
 
 
