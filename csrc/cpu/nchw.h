@@ -175,8 +175,18 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   const int64_t pitch = left + std::max(columns, right + blocks * L);
   Scratch<A> lines(longest * pitch);
   std::fill(lines.get(), lines + longest * pitch, neutral);
+  // Processors do not predict the next plane after a few lines of one.
+  constexpr int64_t kAhead = 8;
+  const bool is_fetched = filter && strides.column == 1 && count > kAhead &&
+                          (row1 - row0) * width * static_cast<int64_t>(sizeof(T)) < 1024;
   for (int64_t first = 0, last = 0; first < count; first = last) {
     last = last_of_run(first);
+    if (is_fetched && first + kAhead < count) {
+      const Phase::Tap& next = taps[first + kAhead];
+      const int64_t begin = std::max<int64_t>(row0 + next.down, 0);
+      prefetch_rows(filter + next.spatial + begin * strides.row, strides.row,
+                    std::min(row1 + next.down, rows) - begin, columns);
+    }
     for (int64_t row = row0; row < row1; ++row) {
       const int64_t from = row + taps[first].down;
       const bool is_inside = filter && from >= 0 && from < rows;
