@@ -8,6 +8,7 @@ with OneDL's mmengine 0.10.12, mmpretrain 1.3.6 and PyTorch 2.11:
 - ``exact_resume``: resumes random number generators; keeps a checkpoint until the next is complete.
 - ``checkpoint_form``: checkpoints in every format for EMA and FlexibleRunner.
 - ``gloo``: process groups on a CPU.
+- ``memory``: glibc keeps the memory of freed tensors.
 - ``pooling``: max pooling in ``torch.export`` programs with dynamic image sizes.
 - ``rmse``: root mean squared error of maps.
 - ``safe_load``: loads checkpoints without executing code.

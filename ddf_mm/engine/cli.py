@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from mmengine.config import DictAction
 
 from ddf_mm.contrib.gloo import destroy_process_group
+from ddf_mm.contrib.memory import keep_memory
 
 TRACEBACK_VARIABLE = "DDF_MM_TRACEBACK"
 
@@ -164,9 +165,9 @@ def describe(error: Exception) -> str:
 def run(main: Callable[[], None], prog: str) -> None:
     """Run a tool and report its failure in one line on stderr that starts with the tool's name.
 
-    A traceback precedes the line if the user requested it, or if the error was raised outside of
-    all phases or during training iterations. In a distributed job rank 0 reports first; other ranks
-    report only if rank 0 has not ended the job within ``RANK_ZERO_SECONDS``."""
+    A traceback precedes the line if requested, or if the error was raised outside of all phases or
+    during training iterations. Ranks other than 0 report only after ``RANK_ZERO_SECONDS``."""
+    keep_memory()
     try:
         main()
     except Exception as error:

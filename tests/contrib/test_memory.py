@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(),
+    reason="for glibc without a CUDA device",
+)
 
 # Page faults of 20 blocks of 64 MB, of which each page is written.
 FAULTS = """
