@@ -103,4 +103,4 @@ def test_trace_takes_either_size_of_the_spatial_filter(floor):
 def test_wrong_arguments_are_named_while_tracing():
     x, cf, sf = make()
     with pytest.raises(ValueError, match=r"channel_filter must be a Tensor\[B, C, k, k\]"):
-        torch.jit.trace(ddf, (x, cf[:1], sf))
+        torch.jit.trace(ddf, (x, cf[:, :1], sf))

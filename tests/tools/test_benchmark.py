@@ -406,7 +406,7 @@ def test_unknown_changes(options, message):
     assert "Traceback" not in result.stderr
 
 
-SMALL = {
+SMALL_FAMILY = {
     "carafe": [(2, 4, 5, 6), (2, 25, 10, 12)],
     "involution": [(2, 6, 5, 6), (2, 3, 7, 7, 5, 6)],
     "adaptive_conv": [(2, 3, 9, 10), (2, 5, 6, 5, 5)],
@@ -417,17 +417,17 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", list(SMALL_FAMILY))
 def test_family_compares_what_computes_the_same(name):
     member = family.MEMBERS[name]
-    inputs = [torch.rand(size) for size in SMALL[name]]
+    inputs = [torch.rand(size) for size in SMALL_FAMILY[name]]
     expected = member.ours(*inputs)
     for function in (member.unfold, member.original or member.unfold):
         torch.testing.assert_close(function(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_family_reports_every_member(tmp_path):
-    assert set(family.MEMBERS) == set(SMALL)
+    assert set(family.MEMBERS) == set(SMALL_FAMILY)
     out = tmp_path / "report.json"
     options = ["--members", "convex_upsample", "dynamic_upsampling", "--repeats", "1"]
     result = benchmark("family", *options, "--threads", "1", "--backward", "--json", str(out))
