@@ -55,9 +55,16 @@ def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
 
-        nvrtc.nvrtcVersion()
+        _, *found = nvrtc.nvrtcVersion()
     except Exception as error:  # cuda-bindings has several for a library that is not there
         raise NoKernel(f"NVRTC does not load ({error})") from error
+    major = str(torch.version.cuda).split(".")[0]
+    # The driver need not load what another one compiles.
+    if str(found[0]) != major:
+        raise NoKernel(
+            f"NVRTC is that of CUDA {found[0]}, torch has CUDA {torch.version.cuda}; "
+            f"pip install 'cuda-bindings=={major}.*'"
+        )
     return nvrtc
 
 
