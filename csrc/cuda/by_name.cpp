@@ -19,7 +19,10 @@ DDF_INSTANTIATE_BACKWARD(BFloat16);
 
 #define DDF_EXPORT extern "C" __attribute__((visibility("default")))
 
-DDF_EXPORT void ddf_mm_set_driver(const ddf::cuda::Driver* driver) { ddf::cuda::driver = *driver; }
+DDF_EXPORT void ddf_mm_set_driver(const ddf::cuda::Driver* driver) {
+  ddf::cuda::driver = *driver;
+  ddf::cuda::found_kernels.clear();
+}
 
 // The names of all kernels, one a line.
 DDF_EXPORT const char* ddf_mm_kernels() { return ddf::cuda::kernel_names().c_str(); }

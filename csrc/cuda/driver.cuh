@@ -26,13 +26,16 @@ struct Driver {
                 cudaStream_t, void**, void**);
 };
 
-// Set by Python, once.
+// Set by Python.
 inline Driver driver{};
+
+// Kernels that were found, by name and device.
+inline std::map<std::pair<const std::string*, int>, void*> found_kernels;
 
 // The kernel for a device, or null if there is none.
 inline void* find_kernel(const std::string& name, int device) {
   static std::mutex mutex;
-  static std::map<std::pair<const std::string*, int>, void*> found;
+  auto& found = found_kernels;
   const std::pair key{&name, device};
   {
     const std::lock_guard<std::mutex> lock(mutex);

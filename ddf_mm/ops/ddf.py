@@ -11,6 +11,7 @@ from ddf_mm.ops.checks import check_ddf, check_ddf_up
 from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
+@library.with_formula
 def ddf(
     features: Tensor,
     channel_filter: Tensor | None,
@@ -76,6 +77,7 @@ def ddf(
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
 
+@library.with_formula
 def ddf_up(
     features: Tensor,
     channel_filter: Tensor | None,

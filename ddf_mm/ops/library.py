@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import filecmp
+import functools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ REINSTALL = (
     "reinstall ddf_mm with `pip install -v --no-build-isolation .` in its source folder, which "
     "says what it compiles"
 )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Missing(Exception):
@@ -236,7 +241,7 @@ def _runs_on(device: torch.device) -> bool:
         why = _why_not_on(index)
         _runs_on_device[index] = not why
         if why:
-            _warn(f"cuda:{index}", why, stacklevel=5)
+            _warn(f"cuda:{index}", why, stacklevel=6)
     return _runs_on_device[index]
 
 
@@ -255,6 +260,22 @@ def serves(features: Tensor) -> bool:
         and forward_ad._current_level < 0
         and (_traces_ops or not torch.jit.is_tracing())
     )
+
+
+def with_formula(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that asks :func:`serves`, called again if a kernel could not be compiled in it:
+    the formula serves then."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError:
+            if _kernels is None or not _kernels.failures:
+                raise
+        return function(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -288,7 +309,7 @@ def warn_about_reference(device_type: str) -> None:
     if FORCED or _warned or not could_have or torch.compiler.is_compiling():
         return
     _warned = True
-    _warn(device_type, _WHY, stacklevel=4)
+    _warn(device_type, _WHY, stacklevel=5)
 
 
 def _warn(device: str, why: str, stacklevel: int) -> None:

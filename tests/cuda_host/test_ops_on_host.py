@@ -20,6 +20,7 @@ from cuda_host.build import (
     HERE,
     NEEDS_HOST,
     compile_kernels_for_host,
+    compile_ops_by_name_for_host,
     compile_ops_for_host,
 )
 
@@ -82,11 +83,31 @@ def results(kernels: Path) -> dict[str, dict[str, str]]:
     return run(library, *(f"tests/{file}" for file in FILES))
 
 
+@pytest.fixture(scope="module")
+def results_by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Of the library that is built without nvcc: it finds kernels by name and gives their grids and
+    parameters to the driver, in whose place the kernels run on the host."""
+    library = tmp_path_factory.mktemp("by_name") / "ops_on_host.so"
+    compile_ops_by_name_for_host(library)
+    return run(library, *(f"tests/{file}" for file in FILES))
+
+
+def check(results: dict[str, str], least: int) -> None:
+    # Some are about one of the two libraries.
+    ran = {n: error for n, error in results.items() if not error.startswith("not of this library")}
+    for name, error in ran.items():
+        assert not error, f"{name}: {error}"
+    assert len(ran) >= least
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_cuda_tests_pass_with_kernels_by_name(results_by_name, file):
+    check(results_by_name[file], FILES[file])
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_cuda_tests_pass_on_emulated_devices(results, file):
-    for name, error in results[file].items():
-        assert not error, f"{name}: {error}"
-    assert len(results[file]) >= FILES[file]
+    check(results[file], FILES[file])
 
 
 GUARD = "const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());"
