@@ -20,9 +20,7 @@ OPS = [name for name in good_calls() if name not in ONLY_CPU]
 # Whether the library was built without kernels, and finds them by name.
 BY_NAME = library.library_by_name() is not None
 SERVED = "compiled on this machine" if BY_NAME else "compiled"
-only_ahead = pytest.mark.skipif(
-    BY_NAME, reason="not of this library: the check of a device meets them"
-)
+only_ahead = pytest.mark.skipif(BY_NAME, reason="not of this library: a check meets them")
 needs_names = pytest.mark.skipif(not BY_NAME, reason="not of this library: it has its kernels")
 NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 NO_MEMORY = 2  # cudaErrorMemoryAllocation
