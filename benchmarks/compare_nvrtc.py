@@ -2,7 +2,7 @@
 
     python benchmarks/compare_nvrtc.py [--arch 75 90 120] [--source forward_float.cu ...]
 
-Needs nvcc with cuobjdump, and cuda-bindings; no GPU. Prints the kernels that differ. The exit status
+Needs nvcc with cuobjdump and cuda-bindings; no GPU. Prints the kernels that differ. The exit status
 is 1 if NVRTC takes more than a tenth more of either. All kernels of one architecture take about ten
 minutes on one core.
 """
