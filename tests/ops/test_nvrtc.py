@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -313,3 +314,85 @@ def test_without_cuda_bindings_the_import_says_so(tmp_path):
     compiled, why = json.loads(ran.stdout)
     assert compiled == ["cpu"]
     assert "cuda-bindings, which is not installed; pip install 'ddf-mm[cuda]'" in why
+
+
+# CUDA's driver as far as it is used: it takes a binary, knows its kernel, and counts.
+DRIVER = """
+#include <dlfcn.h>
+#include <cstring>
+#define API extern "C" __attribute__((visibility("default"))) int
+static const char* code;
+API cuInit(unsigned) { return 0; }
+API cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+API cuLibraryLoadData(void** library, const void* data, void*, void*, unsigned jit, void*, void*,
+                      unsigned options) {
+  code = static_cast<const char*>(data);
+  *library = const_cast<char*>(code);
+  return jit + options != 0 || std::memcmp(code, "\\x7f" "ELF", 4) != 0 ? 200 : 0;
+}
+API cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  *kernel = reinterpret_cast<void*>(0x1234);
+  const char* const known = "_ZN3ddf4cuda15reduce_partialsIfEE";
+  return library == code && std::strncmp(name, known, std::strlen(known)) == 0 ? 0 : 500;
+}
+API cuDeviceGet(int* device, int ordinal) { *device = ordinal + 10; return 0; }
+API cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = reinterpret_cast<void*>(device + 100L);
+  return 0;
+}
+API cuCtxSetCurrent(void* context) { return reinterpret_cast<long>(context) == 111 ? 0 : 201; }
+API cuLaunchKernel() { return 77; }
+API cuGetProcAddress_v2(const char* name, void** found, int, unsigned long, int* status) {
+  static void* const self = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  *found = std::strcmp(name, "cuGetProcAddress") == 0
+               ? reinterpret_cast<void*>(&cuGetProcAddress_v2) : dlsym(self, name);
+  if (status != nullptr) *status = *found == nullptr;
+  return 0;
+}
+"""
+USE_DRIVER = """
+import ctypes, sys, torch
+from ddf_mm.ops import nvrtc
+for dtype in ("float", "double"):  # for the cache: NVRTC itself looks into a driver
+    nvrtc.cached_kernel(f"ddf::cuda::reduce_partials<{dtype}>", 90)
+loaded = ctypes.CDLL(sys.argv[1])  # who loads its name later gets this one
+torch.cuda.get_device_capability = lambda device: (9, 0)
+given = []
+class Host:
+    def ddf_mm_set_driver(self, driver): given.append(driver._obj)
+kernels = nvrtc.Kernels(Host())
+(driver,) = given
+kernel = ctypes.c_void_p()
+print(driver.find(b"ddf::cuda::reduce_partials<float>", 1, ctypes.byref(kernel)), kernel.value)
+print(ctypes.CFUNCTYPE(ctypes.c_int)(driver.launch)())
+print(driver.use(1), driver.use(0), kernels.failures)
+print(driver.find(b"ddf::cuda::reduce_partials<double>", 1, ctypes.byref(kernel)))
+print(kernels.failures[1])
+"""
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_cuda_bindings_call_the_driver_as_it_is_declared(tmp_path):
+    """All calls but the launch itself, by cuda-bindings, on a library in place of the driver."""
+    source = tmp_path / "driver.cpp"
+    source.write_text(DRIVER)
+    driver = tmp_path / "libcuda.so.1"
+    soname = "-Wl,-soname,libcuda.so.1"
+    subprocess.run(["c++", "-shared", "-fPIC", soname, source, "-ldl", "-o", driver], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", USE_DRIVER, str(driver)],
+        text=True,
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found, launched, used, missing, why = ran.stdout.splitlines()
+    assert found == f"True {0x1234}"
+    assert launched == "77"
+    assert used == "True False {0: 'CUresult CUDA_ERROR_INVALID_CONTEXT'}"
+    assert missing == "False"
+    assert why == "CUresult CUDA_ERROR_NOT_FOUND"
