@@ -138,7 +138,7 @@ def compile_kernel(name: str, arch: int) -> Binary:
     try:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
         folders = [HEADERS, HEADERS / "cuda", _cuda_headers()]
-        # Functions of the host, which the headers have too, are refused unless they are for devices.
+        # -default-device: functions of the host, which the headers have too, are refused otherwise.
         options = [
             f"--gpu-architecture=sm_{arch}",
             "-std=c++17",
