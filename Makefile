@@ -1,4 +1,4 @@
-# Each command installs what it needs, and reuses it when run again.
+# Each target installs what it needs if that is missing.
 #   make demo     train, evaluate and draw the digits recipe
 #   make demo-detection, make demo-segmentation
 #                 the same for small recipes on scenes of digits
@@ -6,7 +6,7 @@
 #                 test the ops, with torch alone, in under two minutes on two cores
 #   make test     the full test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
-#                 test source archive and wheel with torches that they were not compiled with
+#                 test source archive and wheel with other versions of torch than the compiler's
 #   make wheel    the release wheel: ops for the CPU and for every GPU since Turing
 #   make sdist    the source archive
 #   make lint     check the code         make format   format it
@@ -49,7 +49,7 @@ test: $(STAMPS)/toolchain $(STAMPS)/classification $(STAMPS)/package $(STAMPS)/d
 test-fast: $(STAMPS)/package $(STAMPS)/dev
 	$(PYTEST) -m "not slow" tests/ops tests/test_registry.py $(ARGS)
 
-# The script compiles the wheel in $(VENV), with its torch.
+# The wheel is compiled in $(VENV), with its torch.
 $(OTHER_TORCHES:%=test-%): test-%: $(STAMPS)/package $(VENV)-%/.stamps/torch
 	VENV="$(VENV)" bash tests/test_installed.sh $* $(ARGS)
 

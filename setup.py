@@ -1,6 +1,6 @@
-"""Compile policy of ddf_mm: what is compiled, with what, and what happens if it cannot be.
+"""Compile policy of ddf_mm: what is compiled, by which tools, and what happens on a failure.
 
-The package's metadata is in pyproject.toml. This file decides what is compiled and prints its
+The package's metadata is in pyproject.toml. This file decides what is compiled and prints the
 decision in one line that starts with ``ddf_mm:`` (pip shows it with ``-v``). The installation
 succeeds without a compiler, a CUDA toolkit or torch; operations that are not compiled use the
 formula in plain PyTorch.
@@ -51,7 +51,7 @@ BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_whee
 
 
 class NoOps(Exception):
-    """The ops, or their CUDA part, cannot be compiled here; with the reason and a remedy."""
+    """The ops, or the CUDA ops, cannot be compiled here; has the reason and a remedy."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}, {remedy}")
@@ -73,7 +73,7 @@ def switch(name: str) -> bool | None:
     """The environment variable ``name`` as a switch; None when it is unset or empty."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"ddf_mm: {name}={value!r} is not understood: it takes 0 or 1")
+        raise SystemExit(f"ddf_mm: {name} must be 0 or 1, got {value!r}")
     return {"": None, "0": False, "1": True}[value]
 
 
@@ -81,8 +81,8 @@ def require_torch() -> None:
     """Raise if torch is missing, or is pip's temporary copy for this build."""
     spec = importlib.util.find_spec("torch")
     folders = Path(spec.origin).parts if spec is not None and spec.origin else ()
-    # The torch of an isolated build environment (of pip or build) is not the one that will load the
-    # library.
+    # The torch in an isolated build environment (of pip or build) is another one than the torch
+    # that will load the library.
     isolated = any(folder.startswith(("pip-build-env-", "build-env-")) for folder in folders)
     if not folders or isolated:
         raise NoOps(
@@ -125,7 +125,7 @@ def require_ninja() -> None:
 def toolkit_version(home: Path) -> str | None:
     """MAJOR.MINOR of the CUDA toolkit in ``home``; None if there is no complete toolkit."""
     nvcc = home / "bin" / "nvcc"
-    # A wrapper script of nvcc on PATH comes without headers.
+    # nvcc on PATH may be a wrapper script in a folder without headers.
     if not nvcc.is_file() or not (home / "include" / "cuda_runtime.h").is_file():
         return None
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
@@ -170,7 +170,7 @@ def sources(suffix: str) -> list[str]:
 
 
 def plan_ops() -> tuple[list[Extension], str]:
-    """The libraries to compile and the sentence to print.
+    """The libraries to compile, and a message about them.
 
     Raises:
         NoOps: nothing can be compiled here.
@@ -181,11 +181,11 @@ def plan_ops() -> tuple[list[Extension], str]:
     by_name_sources = [path for path in sources(".cpp") if "cuda" in Path(path).parts]
     cpu_sources = [path for path in sources(".cpp") if "cuda" not in Path(path).parts]
     if not cpu_sources:
-        raise NoOps("this version has no C++ sources", "a later version brings them")
+        raise NoOps("csrc has no C++ sources", "restore the folder csrc to build them")
     require_torch()
     compiler = find_compiler()
     require_ninja()
-    # Last, since it imports torch, which takes seconds.
+    # Last, because importing torch takes seconds.
     require_stable_abi()
     import torch
 
@@ -295,12 +295,12 @@ def count_kernels(library: Path) -> int:
 
 
 def build_command() -> type:
-    """torch's build_ext; a library that does not compile is skipped, unless ops are required."""
+    """torch's build_ext, but skips a library that fails to compile unless the ops are required."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOps(BuildExtension):
         def run(self) -> None:
-            # Wheels are packed from this folder, which may have libraries of an earlier build.
+            # Wheels include all libraries in this folder, which may be from an earlier build.
             for old in Path(self.build_lib, "ddf_mm").glob("_C*.so"):
                 old.unlink()
             super().run()
@@ -319,7 +319,7 @@ def build_command() -> type:
                         f"ddf_mm: compiling {ext.name} failed ({type(error).__name__});"
                         f" the log is {log}"
                     ) from error
-                # So that setuptools packs without the file.
+                # setuptools then tolerates the missing file.
                 ext.optional = True
                 say(f"compiling {ext.name} failed, installing without it; the log is {log}")
             else:
@@ -337,8 +337,8 @@ def main() -> None:
     if not BUILD_COMMANDS.intersection(sys.argv):
         setup()
         return
-    # These commands use the library in the source tree: remove that of an earlier build, in case
-    # this one compiles none.
+    # These commands put the libraries into the source tree: remove those of an earlier build, which
+    # would remain if this one compiles none.
     if {"develop", "editable_wheel", "--inplace"}.intersection(sys.argv):
         for old in ROOT.glob("ddf_mm/_C*.so"):
             old.unlink()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Put what ``benchmark.py op|layer|model --json`` wrote into Markdown tables.
+"""Convert reports of ``benchmark.py op|layer|model --json`` to Markdown tables.
 
     benchmark_table.py FILE.json ... [--out TABLE.md]
 
-Each line is one shape, with the least time of each call in milliseconds, then what the report
-compares; or one network.
+Each row is a shape, with the minimum time of each call in milliseconds and the ratios of the
+report, or a network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def network_of(row: dict) -> dict[str, str]:
-    """The line of one network."""
+    """The row of a network."""
     extra = row.get("peak_extra_bytes")
     config, plus, changes = row["config"].partition("+")
     return {
@@ -33,8 +33,8 @@ def network_of(row: dict) -> dict[str, str]:
 
 
 def rows_of(report: dict) -> list[dict[str, str]]:
-    """The table's lines of one report, column by column."""
-    # Reports of before there were other commands do not say which they are of.
+    """The rows of a report's table, as dicts by column."""
+    # Old reports, from before there were several commands, lack "command".
     if report["options"].get("command") == "model":
         return [network_of(row) for row in report["rows"]]
     return [
@@ -65,7 +65,7 @@ def table_of(rows: list[dict[str, str]]) -> list[str]:
 
 
 def markdown(reports: list[dict]) -> str:
-    """A table of each report under its command, and under each new machine's line."""
+    """A table for each report, with its command, and its machine if that is another one."""
     lines: list[str] = []
     last = None
     for report in reports:
@@ -86,7 +86,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--out", type=Path, metavar="TABLE.md", help="instead of printing it")
+    parser.add_argument("--out", type=Path, metavar="TABLE.md", help="default: print the table")
     args = parser.parse_args()
     table = markdown([json.loads(path.read_text()) for path in args.reports])
     if args.out:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Swap DDF into the ResNet-50 configs of mmdet and mmseg and write a table of what came of it.
+"""Check DDF in the ResNet-50 configs of mmdet and mmseg and write a table of the results.
 
-One config of each family (folder of configs) that is installed gets the lines that
-docs/backbones.md gives for the swap. Its model is built with random weights and run on two small
-images of odd size: loss, backward pass, prediction.
+For each installed family (folder of configs), one config is changed by the lines that
+docs/backbones.md gives. Its model is built with random weights and run on two small images of odd
+size: loss, backward pass, prediction.
 """
 
 import argparse
@@ -32,17 +32,18 @@ from ddf_mm.engine import cli
 from ddf_mm.utils import dicts_with
 
 FRAGMENTS = Path(__file__).resolve().parents[1] / "configs" / "_base_" / "backbones"
-# Enough for every level of a pyramid to hold a few pixels; odd, so that each level rounds.
+# Large enough for a few pixels in every level of a pyramid; odd, so that the size of each level is
+# rounded.
 IMAGE_SIZE = (97, 129)
-# What the swaps write after `backbone=`.
+# The text of each swap after `backbone=`.
 SWAPS = {
     "mul": "_base_.ddf_resnet",
     "add": "_base_.ddf_resnet",
     "dcn": "dict(dcn=dict({delete}type='ddf_mm.DDF'), stage_with_dcn=(False, True, True, True))",
-    # The config as it is, to tell its own faults from the swap's.
+    # The unchanged config, to distinguish its own failures from those of the swap.
     "none": "dict()",
 }
-# The shortest name is not the family's detector.
+# Families whose shortest file name is not the family's own detector.
 PREFERRED = {
     "cascade_rpn": "cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py",
     "dcn": "faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
@@ -64,7 +65,7 @@ stages of the stock ResNet-50. Of models that wrap a detector, the detector is r
 
 @dataclass
 class Outcome:
-    """What came of one config: ``error`` is empty if it passed."""
+    """The result of a config; ``error`` is empty if it passed."""
 
     toolbox: str
     config: str
@@ -75,12 +76,12 @@ class Outcome:
 
 
 def config_folder(toolbox: str) -> Path:
-    """Where the package of a toolbox keeps its configs."""
+    """The folder of configs in the package of a toolbox."""
     return Path(get_installed_path(toolbox)) / ".mim" / "configs"
 
 
 def families(toolbox: str) -> list[str]:
-    """The folders of configs that hold configs of ResNet-50, by their names."""
+    """Names of the folders with configs of ResNet-50."""
     folders = {path.parent for path in config_folder(toolbox).glob("*/*r50*.py")}
     return sorted(folder.name for folder in folders)
 
@@ -93,8 +94,8 @@ def resnet50_config(toolbox: str, family: str) -> str | None:
         family: one of its folders of configs.
 
     Returns:
-        The path within the toolbox's folder of configs, or None if the family has ResNets of
-        its own only.
+        The path within the toolbox's folder of configs, or None if the family only has its own
+        ResNets.
     """
     root = config_folder(toolbox)
     paths = sorted((root / family).glob("*r50*.py"), key=lambda p: (len(p.name), p.name))
@@ -112,7 +113,7 @@ def resnet50_config(toolbox: str, family: str) -> str | None:
 
 
 def swapped(toolbox: str, config: str, swap: str) -> Config:
-    """Reads a stock config with a swap, as a user's config would.
+    """Reads a config that inherits a stock config and applies a swap, like a user's.
 
     Args:
         toolbox: ``'mmdet'`` or ``'mmseg'``.
@@ -122,7 +123,7 @@ def swapped(toolbox: str, config: str, swap: str) -> Config:
     path = config_folder(toolbox) / config
     stock = Config.fromfile(path).model
     backbone_cfg = stock.get("detector", stock).backbone
-    # mmengine merges a dict into one that is there, and takes `_delete_` for a key if none is.
+    # mmengine merges a dict into an existing one; without one, `_delete_` would become a key.
     delete = "_delete_=True, " if backbone_cfg.get("dcn") else ""
     backbone = SWAPS[swap].format(delete=delete)
     bases = [str(path)]
@@ -142,8 +143,8 @@ def swapped(toolbox: str, config: str, swap: str) -> Config:
 
 
 def prepare(cfg: Config) -> None:
-    """Takes out of a config what needs a download, and what makes large inputs and outputs."""
-    # A block whose last norm starts at zero passes no gradient to its DDF in the first iteration.
+    """Removes from a config what needs a download, and reduces the sizes of inputs and outputs."""
+    # In the first iteration, a last norm initialized with zeros passes no gradient to the DDF.
     cfg.model.get("detector", cfg.model).backbone.zero_init_residual = False
     without_weights(cfg.model)
     for part in dicts_with(cfg.model, "type"):
@@ -160,11 +161,11 @@ def prepare(cfg: Config) -> None:
         part.num_proposals = min(part.num_proposals, 30)
     for part in dicts_with(cfg.model, "num"):  # samplers
         part.num = min(part.num, 32)
-    if "num_queries" in cfg.model:  # more than small images have pixels
+    if "num_queries" in cfg.model:  # the default exceeds the number of pixels of small images
         cfg.model.num_queries = min(cfg.model.num_queries, 50)
     if "teacher_ckpt" in cfg.model:  # knowledge distillation
         cfg.model.teacher_ckpt = None
-    if "teacher_config" in cfg.model:  # as seen from mmdet's repository
+    if "teacher_config" in cfg.model:  # relative to mmdet's repository
         cfg.model.teacher_config = str(config_folder("mmdet").parent / cfg.model.teacher_config)
 
 
@@ -183,7 +184,7 @@ def run(toolbox: str, cfg: Config, image_size: tuple[int, int] = IMAGE_SIZE) -> 
     prepare(cfg)
     init_default_scope(toolbox)
     importlib.import_module(f"{toolbox}.models")
-    for key in ("epoch", "iter"):  # some heads ask how far the training is
+    for key in ("epoch", "iter"):  # some heads read the progress of the training
         MessageHub.get_current_instance().update_info(key, 0)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -216,7 +217,7 @@ def ddf_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
-    """The model of a config and a batch of two images that it can learn from."""
+    """The model of a config and a batch of two images to train it with."""
     fit_to(cfg, image_size)
     toolbox = cfg.default_scope
     model_cfg = cfg.model.get("detector", cfg.model)
@@ -227,7 +228,7 @@ def model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module,
     data = example_batch(Config(dict(model=model_cfg, default_scope=toolbox)), 2, image_size)
     if toolbox != "mmdet":
         return model, data
-    # Some semantic heads learn from maps of their own resolution, that of the padded image.
+    # Some semantic heads need ground truth of another resolution, relative to the padded image.
     rescaled = [
         t.scale_factor
         for t in dicts_with(cfg.get("train_pipeline", []), "scale_factor")
@@ -243,7 +244,7 @@ def model_and_data(cfg: Config, image_size: tuple[int, int]) -> tuple[nn.Module,
 
 
 def check(toolbox: str, config: str, swap: str) -> Outcome:
-    """Runs a config, once more on larger images if it fails, and notes what came of it."""
+    """The outcome of a config; after a failure it is repeated with larger images."""
     start = time.perf_counter()
     name, error = "", ""
     for factor in (1, 3):
@@ -263,7 +264,7 @@ def check(toolbox: str, config: str, swap: str) -> Outcome:
 
 
 def reason(outcome: Outcome) -> str:
-    """Why a config failed, and whether it does as well without a swap."""
+    """Why a config failed, and whether it also fails without the swap."""
     if stock_error(outcome.toolbox, outcome.config) == outcome.error:
         return f"the stock config fails here as well: {outcome.error}"
     return outcome.error
@@ -271,12 +272,12 @@ def reason(outcome: Outcome) -> str:
 
 @cache
 def stock_error(toolbox: str, config: str) -> str:
-    """What a config fails with as it is."""
+    """The error of the unchanged config."""
     return check(toolbox, config, "none").error
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as Markdown, a row for each config, the reasons below."""
+    """The outcomes as Markdown: a row for each config, then the reasons of failures."""
     swaps = list(dict.fromkeys(o.swap for o in outcomes))
     lines, notes = [], []
     for toolbox in dict.fromkeys(o.toolbox for o in outcomes):
@@ -323,8 +324,8 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         choices=["mul", "add", "dcn"],
         default=["mul", "add", "dcn"],
-        help="the backbone by DDFResNet-50 of that combination, or the 3x3 convolutions of the "
-        "stock backbone's last three stages by dcn=dict(type='ddf_mm.DDF')",
+        help="mul, add: replace the backbone by DDFResNet-50 of that kernel_combine; dcn: replace "
+        "the 3x3 convolutions of the backbone's last three stages, dcn=dict(type='ddf_mm.DDF')",
     )
     parser.add_argument("--family", nargs="+", help="folders of configs; default: all")
     parser.add_argument("--out", type=Path, help="Markdown file to write; default: print it")
@@ -344,7 +345,7 @@ def main() -> None:
         for swap in args.swap
     ]
     if not jobs:
-        raise cli.UserError(f"--family {args.family} names no folder with a ResNet-50 config")
+        raise cli.UserError(f"--family {args.family}: no such folder with a ResNet-50 config")
     text = table([check(*job) for job in track(jobs, "Swapping")])
     versions = f"torch {torch.__version__}, mmcv {version('mmcv')}, mmengine {version('mmengine')}"
     text = HEADER.format(size=" x ".join(map(str, IMAGE_SIZE)), versions=versions) + text

@@ -2,9 +2,9 @@
 
     python benchmarks/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots]
 
-Needs nvcc and torch's headers, no GPU. --slots also counts, by cuobjdump, the instructions of each
-kernel's loop for one of its outputs: all that stand there, also those of branches for borders. The
-exit status is 1 if a kernel spills registers, unless SPILLS names it with the reason.
+Needs nvcc and torch's headers, but no GPU. --slots also counts the instructions of each kernel's
+innermost loop per output, with cuobjdump, including branches for borders. The exit status is 1 if a
+kernel spills registers, unless SPILLS has a reason for it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-# Outputs (pixels of one channel) that one round of a kernel's hot loop makes, by its template
-# arguments; a part of an output where the loop serves one row of taps.
+# Outputs (pixels of one channel) per iteration of a kernel's hot loop, by its template arguments; a
+# fraction of an output if the loop covers one row of taps.
 OUTPUTS = {
     "forward_3x3": lambda: 8,
     "forward_3x3_channels_last": lambda: 3 * 8,
@@ -37,14 +37,15 @@ OUTPUTS = {
 }
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
-# Kernel and architecture to the reason why it may spill.
+# Why a kernel may spill registers on an architecture.
 SPILLS = {
     (f"grad_filters<{dtype}, k 7, stride 1, mul>", "100"): (
-        "rows off 16 bytes; takes 160 registers without, and then half as many warps are resident"
+        "rows not aligned to 16 bytes; without spills it takes 160 registers, and half as many "
+        "warps are resident"
     )
     for dtype in ("bfloat16", "float", "half")
 } | {
-    (f"backward_3x3<{dtype}, mul, vector>", "120"): "two registers more than the 255 that there are"
+    (f"backward_3x3<{dtype}, mul, vector>", "120"): "needs two registers more than the limit of 255"
     for dtype in ("bfloat16", "half")
 }
 
@@ -60,31 +61,34 @@ def find_nvcc() -> str:
     nvcc = shutil.which(str(Path(home, "bin", "nvcc")) if home else "nvcc")
     nvcc = nvcc or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
-        raise SystemExit("check_cuda_build.py: error: no nvcc; set CUDA_HOME to a CUDA toolkit")
+        raise SystemExit(
+            "check_cuda_build.py: error: nvcc was not found; set CUDA_HOME to a CUDA toolkit"
+        )
     return nvcc
 
 
 def find_cuobjdump(nvcc: str) -> str:
-    # Triton, which comes with torch, has one too.
+    # Triton, a dependency of torch, has a copy.
     triton = importlib.util.find_spec("triton")
     places = [str(Path(nvcc).parent), str(Path(nvcc).resolve().parent)]
     if triton is not None and triton.origin:
         places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     found = shutil.which("cuobjdump", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
     if found is None:
-        raise SystemExit("check_cuda_build.py: error: no cuobjdump beside nvcc, for --slots")
+        raise SystemExit("check_cuda_build.py: error: --slots needs cuobjdump, not found with nvcc")
     return found
 
 
 @dataclass(frozen=True)
 class Compiled:
     report: str  # of ptxas
-    code: str  # SASS, if asked for
+    code: str  # SASS, or empty without --slots
     seconds: float
 
 
 def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folder: str) -> Compiled:
-    """Compiles the kernels of ``source`` for sm_``arch``; ``cuobjdump`` to get their code."""
+    """Compiles the kernels of ``source`` for sm_``arch``; with ``cuobjdump`` also disassembles
+    them."""
     include = Path(torch.__file__).parent / "include"
     cubin = f"{folder}/{source.stem}_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
@@ -106,13 +110,13 @@ def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folde
 
 
 def hot_loops(code: str) -> dict[str, int]:
-    """Mangled name of each kernel to the instructions of its longest loop without inner loops."""
+    """Number of instructions in the longest innermost loop of each kernel, by mangled name."""
     lengths = {}
     for function in re.split(r"\n\s*Function : ", code)[1:]:
         name, body = function.split("\n", 1)
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)
         lines = [(int(address, 16), text) for address, text in found]
-        # Behind the last exit stand pieces of code that were moved out of line.
+        # The compiler places code that it moved out of line after the last exit.
         end = max((address for address, text in lines if "EXIT" in text), default=0)
         loops = set()
         for address, text in lines:
@@ -131,7 +135,7 @@ def hot_loops(code: str) -> dict[str, int]:
 
 
 def usages(report: str) -> dict[str, Usage]:
-    """Mangled name of each kernel to what ptxas reports of it."""
+    """Registers and spills of each kernel, by mangled name, from the report of ptxas."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -145,7 +149,7 @@ def usages(report: str) -> dict[str, Usage]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's template arguments, as its mangled name tells them."""
+    """A kernel's name and template arguments, parsed from its mangled name."""
 
     name: str
     dtype: str
@@ -167,7 +171,7 @@ class Kernel:
         return cls(name, dtype, numbers, combine and combine[1].lower(), flags)
 
     def __str__(self) -> str:
-        """As in ``forward_3x3<float, mul, vector>``."""
+        """For example ``forward_3x3<float, mul, vector>``."""
         meanings = {
             "forward_3x3": ("mirrored", "vector", "pack"),
             "forward_3x3_channels_last": ("mirrored", "pack"),
@@ -182,7 +186,8 @@ class Kernel:
         return f"{self.name}<{', '.join(parts)}>"
 
     def slots(self, instructions: int) -> float | None:
-        """Of one output, given those of one round of the loop; None where it varies."""
+        """Instructions per output, given those per iteration; None for kernels without a fixed
+        number of outputs."""
         outputs = OUTPUTS.get(self.name)
         return instructions / outputs(*self.numbers) if outputs else None
 
@@ -192,14 +197,14 @@ def readable(mangled: str) -> str:
 
 
 def print_slots(codes: dict[str, str]) -> None:
-    """One line a kernel with the slots of one output, for each architecture's code."""
+    """Prints the instructions per output of each kernel (rows) and architecture (columns)."""
     tables = []
     for code in codes.values():
         kernels = [(Kernel.of(name), count) for name, count in hot_loops(code).items()]
         slots = [(str(k), k.slots(count)) for k, count in kernels if k is not None]
         tables.append({name: value for name, value in slots if value is not None})
     width = max(map(len, tables[0]))
-    print("\ninstructions of the loop for one output")
+    print("\ninstructions of the loop per output")
     print("kernel".ljust(width), *(f"sm_{arch}".rjust(8) for arch in codes))
     for kernel in sorted(tables[0]):
         print(kernel.ljust(width), *(f"{table[kernel]:8.1f}" for table in tables))
@@ -237,7 +242,7 @@ def main() -> int:
         raise SystemExit("check_cuda_build.py: error: ptxas reported no kernels")
 
     width = max(map(len, kernels))
-    print("registers, with bytes spilled after +")
+    print("registers + spilled bytes")
     print("kernel".ljust(width), *(f"sm_{arch}".rjust(8) for arch in args.arch))
     faults, allowed = [], []
     for kernel in kernels:

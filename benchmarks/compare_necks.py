@@ -25,7 +25,7 @@ NECKS = {
 
 
 class CARAFEFunction(torch.autograd.Function):
-    """Stands in for mmcv's CARAFE, which has no CPU kernel: right in its shape only."""
+    """Replaces mmcv's CARAFE, which has no CPU kernel, to count: only the shape is right."""
 
     @staticmethod
     def forward(ctx, features, masks, kernel_size, group_size, scale_factor):
@@ -33,7 +33,7 @@ class CARAFEFunction(torch.autograd.Function):
 
 
 def carafe_flops(inputs: list, outputs: list) -> int:
-    """A multiply-add for each tap of each output, as for a convolution and a DDF."""
+    """One multiply-add for each tap of each output, as for convolutions and DDF."""
     kernel_size = outputs[0].node().scalar_args()[0]
     return torch.Size(outputs[0].type().sizes()).numel() * kernel_size**2
 
@@ -42,7 +42,7 @@ def count(neck: dict, shape: tuple[int, int]) -> dict[str, int]:
     """Parameters and multiply-adds of the detector and of its neck.
 
     Args:
-        neck: what to change in the config of the neck.
+        neck: changes of the neck's config.
         shape: height and width of the image, before padding.
     """
     from mmdet.structures import DetDataSample

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train a config in float32, bfloat16 and float16 on a CPU and compare what the networks reach.
+"""Train a config in float32, bfloat16 and float16 on a CPU and compare the metrics.
 
-Exit status 1 if a 16-bit training ends more than --margin below the first one."""
+The exit status is 1 if the metric of a training is more than --margin below that of the first."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @OPTIM_WRAPPERS.register_module()
 class CPUHalfOptimWrapper(OptimWrapper):
-    """float16 autocast with dynamic loss scaling on a CPU, which mmengine has for GPUs only."""
+    """float16 autocast with dynamic loss scaling on a CPU; mmengine supports it on GPUs only."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -35,11 +35,11 @@ class CPUHalfOptimWrapper(OptimWrapper):
             yield
 
     def backward(self, loss: torch.Tensor, **kwargs) -> None:
-        """Gradients of the scaled loss, whose small values float16 can hold."""
+        """Gradients of the scaled loss, so that small values do not underflow in float16."""
         super().backward(self.scaler.scale(loss), **kwargs)
 
     def step(self, **kwargs) -> None:
-        """A step with unscaled gradients; none where they are not finite."""
+        """A step with unscaled gradients, skipped if they are not finite."""
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad_kwargs:
             self._clip_grad()
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--metric", default="accuracy/top1", help="default: accuracy/top1")
     parser.add_argument("--margin", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--work-dir", default="work_dirs/precisions")
-    parser.add_argument("--json", type=Path, help="write what was measured into this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -86,7 +86,9 @@ def train(args: argparse.Namespace, dtype: str) -> float:
     runner.train()
     metrics = runner.test()
     if args.metric not in metrics:
-        raise UserError(f"--metric {args.metric!r} is none of {', '.join(metrics)}", exit_code=2)
+        raise UserError(
+            f"--metric must be one of {', '.join(metrics)}, got {args.metric!r}", exit_code=2
+        )
     return float(metrics[args.metric])
 
 

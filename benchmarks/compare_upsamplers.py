@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train the digit-scenes recipes with each upsampler of the neck and seed; tabulate the metrics.
 
-A run that has its metrics is not repeated, and one that was stopped is resumed; so this may be
-stopped and started again at will.
+The script may be interrupted and started again: finished runs are not repeated, an interrupted one
+is resumed.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 from ddf_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the neck is called in the names of the configs, and in the table.
+# Names of the necks in the file names of the configs, and in the table.
 NECKS = {"fpn": "FPN (nearest)", "fpn-carafe": "FPN_CARAFE", "ddfup-fpn": "DDFUpFPN"}
 CONFIGS = {
     "detection": "mask-rcnn_ddf-mul-r26_{neck}_digit-scenes.py",
     "segmentation": "fpn_ddf-mul-r26_{neck}_digit-scenes.py",
 }
-# With the factor that makes percent of them.
+# Factors that convert the metrics to percent.
 METRICS = {
     "detection": {
         "coco/bbox_mAP": 100,
@@ -50,20 +50,21 @@ def parse_args() -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path("work_dirs/upsamplers/upsamplers.json"),
-        help="JSON to write; the table goes beside it, into a .md; default: %(default)s",
+        help="JSON file to write; the table is written to the same path with the suffix .md; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="passed on to train.py and test.py",
+        help="passed to train.py and test.py",
     )
     return parser.parse_args()
 
 
 def run_tool(name: str, *arguments: object) -> None:
-    """Run one of the tools, which says itself what went wrong."""
+    """Run one of the tools, which reports its own errors."""
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
     code = subprocess.run(command, check=False).returncode
     if code:
@@ -71,7 +72,7 @@ def run_tool(name: str, *arguments: object) -> None:
 
 
 def measure(config: Path, work_dir: Path, seed: int, options: list[str]) -> dict[str, float]:
-    """Train and test one config with one seed, unless that is done.
+    """Train and test a config with a seed, unless the metrics exist.
 
     Args:
         config: the config.
@@ -80,7 +81,7 @@ def measure(config: Path, work_dir: Path, seed: int, options: list[str]) -> dict
         options: ``KEY=VALUE`` settings of the config.
 
     Returns:
-        What test.py measured.
+        The metrics of test.py.
     """
     metrics = work_dir / "metrics.json"
     common = ["--work-dir", work_dir, *(["--cfg-options", *options] if options else [])]
@@ -120,7 +121,7 @@ def tabulate(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
 
 
 def main() -> None:
-    """Train what is not trained yet, write the table."""
+    """Run the missing trainings and write the table."""
     args = parse_args()
     results: dict = {}
     for task in args.tasks:

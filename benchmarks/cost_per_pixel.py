@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Put the time per pixel of ``benchmark.py op|layer|model --json`` into a table, over the sizes.
+"""Tabulate the time per pixel in reports of ``benchmark.py op|layer|model --json``, by image size.
 
     cost_per_pixel.py FILE.json ... [--out TABLE.md] [--plot FILE.png]
 
-Where the cost grows linearly with batch and image, a column has the same number everywhere; its
-last line is the most over the least. Times are the least ones, in nanoseconds per pixel of the
-input, of a single channel for operation and layer.
+If the cost is linear in batch and image size, the numbers of a column are equal; its last row is
+the maximum over the minimum. Times are minima in nanoseconds per pixel of the input; for operation
+and layer, per pixel and channel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Size = tuple[int, int, int]
 
 
 def times_of(report: dict) -> dict[str, dict[Size, float]]:
-    """Nanoseconds per pixel of each thing that the report has timed, by batch, height, width."""
+    """Nanoseconds per pixel of everything in the report, by (batch, height, width)."""
     times: dict[str, dict[Size, float]] = defaultdict(dict)
     command = report["options"].get("command", "op")
     for row in report["rows"]:
@@ -57,7 +57,7 @@ def by_image(size: Size) -> tuple[int, int]:
 
 
 def markdown(reports: list[dict]) -> str:
-    """The table, under the machines and commands."""
+    """The machines and commands of the reports, and the table."""
     lines: list[str] = []
     for report in reports:
         about = dict(report["machine"])
@@ -75,7 +75,7 @@ def markdown(reports: list[dict]) -> str:
 
 
 def plot(reports: list[dict], path: Path) -> None:
-    """Draws the time per pixel over the number of pixels, in parts of the median."""
+    """Draws the time per pixel, relative to the median, over the number of pixels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,8 +101,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--out", type=Path, metavar="TABLE.md", help="instead of printing it")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it there")
+    parser.add_argument("--out", type=Path, metavar="TABLE.md", help="default: print the table")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the table")
     args = parser.parse_args()
     reports = [json.loads(path.read_text()) for path in args.reports]
     table = markdown(reports)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draw what a decoupled dynamic filter is, with numbers from a real layer on a real digit.
+"""Draw an explanation of decoupled dynamic filters, with the values of a layer on a scanned digit.
 
-The maps in the figure are computed: features of a scanned digit go through a DDFPack with seeded
-random weights, and the panels show what its branches and the operation return.
+All maps in the figure are computed: the features of the digit are the input of a DDFPack with
+seeded random weights, and the panels show the outputs of its branches and of the operation.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 @torch.no_grad()
 def compute() -> dict[str, np.ndarray]:
-    """What a DDFPack makes of a digit.
+    """Runs a DDFPack on a digit.
 
     Returns:
         ``x`` and ``output`` (``float[C, H, W]``), ``spatial`` (``float[k, k, H, W]``) and
@@ -97,14 +97,14 @@ class Canvas:
         )
 
     def text(self, x: float, y: float, text: str, **kwargs) -> None:
-        """Text, centred at (x, y) unless told otherwise."""
+        """Text, by default centred at (x, y)."""
         style = dict(ha="center", va="center", fontsize=11.5)
         self.axis.text(x, y, text, **(style | kwargs))
 
     def steps(
         self, x: float, y: float, steps: list[tuple[str, float]], gap: float, color: str
     ) -> None:
-        """The steps of a branch, boxes with given texts and widths, an arrow after each."""
+        """The steps of a branch: rectangles with texts and widths, and an arrow after each."""
         for text, width in steps:
             self.axis.add_patch(
                 FancyBboxPatch(
@@ -142,7 +142,7 @@ class Canvas:
         )
 
     def stack(self, x: float, y: float, size: float, maps: np.ndarray) -> None:
-        """Feature maps as a pile of cards; the first lies in front, its top left corner at (x, y).
+        """Feature maps as overlapping squares, the first in front, its top left corner at (x, y).
 
         Each map has its own scale, for its structure to show.
         """
@@ -177,7 +177,7 @@ def draw(data: dict[str, np.ndarray]) -> plt.Figure:
         The figure.
     """
     row, column = PIXEL
-    # The channel that is followed lies in front.
+    # The channel that the figure follows is in front.
     order = [CHANNEL, *(c for c in range(CHANNELS) if c != CHANNEL)]
     x, output, channel = (data[name][order] for name in ("x", "output", "channel"))
     spatial = data["spatial"]
@@ -187,7 +187,7 @@ def draw(data: dict[str, np.ndarray]) -> plt.Figure:
     size, tile = 16.0, 8.0
     cell = size / SIZE
 
-    # The features, and the window that is followed.
+    # The features, and the window that the figure follows.
     canvas.stack(4, 23, size, x)
     canvas.frame(4 + (column - 1) * cell, 23 + (row - 1) * cell, 3 * cell, 3 * cell, MARK, 2.4)
     canvas.text(14, 41.6, "features $x$", fontsize=14, fontweight="bold")

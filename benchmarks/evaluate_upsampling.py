@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("config", help="path of a config whose model is a DDFUpNet")
     parser.add_argument("checkpoint", help="path of the checkpoint")
     parser.add_argument("--out", type=Path, help="PNG to write")
-    parser.add_argument("--json", type=Path, help="JSON file to write the table into")
+    parser.add_argument("--json", type=Path, help="JSON file to write the table to")
     parser.add_argument(
         "--num", type=int, default=3, help="scenes in the picture; default: %(default)s"
     )
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def upsamplers(model: torch.nn.Module) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What is compared: functions of the maps and guides of a batch, by name."""
+    """The upsamplers to compare, by name: functions of the maps and guides of a batch."""
 
     def interpolate(mode: str) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda maps, guide: F.interpolate(maps, scale_factor=model.scale_factor, mode=mode)
@@ -62,7 +62,7 @@ def evaluate(upsample: Callable, dataloader: DataLoader, evaluator_cfg: dict) ->
 
 @torch.no_grad()
 def draw(functions: dict[str, Callable], samples: list[dict]) -> plt.Figure:
-    """A row for each sample: guide, low resolution map, each upsampled one, and the truth."""
+    """A row for each sample: guide, low-resolution map, upsampled maps, and ground truth."""
     titles = ["guide", "low resolution", *functions, "truth"]
     figure, axes = plt.subplots(
         len(samples),

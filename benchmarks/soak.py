@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Use the layers for long, and in every way at once, on a CPU: memory and bits must not change.
+"""Soak test of the layers on a CPU: results must stay bit for bit the same, and memory constant.
 
-Forward and backward passes with images of many sizes and changing numbers of threads, data loaders
-with forked workers that filter, and inference from several threads at a time. Every result is
-compared, bit for bit, with the first one of its kind. Exit status 1 if one differs, or if the
+It runs forward and backward passes with many image sizes and changing numbers of threads, filters
+in forked workers of data loaders, and inference in several threads at once. Every result is
+compared with the first one for the same arguments. The exit status is 1 if one differs, or if the
 memory grew."""
 
 import argparse
@@ -28,7 +28,7 @@ from ddf_mm.ops import backend_info, ddf
 
 SIZES = [(2, 7, 9), (1, 16, 16), (3, 12, 5), (1, 33, 20), (2, 24, 31), (4, 8, 8)]
 STRIDES = (1, 2)
-# Where memory is read: once in so many steps, a whole number of rounds over sizes and strides.
+# Steps between readings of memory: each size with each stride once.
 ROUND = len(SIZES) * len(STRIDES)
 
 
@@ -37,10 +37,10 @@ def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(prog="soak.py", description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="default: 2000")
     parser.add_argument(
-        "--growth", type=float, default=1.0, help="percent of memory that is allowed; default: 1"
+        "--growth", type=float, default=1.0, help="allowed growth in percent; default: 1"
     )
-    parser.add_argument("--threads", type=int, default=8, help="of inference; default: 8")
-    parser.add_argument("--json", type=Path, help="write what was measured into this file")
+    parser.add_argument("--threads", type=int, default=8, help="for inference; default: 8")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     if args.steps < 8 * ROUND:
         parser.error(f"--steps must be at least {8 * ROUND}, got {args.steps}")
@@ -48,13 +48,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def same(what: str, got: Sequence[Tensor], first: Sequence[Tensor]) -> None:
-    """Refuse results that are not the same bits as the first ones."""
+    """Raise :class:`UserError` if results differ from the first ones."""
     if not all(map(torch.equal, got, first)):
-        raise UserError(f"{what}: not the same bits as the first time")
+        raise UserError(f"{what}: the result differs from the first one")
 
 
 def inputs_of(size: tuple[int, int, int], stride: int) -> list[Tensor]:
-    """Random but always the same arguments of the op."""
+    """Reproducible random arguments of the op."""
     generator = torch.Generator().manual_seed(stride)
     batch, height, width = size
     out_size = [(n - 1) // stride + 1 for n in (height, width)]
@@ -70,10 +70,8 @@ def op_and_gradients(size: tuple[int, int, int], stride: int) -> list[Tensor]:
 
 
 def grown(memory: list[int]) -> float:
-    """Percent that memory grew from the second to the last quarter of its readings, as medians.
-
-    The first quarter is when caches fill.
-    """
+    """Growth of memory in percent, from the median of the second quarter of the readings to that of
+    the last. In the first quarter caches are filled."""
     quarter = len(memory) // 4
     early = statistics.median(memory[quarter : 2 * quarter])
     return 100 * (statistics.median(memory[-quarter:]) / early - 1)
@@ -94,7 +92,7 @@ def train(steps: int) -> list[int]:
         if step % ROUND == 0:
             order.shuffle(kinds)
         kind = kinds[step % ROUND]
-        # Not in step with the sizes, so that each meets each number of threads.
+        # Shifted in each round, so that each size is run with each number of threads.
         torch.set_num_threads(1 + (step + step // ROUND) % most)
         same(f"step {step}, {kind}", op_and_gradients(*kind), first[kind])
         images = inputs_of(*kind)[0]
@@ -119,7 +117,7 @@ class Filtered(Dataset):
 
 
 def load(rounds: int) -> None:
-    """Forked workers, after this process has used its own threads."""
+    """Data loaders with forked workers, after this process has used its own threads."""
     first = [Filtered()[i] for i in range(ROUND)]
     for _ in range(rounds):
         loader = DataLoader(
@@ -134,11 +132,11 @@ def load(rounds: int) -> None:
 
 
 def infer(threads: int, rounds: int) -> None:
-    """One network in several threads at a time."""
+    """Inference of one network in several threads at once."""
     network = nn.Sequential(DDFPack(16), nn.ReLU(), DDFPack(16, stride=2), DDFUpPack(16)).eval()
 
     def run(size: tuple[int, int, int]) -> list[Tensor]:
-        # Of each thread, not of the process.
+        # Grad mode is local to a thread.
         with torch.no_grad():
             return [network(inputs_of(size, 1)[0])]
 
@@ -151,7 +149,7 @@ def infer(threads: int, rounds: int) -> None:
 
 
 def main() -> None:
-    """Use and compare."""
+    """Run all parts and report the memory."""
     args = parse_args()
     torch.manual_seed(0)
     infer(args.threads, max(1, args.steps // 200))

@@ -246,7 +246,7 @@ def count(model: BaseModel, batch: dict[str, list]) -> Cost:
     """
     if backend_info()["cpu"] != "compiled":
         raise UserError(
-            "dynamic filters are counted in the compiled ops, which are not there: "
+            "dynamic filters are counted in the compiled ops, which are not available: "
             f"{backend_info()['why']}"
         )
     inputs, samples = preprocessed(model, batch)

@@ -188,8 +188,8 @@ class TestWithoutOps:
     def test_no_sources(self, project):
         shutil.rmtree(project / "csrc")
         line = (
-            "ddf_mm: this version has no C++ sources, installing without compiled ops;"
-            " a later version brings them"
+            "ddf_mm: csrc has no C++ sources, installing without compiled ops;"
+            " restore the folder csrc to build them"
         )
         self.check(project, build(project), line)
 
@@ -213,7 +213,7 @@ class TestWithoutOps:
         add_source(project, "csrc/cuda/kernel.cu", TRIVIAL)
         result = build(project, **{name: "yes"})
         assert result.returncode != 0
-        expected = f"ddf_mm: {name}='yes' is not understood: it takes 0 or 1"
+        expected = f"ddf_mm: {name} must be 0 or 1, got 'yes'"
         assert result.stdout.splitlines()[-1] == expected
 
 

@@ -1,33 +1,37 @@
 #!/usr/bin/env python3
-"""Time the DDF operation, its layer and networks of it against what they replace.
+"""Compare the speed of the DDF operation, its layers and its networks with alternatives.
 
-``benchmark.py op`` times, taking turns within one run so that a machine's moods hit all alike:
+``benchmark.py op`` times the following, interleaved so that changes of the machine's load affect
+all alike:
 
-    ddf                ddf_mm.ops.ddf, by whatever serves it here (see ddf_mm.ops.backend_info)
+    ddf                ddf_mm.ops.ddf, compiled or not (see ddf_mm.ops.backend_info)
     reference          the formula tap by tap in plain PyTorch
     unfold             the formula by torch.nn.functional.unfold
     depthwise conv     torch.nn.functional.conv2d (oneDNN, cuDNN) of the same geometry, with one
-                       filter a channel for the whole batch
-    dense conv         the convolution between all channels that a DDF takes the place of
+                       filter per channel for the whole batch
+    dense conv         the full convolution that a DDF replaces
     ddf spatial        ddf without a channel filter, which is an involution
     unfold spatial     the same by torch.nn.functional.unfold
-    carafe             the same by mmcv.ops.carafe, where mmcv has it for the device and dtype, with
-                       stride 1
-    copy               a copy of as many bytes as ddf has to move; on a GPU of 256 MiB at least
+    carafe             the same by mmcv.ops.carafe, if mmcv supports the device and dtype; stride 1
+                       only
+    copy               a copy that moves as many bytes as ddf; on a GPU at least 256 MiB
 
-``benchmark.py layer`` times the layers under the same names, with what generates their filters:
-DDFPack, torch.nn.Conv2d, and an involution (ddf spatial, unfold spatial) that makes its filters by
-two 1x1 convolutions. ``ddf modules`` is DDFPack with its modules one after the other.
+``benchmark.py layer`` times the layers of the same names, including the generation of their
+filters: DDFPack, torch.nn.Conv2d, and an involution (ddf spatial, unfold spatial) that generates
+its filters by two 1x1 convolutions. ``ddf modules`` is DDFPack computed module by module.
 
-``benchmark.py upsample`` times DDFUpPack, the same by one ddf a subpixel and a pixel shuffle
-(composition), CARAFE with its defaults, and nearest neighbours.
+``benchmark.py upsample`` times DDFUpPack, its composition of one ddf per subpixel and a pixel
+shuffle, CARAFE with its defaults, and nearest-neighbour interpolation.
 
-``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: predictions
-from images to the head's outputs, or training steps from images to updated weights. It takes
-whatever mmpretrain, mmdet and mmseg build.
+``benchmark.py family`` times the operations of ddf_mm.ops.family (carafe, involution, ...) beside
+torch.nn.functional.unfold and each original's own formulation in PyTorch.
 
-The bytes that ddf has to move are those of every input, read once, and of every output, written
-once; where a pass makes several gradients, as if by one kernel.
+``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: inference from
+images to the head's outputs, or training steps from images to updated weights. It supports all
+models of mmpretrain, mmdet and mmseg.
+
+The bytes that ddf moves are those of every input, read once, and of every output, written once;
+a pass with several gradients is counted as one kernel.
 """
 
 from __future__ import annotations
@@ -38,8 +42,8 @@ from pathlib import Path
 
 import torch
 
-# The toolboxes and mmengine are imported for `model` alone: the others need torch.
-from ddf_mm.benchmark import operation
+# mmengine and the toolboxes are imported for `model` only; the other commands need torch only.
+from ddf_mm.benchmark import family, operation
 from ddf_mm.benchmark.timing import LAYOUTS
 
 SHAPES = [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7), (1, 256, 100, 152)]
@@ -75,7 +79,7 @@ def parse_image_shape(text: str) -> tuple[int, ...]:
 
 
 class LazyConfigOptions(argparse.Action):
-    """The ``--cfg-options`` of all tools, without importing mmengine for what needs none."""
+    """``--cfg-options`` as in all tools, but imports mmengine only if it is used."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from ddf_mm.engine.cli import ConfigOptions
@@ -96,10 +100,9 @@ def add_common_options(command: argparse.ArgumentParser) -> None:
         "--threads", type=parse_positive, default=torch.get_num_threads(), help="of the CPU"
     )
     command.add_argument(
-        "--repeats", type=parse_positive, default=10, help="rounds in which all take turns"
+        "--repeats", type=parse_positive, default=10, help="rounds; in each, all calls are timed"
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all results to this file")
 
 
 def benchmark_models(args: argparse.Namespace) -> None:
@@ -163,7 +166,7 @@ def parse_args() -> argparse.Namespace:
         )
     for command, peers in ((op, PEERS), (layer, LAYER_PEERS), (upsample, UPSAMPLE_PEERS)):
         command.add_argument(
-            "--peers", choices=peers, nargs="*", default=peers, help="what ddf is compared with"
+            "--peers", choices=peers, nargs="*", default=peers, help="alternatives to time"
         )
     model = commands.add_parser("model", help="time the networks of configs", **with_defaults)
     model.set_defaults(run=benchmark_models)
@@ -171,8 +174,8 @@ def parse_args() -> argparse.Namespace:
         "configs",
         nargs="+",
         metavar="config",
-        help="path, or toolbox::path; +folded behind it folds the batch norms into the layers "
-        "before them, +skeleton makes each DDFPack an identity of the same stride",
+        help="path, or toolbox::path; with +folded appended, the batch norms are folded into the "
+        "preceding layers; with +skeleton, each DDFPack becomes an identity of the same stride",
     )
     model.add_argument("--mode", choices=["eval", "train"], nargs="+", default=["eval"])
     model.add_argument(
@@ -189,19 +192,27 @@ def parse_args() -> argparse.Namespace:
         type=parse_image_shape,
         nargs="+",
         metavar="H[,W]",
-        help="of the images; if not given, what is usual in the config's toolbox",
+        help="of the images; default: the usual size of the config's toolbox",
     )
-    model.add_argument("--compile", action="store_true", help="by torch.compile")
-    model.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    model.add_argument("--compile", action="store_true", help="use torch.compile")
+    model.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     model.add_argument(
         "--cfg-options", nargs="+", action=LazyConfigOptions, metavar="KEY=VALUE",
         help="override settings of the configs",
     )  # fmt: skip
+    members = commands.add_parser("family", help="time the family of ddf", **with_defaults)
+    members.set_defaults(run=family.benchmark_family)
+    members.add_argument(
+        "--members", choices=list(family.MEMBERS), nargs="+", default=list(family.MEMBERS)
+    )
+    members.add_argument("--backward", action="store_true", help="with the backward pass")
     for command in (op, layer, upsample, model):
         add_common_options(command)
+        command.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG")
+    add_common_options(members)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, and torch sees none")
+        parser.error("--device cuda needs a CUDA device, but torch finds none")
     for shape in getattr(args, "shapes", ()):
         if shape[1] % args.groups:
             parser.error(f"--groups {args.groups} must divide the {shape[1]} channels of --shapes")

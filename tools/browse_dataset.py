@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Draw images of a classification config's dataset, as read and after each step of its pipeline.
 
-mmdet and mmseg have a browse_dataset.py of their own, which works with configs of this package."""
+For detection and segmentation use the browse_dataset.py of mmdet and mmseg, which works with
+configs of this package."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         "--phase",
         choices=["train", "val", "test"],
         default="train",
-        help="whose dataset; default: %(default)s",
+        help="which dataset of the config; default: %(default)s",
     )
     parser.add_argument("--num", type=int, default=4, help="images to draw; default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="index of the first image")
@@ -42,10 +43,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def original(dataset: object, index: int) -> tuple[BaseDataset, int]:
-    """The dataset that reads an image, within those that join, repeat or split others, and the
-    image's index in it."""
+    """The dataset that reads an image, inside wrappers that concatenate, repeat or split datasets,
+    and the image's index in it."""
     while hasattr(dataset, "_get_ori_dataset_idx"):
-        # A fold has a subset of its dataset, where the index is the fold's own.
+        # The dataset of a fold is already the subset that the index refers to.
         is_fold = type(dataset).__name__ == "KFoldDataset"
         found = index if is_fold else dataset._get_ori_dataset_idx(index)
         if isinstance(found, tuple):
@@ -54,8 +55,8 @@ def original(dataset: object, index: int) -> tuple[BaseDataset, int]:
             dataset, index = dataset.dataset, found
     if not isinstance(dataset, BaseDataset):
         raise UserError(
-            f"pictures need a dataset with a pipeline, or one that joins, repeats or splits such, "
-            f"got a {type(dataset).__name__}"
+            f"drawing needs a dataset with a pipeline, or a wrapper that concatenates, repeats or "
+            f"splits such datasets, got a {type(dataset).__name__}"
         )
     return dataset, index
 
@@ -72,7 +73,7 @@ def pictures_of(dataset: BaseDataset, index: int) -> list[tuple[str, np.ndarray]
 
 
 def label_of(dataset: BaseDataset, index: int) -> str:
-    """The index and, as far as there are, the names of the classes."""
+    """The names of the image's classes, or their indices if the dataset has no names."""
     classes = dataset.metainfo.get("classes")
     labels = dataset.get_data_info(index).get("gt_label", ())
     labels = np.atleast_1d(np.asarray(labels, int))
@@ -88,8 +89,8 @@ def main() -> None:
     scope = toolbox(cfg)
     if scope != "mmpretrain":
         raise UserError(
-            f"{args.config!r} must have the default_scope 'mmpretrain', got {scope!r}; mmdet and "
-            "mmseg have an analysis_tools/browse_dataset.py of their own",
+            f"{args.config!r} must have the default_scope 'mmpretrain', got {scope!r}; for mmdet "
+            "and mmseg use their own analysis_tools/browse_dataset.py",
             exit_code=2,
         )
     dataset = analysis.build_dataset(cfg, loader)
@@ -101,8 +102,8 @@ def main() -> None:
     with cli.phase(f"reading the images of {loader}"):
         rows = [pictures_of(*sample) for sample in samples]
     if not any(rows):
-        raise UserError(f"no step of the pipeline of {loader}.dataset leaves an image, 'img'")
-    # What to_rgb turns into RGB is BGR.
+        raise UserError(f"no step of the pipeline of {loader}.dataset returns an image, 'img'")
+    # to_rgb converts from BGR.
     is_bgr = bool(analysis.data_preprocessor(cfg).get("to_rgb"))
     size = (len(rows), max(map(len, rows)))
     figure, axes = plt.subplots(*size, figsize=(2 * size[1], 2.2 * size[0]), squeeze=False)

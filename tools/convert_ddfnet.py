@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Turn an official DDF-ResNet checkpoint (theFoxofSky/ddfnet) into one for mmpretrain.
+"""Convert an official DDF-ResNet checkpoint (theFoxofSky/ddfnet) to one for mmpretrain.
 
-The result also starts detectors and segmentors:
+The result can also initialize detectors and segmentors:
 init_cfg=dict(type='Pretrained', checkpoint='DST', prefix='backbone.')."""
 
 import argparse
@@ -14,31 +14,31 @@ from ddf_mm.engine.cli import UserError
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="convert_ddfnet.py", description=__doc__)
-    parser.add_argument("src", help="a state dict or a training checkpoint, in timm's names")
+    parser.add_argument("src", help="a state dict or a training checkpoint, with timm's names")
     parser.add_argument("dst", type=Path, help="the file to write; must not exist")
     parser.add_argument(
         "--kernel-combine",
         choices=conversion.COMBINES,
-        help="how the network combines its filters; needed where neither the checkpoint nor its "
-        "file's name says so",
+        help="how the network combines its filters; required if neither the checkpoint nor the "
+        "file's name has this information",
     )
     parser.add_argument(
         "--weights",
         choices=["auto", "model", "ema"],
         default="auto",
-        help="which of a training checkpoint's weights; auto: the exponential moving average "
-        "where there is one",
+        help="which weights of a training checkpoint; auto: the exponential moving average if "
+        "there is one",
     )
-    parser.add_argument("--config", help="a config whose backbone the checkpoint must fit")
+    parser.add_argument("--config", help="a config whose backbone the checkpoint must match")
     parser.add_argument(
         "--backbone-only",
         action="store_true",
-        help="write the backbone alone, without the prefix 'backbone.' in its names",
+        help="write only the backbone, without the prefix 'backbone.' in its names",
     )
     parser.add_argument(
         "--hash-name",
         action="store_true",
-        help="write NAME-{hash8}.pth in place of NAME.pth, with the first digits of its sha256",
+        help="write NAME-{hash8}.pth instead of NAME.pth, with the first digits of its SHA-256",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return parser.parse_args()

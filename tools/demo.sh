@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Train, evaluate and draw the digits recipe: demo.sh [WORK_DIR]
 #
-# Ends with three lines for a script to read: the top-1 of the held-out digits as test.py measured
-# it, and the paths of two pictures. WORK_DIR is work_dirs/demo in the project by default; PYTHON,
-# from the environment, the interpreter that has the classification stack.
+# The last three lines of the output are for scripts: the top-1 accuracy on the held-out digits, as
+# test.py measures it, and the paths of two pictures. WORK_DIR defaults to work_dirs/demo in the
+# project. Environment variable PYTHON: the interpreter with the classification stack.
 set -euo pipefail
 
 if [[ $# -gt 1 || ${1:-} == -* ]]; then
@@ -21,7 +21,7 @@ echo "== Training on 1,437 scanned digits"
 "$PYTHON" "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR"
 CHECKPOINT=$(cat -- "$WORK_DIR/last_checkpoint")
 
-echo "== Evaluating $CHECKPOINT on the 360 that were held out"
+echo "== Evaluating $CHECKPOINT on 360 held-out digits"
 METRICS=$WORK_DIR/metrics.json
 "$PYTHON" "$TOOLS/test.py" "$CONFIG" "$CHECKPOINT" --work-dir "$WORK_DIR" \
     --out "$METRICS" --out-item metrics

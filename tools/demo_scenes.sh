@@ -2,10 +2,10 @@
 # Make the digit scenes, train a recipe on them, test it and draw its predictions:
 # demo_scenes.sh detection|segmentation [WORK_DIR]
 #
-# Ends with lines for a script to read: the metrics as test.py measured them, and the path of a
-# picture. The scenes are made in data/digit_scenes of the project, or in $DIGIT_SCENES, unless they
-# are there; WORK_DIR is work_dirs/demo_<task> by default; PYTHON, from the environment, the
-# interpreter that has the detection stack.
+# The last lines of the output are for scripts: the metrics, as test.py measures them, and the path
+# of a picture. The scenes are generated in data/digit_scenes of the project, or in $DIGIT_SCENES,
+# unless this folder exists. WORK_DIR defaults to work_dirs/demo_<task>. Environment variable
+# PYTHON: the interpreter with the detection stack.
 set -euo pipefail
 
 usage() {
@@ -48,7 +48,7 @@ PREDICTIONS=$WORK_DIR/predictions.png
 "$PYTHON" "$TOOLS/analysis/draw_predictions.py" "$CONFIG" "$CHECKPOINT" \
     --out "$PREDICTIONS" > /dev/null
 
-# shellcheck disable=SC2086  # the names of the metrics hold no spaces
+# shellcheck disable=SC2086  # the names of the metrics have no spaces
 "$PYTHON" - "$WORK_DIR/metrics.json" $METRICS << 'END'
 import json
 import sys

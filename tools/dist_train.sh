@@ -2,8 +2,8 @@
 # Train with several processes: dist_train.sh CONFIG GPUS [arguments of train.py]
 #
 # GPUS is the number of processes on this machine, one per GPU; without a GPU they share its
-# cores. From the environment: GPUS (if it is no argument), PORT, NNODES, NODE_RANK, MASTER_ADDR,
-# PYTHON.
+# cores. Environment variables: GPUS (unless given as an argument), PORT, NNODES, NODE_RANK,
+# MASTER_ADDR, PYTHON.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then

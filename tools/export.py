@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write a model of any toolbox on mmengine as ONNX, as a program of torch.export, or as both.
+"""Export a model of any toolbox on mmengine to ONNX, to torch.export's format, or to both.
 
-A classifier of mmpretrain becomes images -> scores before softmax, any other model its backbone and
-neck: images -> feature maps. Images are those that the config's data preprocessor makes (float32,
-normalized). Each file is loaded and compared with the model at several sizes before it gets its
-name; one that computes something else is deleted."""
+A classifier of mmpretrain is exported from images to logits, of any other model the backbone and
+neck, from images to feature maps. The images are the output of the config's data preprocessor
+(float32, normalized). Each file is loaded and compared with the model at several sizes; if the
+results differ, it is not written."""
 
 import argparse
 import copy
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="export.py", description=__doc__)
     parser.add_argument("config", help="path of the config, or toolbox::path")
-    parser.add_argument("checkpoint", nargs="?", help="without one, the weights are random")
+    parser.add_argument("checkpoint", nargs="?", help="default: random weights")
     parser.add_argument(
         "--format", choices=[*SUFFIXES, "both"], default="onnx", help="default: onnx"
     )
@@ -41,8 +41,8 @@ def parse_args() -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="STEM",
-        help="path of the files less their suffixes .onnx and .pt2; default: the config's name, in "
-        "the current folder",
+        help="path of the files without the suffixes .onnx and .pt2; default: the config's name, "
+        "in the current folder",
     )
     parser.add_argument(
         "--size",
@@ -50,9 +50,11 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(224, 224),
         metavar=("H", "W"),
-        help="size of the images that it is traced and timed with; default: 224 224",
+        help="size of the images for tracing and timing; default: 224 224",
     )
-    parser.add_argument("--batch", type=int, default=1, help="likewise, images; default: 1")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="number of images for tracing and timing; default: 1"
+    )
     parser.add_argument(
         "--static", action="store_true", help="export for images of --batch and --size only"
     )
@@ -62,19 +64,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--portable",
         action="store_true",
-        help="write PyTorch's own operators in place of ddf_mm's compiled op into a .pt2 file; "
-        "ONNX files hold standard operators anyway",
+        help="write PyTorch's own operators instead of ddf_mm's compiled op to a .pt2 file; "
+        "ONNX files always have standard operators",
     )
     parser.add_argument(
         "--fold",
         action="store_true",
-        help="fold the batch norms into convolutions and DDF layers first; the files are still "
-        "compared with the model as it was",
+        help="fold the batch norms into convolutions and DDF layers first; the files are "
+        "compared with the unfolded model",
     )
     parser.add_argument(
         "--allow-partial",
         action="store_true",
-        help="go on with a checkpoint that does not match the model exactly",
+        help="accept a checkpoint that does not match the model exactly",
     )
     parser.add_argument(
         "--benchmark",
@@ -82,9 +84,9 @@ def parse_args() -> argparse.Namespace:
         const=10,
         type=int,
         metavar="RUNS",
-        help="time each file beside PyTorch, in turn, so many times (10)",
+        help="time each file and PyTorch, interleaved, RUNS times; default: 10",
     )
-    parser.add_argument("--json", type=Path, help="write what was measured into this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -105,7 +107,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, int]:
-    """The part of the config's model that is exported, and the channels of its images."""
+    """The part of the config's model to export, and the channels of its images."""
     cfg = launch.load_config(args.config, args.cfg_options)
     launch.require_fields(cfg, ("model",), "an export")
     model = analysis.build_model(cfg)
@@ -127,26 +129,28 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def check(run: Callable, model: nn.Module, sizes: list[Size], channels: int) -> float:
-    """The largest error of a file over several sizes; refuses one above the tolerance."""
+    """The largest error of a file over several sizes; raises :class:`UserError` if it exceeds the
+    tolerance."""
     errors = {}
     for size in sizes:
         try:
             errors[size] = export.largest_error(run, model, size.images(channels))
         except Exception as error:
             raise UserError(
-                f"the file does not take images of {size}: {error}; --static exports it for one "
-                "size, a larger --size checks it with other ones"
+                f"the file does not run with images of {size}: {error}; --static exports it for "
+                "one size, a larger --size checks it with other sizes"
             ) from error
         if not errors[size] <= TOLERANCE:
             raise UserError(
-                f"the file computes something else than the model: an error of {errors[size]:.1e} "
-                f"for images of {size}, where {TOLERANCE:.0e} is allowed; nothing was written"
+                f"the results of the file differ from the model's: the error is "
+                f"{errors[size]:.1e} for images of {size}, and {TOLERANCE:.0e} is allowed; "
+                "nothing was written"
             )
     return max(errors.values())
 
 
 def benchmark(functions: dict[str, Callable], images: Tensor, runs: int) -> dict[str, float]:
-    """Median milliseconds of each function, timed in turn so that all see the same load."""
+    """Median milliseconds of each function, interleaved so that load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(runs + 1):
         for name, function in functions.items():

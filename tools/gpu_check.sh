@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA device: gpu_check.sh [build] [test] [sanitize] [bench] [OUT]
+# All checks that need a CUDA device: gpu_check.sh [build] [test] [sanitize] [bench] [OUT]
 #
 #   build     compiles the ops for the GPU present, with all cores
 #   test      runs every CUDA test: the cases of the CPU, strided and huge tensors, streams,
@@ -7,10 +7,10 @@
 #   sanitize  runs small cases of every kernel under compute-sanitizer
 #   bench     times the operation and writes a table of it
 #
-# Without a stage, all of them. A failure does not stop what follows: the last lines say what
-# failed, and the exit status is then 1. OUT (default: benchmarks) receives gpu_check_STAGE.txt,
-# which begins with the date, the device and the versions, and from bench the timings as JSON and
-# gpu_check.md. From the environment: PYTHON, CUDA_HOME, MAX_JOBS.
+# The default is all stages. After a failure the remaining steps still run; the last lines then list
+# the failures, and the exit status is 1. Each stage writes OUT/gpu_check_STAGE.txt (OUT: by default
+# benchmarks), which begins with the date, the device and the versions; bench also writes the times
+# as JSON and gpu_check.md. Environment variables: PYTHON, CUDA_HOME, MAX_JOBS.
 set -uo pipefail
 
 TOOLS=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -24,7 +24,7 @@ while [[ "${1:-}" =~ ^(build|test|sanitize|bench)$ ]]; do
 done
 [ ${#stages[@]} -gt 0 ] || stages=(build test sanitize bench)
 if [ $# -gt 1 ]; then
-    echo "gpu_check.sh: error: one OUT at most, after the stages, got: $*" >&2
+    echo "gpu_check.sh: error: at most one OUT after the stages, got: $*" >&2
     exit 2
 fi
 mkdir -p "${1:-$ROOT/benchmarks}" || exit 2
@@ -32,7 +32,7 @@ OUT=$(cd -- "${1:-$ROOT/benchmarks}" && pwd)
 cd "$ROOT" || exit 2
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# Two lines: what every report begins with, and the GPU's compute capability.
+# Two lines: the first line of every report, and the GPU's compute capability.
 about=$("$PYTHON" - << 'END'
 import datetime
 import platform
@@ -41,7 +41,7 @@ import sys
 import torch
 
 if not torch.cuda.is_available():
-    sys.exit("gpu_check.sh: error: torch sees no CUDA device")
+    sys.exit("gpu_check.sh: error: torch finds no CUDA device")
 print(
     f"{datetime.date.today()}  {torch.cuda.get_device_name()}  torch {torch.__version__}  "
     f"CUDA {torch.version.cuda}  Python {platform.python_version()}"
@@ -51,7 +51,7 @@ END
 ) || exit 1
 
 failures=()
-# attempt NAME COMMAND...: runs it into the stage's report and remembers a failure under NAME.
+# attempt NAME COMMAND...: adds the output to the stage's report and records a failure as NAME.
 attempt() {
     local name=$1
     shift
@@ -67,7 +67,7 @@ build() {
 
 has_pytest() {
     "$PYTHON" -c "import pytest" 2> /dev/null && return
-    attempt "pytest is not there: pip install pytest" false
+    attempt "pytest is not installed: pip install pytest" false
     return 1
 }
 
@@ -84,12 +84,12 @@ sanitize() {
     has_pytest || return
     local sanitizer
     sanitizer=$(PATH="${CUDA_HOME:-/usr/local/cuda}/bin:$PATH" command -v compute-sanitizer) || {
-        attempt "compute-sanitizer is not there: set CUDA_HOME to a CUDA toolkit" false
+        attempt "compute-sanitizer was not found: set CUDA_HOME to a CUDA toolkit" false
         return
     }
     local tool
     for tool in memcheck racecheck synccheck; do
-        # Without torch's cache every tensor is an allocation of its own, whose end memcheck sees.
+        # Without torch's cache each tensor is a separate allocation with bounds known to memcheck.
         DDF_MM_REQUIRE_OPS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "$tool" \
             "$sanitizer" --tool "$tool" --error-exitcode 1 \
             "$PYTHON" -m pytest -q -m cuda tests/ops -k "small_cases or each_gradient_alone or formula"
@@ -97,14 +97,14 @@ sanitize() {
 }
 
 bench() {
-    # Large enough not to fit a GPU's cache, from ResNet and FPN.
+    # Shapes from ResNet and FPN that exceed a GPU's cache.
     local shapes=(2,256,200,304 32,256,56,56 32,512,28,28 128,64,56,56)
     local pass options name peers reports=()
     for options in "" "--kernel-size 5" "--stride 2"; do
         for pass in forward grad_features backward; do
             name="op cuda $pass $options"
             name=$(tr -cs '[:alnum:]\n' _ <<< "${name//--/}")
-            # The slow peers once.
+            # The slow alternatives only once.
             peers=(--peers "depthwise conv" copy)
             [ "$options" != "" ] || [ "$pass" != forward ] || peers=()
             # shellcheck disable=SC2086

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make a small set for detection, segmentation and joint upsampling, without a download.
+"""Generate a small data set for detection, segmentation and joint upsampling, without a download.
 
-scikit-learn's digits, resized and tinted, on crops of its two photographs: JPEG images, COCO
-annotations of boxes, masks and panoptic segments, semantic PNGs and depth PNGs. The same options
-write the same bytes.
+It has scikit-learn's digits, resized and tinted, on crops of its two photographs: JPEG images, COCO
+annotations of boxes, masks and panoptic segments, semantic PNGs and depth PNGs. The result is
+byte-identical for the same options.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from ddf_mm.engine import cli
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="make_digit_scenes.py", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to make; must not exist, or be empty")
+    parser.add_argument("out", type=Path, help="folder to create; must not exist, or be empty")
     parser.add_argument("--num-train", type=int, default=2400, help="default: %(default)s")
     parser.add_argument("--num-val", type=int, default=200, help="default: %(default)s")
     parser.add_argument(
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make the set."""
+    """Generate the data set."""
     args = parse_args()
     try:
         write_digit_scenes(args.out, args.num_train, args.num_val, args.size, args.seed)

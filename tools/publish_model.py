@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Write the part of a training checkpoint that is worth publishing: the weights, and what the
-inferencers read (config and classes)."""
+"""Write a checkpoint for publication: only the weights of a training checkpoint, and the config and
+classes that the inferencers read."""
 
 import argparse
 from pathlib import Path
@@ -19,23 +19,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--no-ema",
         action="store_true",
-        help="the weights as trained, not their exponential moving average (of EMAHook)",
+        help="write the trained weights instead of their exponential moving average (EMAHook)",
     )
-    parser.add_argument("--no-config", action="store_true", help="leave the config out")
+    parser.add_argument("--no-config", action="store_true", help="omit the config")
     parser.add_argument(
         "--hash-name",
         action="store_true",
-        help="write NAME-{hash8}.pth in place of NAME.pth, with the first digits of its sha256",
+        help="write NAME-{hash8}.pth instead of NAME.pth, with the first digits of its SHA-256",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return parser.parse_args()
 
 
 def without_average(checkpoint: dict, src: str) -> dict:
-    """The weights as trained, which EMAHook saves as those of its averaged model."""
+    """The trained weights; EMAHook saves them under ``ema_state_dict``, and the average as the
+    model's."""
     averaged = checkpoint.get("ema_state_dict")
     if averaged is None:
-        raise UserError(f"src {src!r} holds no moving average for --no-ema to leave out", 2)
+        raise UserError(f"src {src!r} has no moving average, which --no-ema would omit", 2)
     trained = {
         name.removeprefix("module."): value
         for name, value in averaged.items()
@@ -54,7 +55,9 @@ def main() -> None:
         raise UserError(f"dst {str(args.dst)!r} exists; --overwrite replaces it", exit_code=2)
     checkpoint = checkpoints.load_from_local_file(args.src, map_location="cpu")
     if "state_dict" not in checkpoint:
-        raise UserError(f"src {args.src!r} has no 'state_dict': it is no checkpoint of a Runner", 2)
+        raise UserError(
+            f"src {args.src!r} has no 'state_dict': it is not a checkpoint of a Runner", 2
+        )
     weights = without_average(checkpoint, args.src) if args.no_ema else checkpoint["state_dict"]
     meta = checkpoint.get("meta", {})
     kept = {name: meta[name] for name in META if name in meta}

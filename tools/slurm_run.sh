@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What slurm_train.sh and slurm_test.sh share:
-# slurm_run.sh PARTITION JOB_NAME SCRIPT [arguments of the script, which lies beside this one]
+# Common part of slurm_train.sh and slurm_test.sh:
+# slurm_run.sh PARTITION JOB_NAME SCRIPT [arguments of SCRIPT, a file in this folder]
 #
-# From the environment: GPUS (processes in all), GPUS_PER_NODE (0 on nodes without a GPU),
+# Environment variables: GPUS (processes in all), GPUS_PER_NODE (0 on nodes without a GPU),
 # CPUS_PER_TASK, SRUN_ARGS (more arguments for srun), PYTHON.
 set -euo pipefail
 
@@ -20,7 +20,7 @@ if [[ $GPUS_PER_NODE -gt 0 ]]; then
     PLACEMENT=("--gres=gpu:$GPUS_PER_NODE" "--ntasks-per-node=$GPUS_PER_NODE")
 fi
 
-# SRUN_ARGS is a list of words; an empty array is an unbound variable to bash 3.
+# SRUN_ARGS is a list of words; in bash 3 an empty array is an unbound variable.
 # shellcheck disable=SC2086
 exec srun -p "$PARTITION" \
     --job-name="$JOB_NAME" \

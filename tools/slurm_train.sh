@@ -2,7 +2,7 @@
 # Train on a Slurm cluster:
 # slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of train.py]
 #
-# From the environment: GPUS (processes in all), GPUS_PER_NODE (0 on nodes without a GPU),
+# Environment variables: GPUS (processes in all), GPUS_PER_NODE (0 on nodes without a GPU),
 # CPUS_PER_TASK, SRUN_ARGS (more arguments for srun), PYTHON.
 set -euo pipefail
 

@@ -16,11 +16,11 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="test.py", description=__doc__)
     parser.add_argument("config", help="path of the config, or toolbox::path")
-    parser.add_argument("checkpoint", help="path or address of the checkpoint")
+    parser.add_argument("checkpoint", help="path or URL of the checkpoint")
     parser.add_argument(
         "--out",
-        help="where to write results: predictions into a .pkl file or, with mmseg's metrics, into "
-        "a folder; metrics into a .json, .yaml or .pkl file",
+        help="where to write results: predictions to a .pkl file or, with mmseg's metrics, to a "
+        "folder; metrics to a .json, .yaml or .pkl file",
     )
     parser.add_argument(
         "--out-item",
@@ -30,14 +30,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="show each prediction in a window")
     parser.add_argument(
         "--show-dir",
-        help="folder for pictures of the predictions; with mmdet, a relative one lies in "
+        help="folder for pictures of the predictions; with mmdet, a relative path is below "
         "<work-dir>/<timestamp>",
     )
     parser.add_argument(
-        "--interval", type=int, default=1, help="draw every so many samples (mmpretrain)"
+        "--interval", type=int, default=1, help="draw every INTERVAL-th sample (mmpretrain)"
     )
     parser.add_argument(
-        "--wait-time", type=float, default=2, help="seconds that a window of --show stays"
+        "--wait-time", type=float, default=2, help="seconds for which --show displays a window"
     )
     parser.add_argument(
         "--tta",
@@ -46,12 +46,12 @@ def parse_args() -> argparse.Namespace:
         "mmdet configs without them get flips",
     )
     parser.add_argument(
-        "--amp", action="store_true", help="mixed precision: float16, on a CPU bfloat16"
+        "--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU"
     )
     parser.add_argument(
         "--allow-partial",
         action="store_true",
-        help="go on with a checkpoint that does not match the model exactly",
+        help="accept a checkpoint that does not match the model exactly",
     )
     cli.add_common_arguments(parser)
     args = parser.parse_args()

@@ -17,13 +17,13 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without one, or with 'auto', from the latest in the work "
-        "folder",
+        help="resume from a checkpoint; with 'auto' or no argument, from the latest one in the "
+        "work folder",
     )
     parser.add_argument(
         "--amp",
         action="store_true",
-        help="mixed precision: float16 with dynamic loss scaling, on a CPU bfloat16",
+        help="mixed precision: float16 with dynamic loss scaling, or bfloat16 on a CPU",
     )
     parser.add_argument(
         "--no-validate", action="store_true", help="do not evaluate checkpoints while training"
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="scale the learning rate by the batch size over auto_scale_lr.base_batch_size",
     )
-    parser.add_argument("--seed", type=int, help="seed of all random numbers")
+    parser.add_argument("--seed", type=int, help="seed of all random number generators")
     parser.add_argument(
         "--deterministic", action="store_true", help="use deterministic algorithms only"
     )
@@ -67,7 +67,7 @@ def main() -> None:
         auto = args.resume == "auto"
         with cli.phase(f"looking for the latest checkpoint in {cfg.work_dir!r}"):
             found = exact_resume.latest_checkpoint(cfg.work_dir) if auto else args.resume
-        # The first start of a job that is always started with --resume keeps the config's weights.
+        # A job may always be started with --resume: the first time it uses the config's load_from.
         cfg.resume = found is not None
         cfg.load_from = found or cfg.get("load_from")
     launch.set_dataloader_defaults(cfg, not args.no_pin_memory, not args.no_persistent_workers)

@@ -1,4 +1,5 @@
-// Kernels for contiguous (NCHW) features: vectors run along a row.
+// Kernels whose vectors run along a row: for contiguous (NCHW) features, and for channels_last
+// (NHWC) ones with few channels in a group, whose channels are separated when rows are loaded.
 // Rows of features are copied into a zero-padded tile, split into the phases of the stride, where
 // each tap reads consecutive values for any kernel, stride and dilation. The spatial filter of a
 // tile of rows is converted to the accumulation type once for all channels of its group.
@@ -10,6 +11,28 @@ namespace {
 
 // Channels of a block, which are filtered together.
 constexpr int kBlockChannels = 4;
+
+// Steps in the features, in elements.
+struct ImageStrides {
+  int64_t channel, row, pixel;
+
+  ImageStrides(bool channels_last, int64_t channels, int64_t height, int64_t width)
+      : channel(channels_last ? 1 : height * width),
+        row(channels_last ? width * channels : width),
+        pixel(channels_last ? channels : 1) {}
+};
+
+// `count` pixels of a row, `step` apart, of `channels` channels, widened: channel n to to + n *
+// line.
+template <class T>
+DDF_INLINE void load_channels(Accumulate<T>* to, int64_t line, const T* from,
+                              const ImageStrides& strides, int channels, int64_t count,
+                              int64_t step) {
+  if (strides.channel == 1 && channels > 1)
+    return transpose(to, line, from, step * strides.pixel, count, channels);
+  for (int n = 0; n < channels; ++n)
+    load_row(to + n * line, from + n * strides.channel, count, step * strides.pixel);
+}
 
 // The zero-padded copy of the rows that a tile of output rows reads, of kBlockChannels channels
 // with interleaved rows: channel n starts n * line after channel 0.
@@ -70,23 +93,29 @@ struct PaddedTile {
     return offsets;
   }
 
-  // Copies the rows of a plane that the tile at output row row0 reads. Prefetches those of the
-  // plane `ahead` elements later, unless that is 0.
-  template <class T>
-  void fill(A* to, const T* plane, int64_t row0, int64_t ahead) const {
+  // Copies the rows of NC channels that the tile at output row row0 reads. Prefetches those of the
+  // channels `ahead` elements later, unless that is 0.
+  template <int NC, class T>
+  void fill(A* to, const T* from, const ImageStrides& strides, int64_t row0, int64_t ahead) const {
     const int64_t above = row0 * g.stride - g.padding();
     const int64_t begin = std::max<int64_t>(0, -above), end = std::min(rows, g.height - above);
     if (begin >= end) return;
-    if (ahead)
-      prefetch_rows(plane + ahead + (above + begin) * g.width, g.width, end - begin, g.width);
-    if (g.stride == 1)
-      return load_rows(to + row_offset[begin] + runs[0].offset, pitch,
-                       plane + (above + begin) * g.width, g.width, end - begin, runs[0].count);
+    for (int n = 0; n < NC && ahead; ++n)
+      prefetch_rows(from + n * strides.channel + ahead + (above + begin) * strides.row, strides.row,
+                    end - begin, g.width);
+    if (g.stride == 1 && strides.pixel == 1) {
+      for (int n = 0; n < NC; ++n)
+        load_rows(to + n * line + row_offset[begin] + runs[0].offset, pitch,
+                  from + n * strides.channel + (above + begin) * strides.row, strides.row,
+                  end - begin, runs[0].count);
+      return;
+    }
     for (int64_t r = begin; r < end; ++r)
       for (const Run& run : runs)
         if (r % g.stride < phases)
-          load_row(to + row_offset[r] + run.offset, plane + (above + r) * g.width + run.column,
-                   run.count, g.stride);
+          load_channels(to + row_offset[r] + run.offset, line,
+                        from + (above + r) * strides.row + run.column * strides.pixel, strides, NC,
+                        run.count, g.stride);
   }
 };
 
@@ -111,19 +140,67 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const int64_t blocks = ceil_div(width, L), count = static_cast<int64_t>(taps.size());
-  Scratch<A> line(blocks * L);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t right = taps[t].right;
-    const int64_t begin = std::max<int64_t>(0, -right), end = std::min(width, columns - right);
+  // In a channels_last filter, the taps of a pixel for itself are adjacent.
+  bool is_own = filter && count > 0 && strides.tap == 1 && strides.column != 1;
+  for (int64_t t = 0; t < count && is_own; ++t)
+    is_own = taps[t].down == 0 && taps[t].right == 0 && taps[t].spatial == taps[0].spatial + t;
+  if (is_own) {
+    for (int64_t row = row0; row < row1; ++row)
+      for (int64_t b = 0; b < blocks; ++b, to += count * L) {
+        const int64_t lanes =
+            row < rows ? std::clamp<int64_t>(std::min(width, columns) - b * L, 0, L) : 0;
+        if (lanes < L) std::fill(to, to + count * L, neutral);
+        if (lanes > 0)
+          transpose(to, L, filter + taps[0].spatial + row * strides.row + b * L * strides.column,
+                    strides.column, lanes, count);
+      }
+    return;
+  }
+  // The filter of a row of pixels, between neutral ones that the taps reach. Taps of a pixel that
+  // are adjacent in memory are transposed together.
+  const auto last_of_run = [&](int64_t first) {
+    int64_t last = first + 1;
+    while (last < count && strides.column != 1 && taps[last].down == taps[first].down &&
+           taps[last].spatial == taps[first].spatial + last - first)
+      ++last;
+    return last;
+  };
+  int64_t left = 0, right = 0, longest = 0;
+  for (int64_t first = 0; first < count; first = last_of_run(first))
+    longest = std::max(longest, last_of_run(first) - first);
+  for (const Phase::Tap& tap : taps) {
+    left = std::max(left, -tap.right);
+    right = std::max(right, tap.right);
+  }
+  const int64_t pitch = left + std::max(columns, right + blocks * L);
+  Scratch<A> lines(longest * pitch);
+  std::fill(lines.get(), lines + longest * pitch, neutral);
+  // Processors do not predict the next plane after a few lines of one.
+  constexpr int64_t kAhead = 8;
+  const bool is_fetched = filter && strides.column == 1 && count > kAhead &&
+                          (row1 - row0) * width * static_cast<int64_t>(sizeof(T)) < 1024;
+  for (int64_t first = 0, last = 0; first < count; first = last) {
+    last = last_of_run(first);
+    if (is_fetched && first + kAhead < count) {
+      const Phase::Tap& next = taps[first + kAhead];
+      const int64_t begin = std::max<int64_t>(row0 + next.down, 0);
+      prefetch_rows(filter + next.spatial + begin * strides.row, strides.row,
+                    std::min(row1 + next.down, rows) - begin, columns);
+    }
     for (int64_t row = row0; row < row1; ++row) {
-      const int64_t from = row + taps[t].down;
-      std::fill(line.get(), line + blocks * L, neutral);
-      if (filter && from >= 0 && from < rows && begin < end)
-        load_row(line + begin,
-                 filter + taps[t].spatial + from * strides.row + (begin + right) * strides.column,
-                 end - begin, strides.column);
-      for (int64_t b = 0; b < blocks; ++b)
-        store<L>(to + (((row - row0) * blocks + b) * count + t) * L, load<L>(line + b * L));
+      const int64_t from = row + taps[first].down;
+      const bool is_inside = filter && from >= 0 && from < rows;
+      const T* values = is_inside ? filter + taps[first].spatial + from * strides.row : nullptr;
+      if (is_inside && last - first > 1)
+        transpose(lines + left, pitch, values, strides.column, columns, last - first);
+      else if (is_inside)
+        load_row(lines + left, values, columns, strides.column);
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const A* line = lines + (t - first) * pitch + left + taps[t].right + b * L;
+          store<L>(to + (((row - row0) * blocks + b) * count + t) * L,
+                   is_inside ? load<L>(line) : splat<A, L>(neutral));
+        }
     }
   }
 }
@@ -153,21 +230,21 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accu
   int64_t line3 = 3 * line;
   DDF_OPAQUE(line3);
   DDF_UNROLL
-  for (int i = 0; i < R * NC; ++i) sums[i] = splat<A, L>(c[taps * NC + i % NC]);
+  for (int i = 0; i < R * NC; ++i) sums[i] = splat<A, L>(c[taps * kBlockChannels + i % NC]);
   for (int64_t t = 0; t < taps; ++t) {
     const A *from = x + x_offset[t], *below = from + kBlockChannels * line;
     DDF_OPAQUE(below);
     const V spatial = load<L>(s + t * L), spatial2 = load<L>(s + (R - 1) * s_row + t * L);
     DDF_UNROLL
     for (int n = 0; n < NC; ++n) {
-      const V channel = splat<A, L>(c[t * NC + n]);
+      const V channel = splat<A, L>(c[t * kBlockChannels + n]);
       sums[n] += load<L>(from + (n == 3 ? line3 : n * line)) * Combine::weight(channel, spatial);
       if constexpr (R == 2)
         sums[NC + n] +=
             load<L>(below + (n == 3 ? line3 : n * line)) * Combine::weight(channel, spatial2);
     }
   }
-  const auto output_min = splat<A, L>(c[(taps + 1) * NC]);
+  const auto output_min = splat<A, L>(c[(taps + 1) * kBlockChannels]);
   const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
     DDF_UNROLL
     for (int r = 0; r < R; ++r) DDF_UNROLL
@@ -204,13 +281,15 @@ __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t w
   if (i < rows) filter(i, std::integral_constant<int, 1>());
 }
 
-// Calls body with the number of channels as a constant: kBlockChannels at a time, then one by one.
+// Calls body with the number of channels as a constant: kBlockChannels at a time, then the others.
 template <class F>
 void for_each_channel_block(int64_t begin, int64_t end, const F& body) {
   int64_t c = begin;
   for (; c + kBlockChannels <= end; c += kBlockChannels)
     body(c, std::integral_constant<int, kBlockChannels>());
-  for (; c < end; ++c) body(c, std::integral_constant<int, 1>());
+  if (end - c == 3) body(c, std::integral_constant<int, 3>());
+  if (end - c == 2) body(c, std::integral_constant<int, 2>());
+  if (end - c == 1) body(c, std::integral_constant<int, 1>());
 }
 
 // Interleaves the phases of a row, from[(phase, channel)][row], into rows of the output.
@@ -224,13 +303,29 @@ void interleave_rows(const T* from, int64_t from_size, int64_t rows, int64_t wid
       if (row >= to_height) break;
       T* line = to + (n * to_height + row) * to_width;
       const T* values = from + n * from_size + i * width;
-      if (step == 2)
+      const int64_t whole = to_width / step;
+      if (step == 2) {
         store_interleaved(line, values, values + NC * from_size, to_width);
-      else
-        for (int64_t phase = 0; phase < std::min(step, to_width); ++phase)
-          for (int64_t j = phase; j < to_width; j += step)
-            line[j] = values[phase * NC * from_size + j / step];
+      } else {
+        transpose(line, step, values, NC * from_size, step, whole);
+        for (int64_t j = whole * step; j < to_width; ++j)
+          line[j] = values[j % step * NC * from_size + whole];
+      }
     }
+}
+
+// Stores the pixels of a phase, from[channel][row], into rows of a channels_last output.
+template <int NC, class T>
+void store_pixels(const T* from, int64_t from_size, int64_t rows, int64_t width, const Phase& phase,
+                  int64_t step, int64_t row0, T* to, int64_t to_height, int64_t to_width,
+                  const ImageStrides& strides) {
+  const int64_t count = ceil_div(to_width - phase.column, step);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = (row0 + i) * step + phase.row;
+    if (row >= to_height) break;
+    transpose(to + row * strides.row + phase.column * strides.pixel, step * strides.pixel,
+              from + i * width, from_size, NC, count);
+  }
 }
 
 // Forward and grad_features: filters `from`, padded as g says, for the pixels of each phase of
@@ -240,18 +335,23 @@ template <class T, class Combine>
 void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulate<T>>& padded,
                  const std::vector<Phase>& phases, const T* from, const Geometry& filters,
                  const T* channel_filter, const T* spatial_filter, const SpatialStrides& strides,
-                 T* to, int64_t to_height, int64_t to_width, int64_t step,
+                 T* to, int64_t to_height, int64_t to_width, int64_t step, bool channels_last,
                  const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const int64_t tile_size = plan.rows * round_up(g.out_width, L), to_size = to_height * to_width;
+  const ImageStrides from_strides(channels_last, g.channels, g.height, g.width);
+  const ImageStrides to_strides(channels_last, g.channels, to_height, to_width);
+  // Rows of one phase in one plane are stored where they belong, others by way of tiles.
+  const bool is_dense = step == 1 && !channels_last;
+  const int64_t buffers = is_dense ? 0 : channels_last ? 1 : std::min(step, to_width);
   int64_t all_taps = 0;
   for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * kBlockChannels),
         x(padded.size);
-    Scratch<T> phase_tiles(step > 1 ? kBlockChannels * tile_size * std::min(step, to_width) : 0);
+    Scratch<T> phase_tiles(kBlockChannels * tile_size * buffers);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
@@ -272,11 +372,11 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
       }
       for_each_channel_block(item.channel0, item.channel1, [&](int64_t c, auto number) {
         constexpr int NC = decltype(number)::value;
-        const int64_t first = item.image * g.channels + c;
-        const int64_t ahead = c + 2 * NC <= item.channel1 ? NC * g.height * g.width : 0;
-        for (int n = 0; n < NC; ++n)
-          padded.fill(x + n * padded.line, from + (first + n) * g.height * g.width, item.row0,
-                      ahead);
+        const int64_t ahead =
+            c + 2 * NC <= item.channel1 && !channels_last ? NC * from_strides.channel : 0;
+        padded.template fill<NC>(
+            x.get(), from + item.image * g.channels * g.height * g.width + c * from_strides.channel,
+            from_strides, item.row0, ahead);
         const int64_t taps = filters.taps();
         const T* const channel_taps =
             channel_filter
@@ -287,22 +387,24 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
           const int64_t count = static_cast<int64_t>(phase.taps.size());
           for (int64_t t = 0; t < count; ++t)
             for (int n = 0; n < NC; ++n)
-              channel[t * NC + n] = channel_taps
-                                        ? widen(channel_taps[phase.taps[t].channel + n * taps])
-                                        : A(Combine::kNeutral);
-          pack.template normalize_channels<NC>(channel, count, c, NC);
+              channel[t * kBlockChannels + n] =
+                  channel_taps ? widen(channel_taps[phase.taps[t].channel + n * taps])
+                               : A(Combine::kNeutral);
+          pack.template normalize_channels<kBlockChannels>(channel, count, c, NC);
           for (int n = 0; n < NC; ++n) {
-            channel[count * NC + n] = pack.bias ? pack.bias[c + n] : A(0);
-            channel[(count + 1) * NC + n] = pack.output_min;
+            channel[count * kBlockChannels + n] = pack.bias ? pack.bias[c + n] : A(0);
+            channel[(count + 1) * kBlockChannels + n] = pack.output_min;
           }
-          T* plane = to + first * to_size;
-          const bool is_dense = step == 1;
-          T* phase_tile = phase_tiles.get() + phase.column * NC * tile_size;
+          T* plane = to + item.image * g.channels * to_size + c * to_strides.channel;
+          T* phase_tile = phase_tiles.get() + (channels_last ? 0 : phase.column * NC * tile_size);
           filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), padded.line,
                                       x, spatial_tile, channel,
                                       is_dense ? plane + item.row0 * to_width : phase_tile,
                                       is_dense ? to_size : tile_size);
-          if (!is_dense && phase.column == std::min(step, to_width) - 1)
+          if (channels_last)
+            store_pixels<NC>(phase_tile, tile_size, rows, g.out_width, phase, step, item.row0,
+                             plane, to_height, to_width, to_strides);
+          else if (!is_dense && phase.column == std::min(step, to_width) - 1)
             interleave_rows<NC>(phase_tiles.get(), tile_size, rows, g.out_width, phase.row, step,
                                 item.row0, plane, to_height, to_width);
           spatial_tile += tile_size * count;
@@ -310,6 +412,14 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
       });
     }
   });
+}
+
+// Bytes of a row of channels_last features, output and spatial filter, as Plan takes them.
+template <class T>
+int64_t shared_row_bytes(const Geometry& g, bool channels_last) {
+  return channels_last ? 2 * g.out_width * (g.channels + g.groups * g.taps()) *
+                             static_cast<int64_t>(sizeof(T))
+                       : 0;
 }
 
 // Bytes of a row of a tile of the spatial filter.
@@ -328,7 +438,8 @@ inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64
 template <class T, class Combine>
 void forward_nchw(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.subpixels() * g.taps()));
+  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.subpixels() * g.taps()),
+                  shared_row_bytes<T>(g, f.channels_last));
   const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < g.scale; ++row)
@@ -342,7 +453,7 @@ void forward_nchw(const Forward& f, ParallelFor run) {
                           static_cast<const T*>(f.channel_filter),
                           static_cast<const T*>(f.spatial_filter), f.spatial_strides,
                           static_cast<T*>(f.output), g.scale * g.out_height, g.scale * g.out_width,
-                          g.scale, TypedPackOptions<Accumulate<T>>(f.pack), run);
+                          g.scale, f.channels_last, TypedPackOptions<Accumulate<T>>(f.pack), run);
 }
 
 // Each pixel of the features gathers from all subpixels of the output pixels that read it.
@@ -357,7 +468,8 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = 1;
   padded_geometry.stride = g.scale;
-  const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()));
+  const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()),
+                  shared_row_bytes<T>(g, b.channels_last));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   Phase phase{0, 0, {}, {}};
   for (int64_t r = 0; r < g.subpixels(); ++r)
@@ -371,7 +483,7 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   filter_nchw<T, Combine>(padded_geometry, plan, padded, {phase}, static_cast<const T*>(b.grad), g,
                           static_cast<const T*>(b.channel_filter),
                           static_cast<const T*>(b.spatial_filter), b.spatial_strides,
-                          static_cast<T*>(b.grad_features), g.height, g.width, 1,
+                          static_cast<T*>(b.grad_features), g.height, g.width, 1, b.channels_last,
                           TypedPackOptions<Accumulate<T>>(), run);
 }
 
@@ -390,7 +502,8 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.out_width = ceil_div(g.width, g.stride);
   padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = padded_geometry.stride = 1;
-  const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()));
+  const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()),
+                  shared_row_bytes<T>(g, b.channels_last));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < std::min(g.stride, g.height); ++row)
@@ -409,7 +522,7 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
                           static_cast<const T*>(b.channel_filter),
                           static_cast<const T*>(b.spatial_filter), b.spatial_strides,
                           static_cast<T*>(b.grad_features), g.height, g.width, g.stride,
-                          TypedPackOptions<Accumulate<T>>(), run);
+                          b.channels_last, TypedPackOptions<Accumulate<T>>(), run);
 }
 
 // A tile of the spatial filter of one group, to[t * plane + i * pitch + j], widened.
@@ -417,17 +530,18 @@ template <class T>
 void fill_spatial(Accumulate<T>* to, int64_t plane, int64_t pitch, const Geometry& g,
                   const T* filter, const SpatialStrides& strides, int64_t image, int64_t group,
                   int64_t row0, int64_t row1, Accumulate<T> neutral) {
-  for (int64_t t = 0; t < g.taps(); ++t)
-    for (int64_t row = row0; row < row1; ++row) {
-      Accumulate<T>* line = to + t * plane + (row - row0) * pitch;
-      if (filter == nullptr)
-        std::fill(line, line + g.out_width, neutral);
-      else
-        load_row(line,
-                 filter + strides.start(image, g.subpixels()) +
-                     (group * g.taps() + t) * strides.tap + row * strides.row,
-                 g.out_width, strides.column);
-    }
+  if (filter) filter += strides.start(image, g.subpixels()) + group * g.taps() * strides.tap;
+  for (int64_t row = row0; row < row1; ++row) {
+    Accumulate<T>* line = to + (row - row0) * pitch;
+    if (filter && strides.tap == 1)
+      transpose(line, plane, filter + row * strides.row, strides.column, g.out_width, g.taps());
+    else
+      for (int64_t t = 0; t < g.taps(); ++t, line += plane)
+        if (filter)
+          load_row(line, filter + t * strides.tap + row * strides.row, g.out_width, strides.column);
+        else
+          std::fill(line, line + g.out_width, neutral);
+  }
 }
 
 // Taps of NC channels side by side, to[t * NC + n].
@@ -457,7 +571,9 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
   int64_t line3 = 3 * line;
   DDF_OPAQUE(line3);
   for (int64_t t = 0; t < taps; ++t) {
-    V sums[NC] = {};
+    // A power of two for sum_lanes_of_each.
+    constexpr int kSums = NC == 3 ? 4 : NC;
+    V sums[kSums] = {};
     V channel[NC];
     for (int n = 0; n < NC; ++n) channel[n] = splat<A, L>(c[t * NC + n]);
     const A *from = x + x_offset[t], *grad = dy, *filter = s + t * plane;
@@ -494,20 +610,10 @@ __attribute__((noinline)) void grad_filter_rows(int64_t taps, int64_t rows, int6
     // In rows shorter than a vector, the lanes after the end are the same in each row.
     if (whole == 0)
       for (int n = 0; n < NC; ++n) sums[n] = inside ? sums[n] : V{};
-    A totals[NC];
+    A totals[kSums];
     sum_lanes_of_each<A, L>(sums, totals);
     for (int n = 0; n < NC; ++n) dc[n * taps + t] = totals[n];
   }
-}
-
-// Rows of subpixel r of a plane of the output, widened.
-template <class T>
-void load_subpixels(Accumulate<T>* to, int64_t pitch, const T* plane, const Geometry& g, int64_t r,
-                    int64_t row0, int64_t rows) {
-  for (int64_t i = 0; i < rows; ++i)
-    load_row(to + i * pitch,
-             plane + ((row0 + i) * g.scale + r / g.scale) * g.scale * g.out_width + r % g.scale,
-             g.out_width, g.scale);
 }
 
 template <class T, class Combine>
@@ -516,7 +622,8 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   const Geometry g = by_subpixel(b.geometry);
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
   // All taps read the same features and gradients of a channel block, from the L1 cache.
-  const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)));
+  const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)),
+                  shared_row_bytes<T>(g, b.channels_last));
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
@@ -529,6 +636,9 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
   const auto& strides = b.grad_spatial_strides;
   auto* grad_spatial_out = static_cast<T*>(b.grad_spatial);
+  const ImageStrides x_strides(b.channels_last, g.channels, g.height, g.width);
+  const ImageStrides dy_strides(b.channels_last, g.channels, g.scale * g.out_height,
+                                g.scale * g.out_width);
   const bool is_split = grad_spatial_out && plan.channel_blocks > 1;
   Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
                                        : 0);
@@ -553,28 +663,39 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
             channel.get(),
             channel_filter ? channel_filter + (item.image * g.channels + c) * g.taps() : nullptr,
             g.taps(), A(Combine::kNeutral));
-        const int64_t first = item.image / g.subpixels() * g.channels + c;
-        const int64_t ahead = c + 2 * NC <= item.channel1 ? NC : 0;
-        for (int n = 0; n < NC; ++n) {
-          padded.fill(x + n * padded.line, features + (first + n) * g.height * g.width, item.row0,
-                      ahead * g.height * g.width);
-          const T* dy_plane = grad + (first + n) * g.subpixels() * out_size;
-          if (ahead)
-            prefetch_rows(dy_plane + ahead * g.subpixels() * out_size + item.row0 * g.out_width,
-                          g.out_width, rows, g.out_width);
-          if (g.scale == 1)
-            load_rows(dy + n * padded.line, padded.pitch, dy_plane + item.row0 * g.out_width,
-                      g.out_width, rows, g.out_width);
-          else
-            load_subpixels(dy + n * padded.line, padded.pitch, dy_plane, g,
-                           item.image % g.subpixels(), item.row0, rows);
-        }
+        const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
+        const bool is_ahead = c + 2 * NC <= item.channel1 && !b.channels_last;
+        padded.template fill<NC>(
+            x.get(), features + image * g.channels * g.height * g.width + c * x_strides.channel,
+            x_strides, item.row0, is_ahead ? NC * x_strides.channel : 0);
+        // The first row of the subpixel.
+        const T* dy_row =
+            grad + image * g.channels * g.subpixels() * out_size + c * dy_strides.channel +
+            (item.row0 * g.scale + r / g.scale) * dy_strides.row + r % g.scale * dy_strides.pixel;
+        for (int n = 0; n < NC && is_ahead; ++n)
+          prefetch_rows(dy_row + (NC + n) * dy_strides.channel, g.scale * dy_strides.row, rows,
+                        g.scale * g.out_width);
+        if (g.scale == 1 && dy_strides.pixel == 1)
+          for (int n = 0; n < NC; ++n)
+            load_rows(dy + n * padded.line, padded.pitch, dy_row + n * dy_strides.channel,
+                      dy_strides.row, rows, g.out_width);
+        else
+          for (int64_t i = 0; i < rows; ++i)
+            load_channels(dy + i * padded.pitch, padded.line, dy_row + i * g.scale * dy_strides.row,
+                          dy_strides, NC, g.out_width, g.scale);
         A* to =
             channel_partials + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
         grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), padded.line,
                                          x, dy, pitch, plane, spatial, channel, grad_spatial, to);
       });
       if (grad_spatial_out == nullptr) continue;
+      if (!is_split && strides.tap == 1) {
+        for (int64_t i = 0; i < rows; ++i)
+          transpose(grad_spatial_out + strides.start(item.image, g.subpixels()) +
+                        item.group * g.taps() + (item.row0 + i) * strides.row,
+                    strides.column, grad_spatial + i * pitch, plane, g.taps(), g.out_width);
+        continue;
+      }
       for (int64_t t = 0; t < g.taps(); ++t)
         for (int64_t i = 0; i < rows; ++i) {
           const A* from = grad_spatial + t * plane + i * pitch;

@@ -123,6 +123,9 @@ DDF_INLINE Vector<Accumulate<T>, N> load(const T* from) {
       return bit_cast<Vector<float, N>>(
           _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #endif
+    } else if constexpr (N == 4) {
+      return bit_cast<Vector<float, N>>(
+          _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
     } else {
       static_assert(N == 8);
       return bit_cast<Vector<float, N>>(
@@ -156,6 +159,9 @@ DDF_INLINE void store(T* to, Vector<Accumulate<T>, N> v) {
                           _mm512_cvtps_ph(bit_cast<__m512>(v), kRound));
       return;
 #endif
+    } else if constexpr (N == 4) {
+      return _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
+                              _mm_cvtps_ph(bit_cast<__m128>(v), kRound));
     } else {
       static_assert(N == 8);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
@@ -271,6 +277,7 @@ DDF_INLINE V pick_lanes(V a, V b, std::integer_sequence<int, I...>) {
 // number of vectors, each with twice as many of the sums.
 template <class A, int L, int K, int H = 1>
 DDF_INLINE void sum_lanes_of_each(const Vector<A, L> (&v)[K], A* to) {
+  static_assert((K & (K - 1)) == 0);
   if constexpr (K > 1 && H < L) {
     Vector<A, L> halves[K / 2];
     constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
@@ -295,6 +302,19 @@ template <int kFirst, class V, int... I>
 DDF_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
   return DDF_SHUFFLE(a, b, (2 * I + kFirst)...);
 }
+
+#if defined(__clang__) || __GNUC__ >= 12
+constexpr bool kCanConcatenate = true;
+// The lanes of a, then those of b.
+template <class V, int... I>
+DDF_INLINE auto concatenate(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, I...);
+}
+#else
+constexpr bool kCanConcatenate = false;
+template <class V, class Lanes>
+V concatenate(V, V, Lanes);
+#endif
 
 // Interleaves the lanes of a and b, starting at lane kFirst.
 template <int kFirst, class V, int... I>
@@ -379,6 +399,107 @@ DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_
   for (; i < count; ++i) to[i] = widen(from[i * step]);
 }
 
+// Transposes 4 x 4 lanes, in each group of four lanes.
+template <class V, int... I>
+DDF_INLINE void transpose_lanes(V (&v)[4], std::integer_sequence<int, I...>) {
+  constexpr int kN = sizeof...(I);
+  // Lanes of two vectors in turn, from the lower or the upper half of each group.
+  const auto halves = [](V a, V b, auto upper) __attribute__((always_inline)) {
+    return DDF_SHUFFLE(a, b, (I / 4 * 4 + I % 4 / 2 + 2 * decltype(upper)::value + I % 2 * kN)...);
+  };
+  // Pairs of lanes.
+  const auto pairs = [](V a, V b, auto upper) __attribute__((always_inline)) {
+    return DDF_SHUFFLE(a, b, (I / 4 * 4 + I % 2 + 2 * decltype(upper)::value + I % 4 / 2 * kN)...);
+  };
+  const std::false_type lower;
+  const std::true_type upper;
+  const V low0 = halves(v[0], v[1], lower), high0 = halves(v[0], v[1], upper);
+  const V low1 = halves(v[2], v[3], lower), high1 = halves(v[2], v[3], upper);
+  v[0] = pairs(low0, low1, lower);
+  v[1] = pairs(low0, low1, upper);
+  v[2] = pairs(high0, high1, lower);
+  v[3] = pairs(high0, high1, upper);
+}
+
+// to[j * to_pitch + i] = from[i * from_pitch + j] for rows x columns elements, converted.
+template <class To, class From>
+void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, int64_t rows,
+               int64_t columns) {
+  using A = Accumulate<From>;
+  // Blocks of 4 x 4, or twice as many rows or columns in vectors of twice as many lanes.
+  constexpr int kN = 4;
+  constexpr int kGroups = kCanConcatenate && DDF_VECTOR_BYTES >= 32 && sizeof(A) == 4 ? 2 : 1;
+  constexpr int kLanesOf = kGroups * kN;
+  using V = Vector<A, kLanesOf>;
+  constexpr auto kAll = std::make_integer_sequence<int, kLanesOf>();
+  const int64_t end = (rows - 1) * from_pitch + columns;
+  int64_t i = 0;
+  for (; i + kLanesOf <= rows; i += kLanesOf) {
+    const auto block = [&](int64_t j, auto whole) __attribute__((always_inline)) {
+      constexpr bool kWhole = decltype(whole)::value;
+      const auto load_four = [&](int64_t row) __attribute__((always_inline)) {
+        const From* at = from + row * from_pitch + j;
+        return kWhole ? load<kN>(at) : load_first<kN>(at, columns - j);
+      };
+      V v[kN];
+      DDF_UNROLL
+      for (int n = 0; n < kN; ++n)
+        if constexpr (kGroups == 2)
+          v[n] = concatenate(load_four(i + n), load_four(i + kN + n), kAll);
+        else
+          v[n] = load_four(i + n);
+      transpose_lanes(v, kAll);
+      DDF_UNROLL
+      for (int n = 0; n < kN; ++n)
+        if (j + n < columns) store<kLanesOf>(to + (j + n) * to_pitch + i, v[n]);
+    };
+    int64_t j = 0;
+    // A single column that is left is not worth a block.
+    for (; j + 1 < columns; j += kN)
+      // Elements after those of a row are loaded if they belong to other rows.
+      if ((i + kLanesOf - 1) * from_pitch + j + kN <= end)
+        block(j, std::true_type());
+      else
+        block(j, std::false_type());
+    for (; j < columns; ++j)
+      for (int n = 0; n < kLanesOf; ++n)
+        to[j * to_pitch + i + n] = narrow<To>(widen(from[(i + n) * from_pitch + j]));
+  }
+  // `height` is an integral constant, at most kN.
+  const auto store_block = [&](int64_t i, int64_t j, auto height) __attribute__((always_inline)) {
+    constexpr int kHeight = decltype(height)::value;
+    V v[kN] = {};
+    DDF_UNROLL
+    for (int n = 0; n < kHeight; ++n) v[n] = load<kLanesOf>(from + (i + n) * from_pitch + j);
+    transpose_lanes(v, kAll);
+    DDF_UNROLL
+    for (int g = 0; g < kGroups; ++g) DDF_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      Vector<A, kN> group;
+      std::memcpy(&group, reinterpret_cast<const A*>(&v[n]) + g * kN, sizeof(group));
+      To* const column = to + (j + g * kN + n) * to_pitch + i;
+      // What is stored after the elements of a column is overwritten by the next column.
+      const bool is_overlapping =
+          to_pitch == kHeight && (j + g * kN + n) * to_pitch + kN <= columns * to_pitch;
+      if (kHeight == kN || is_overlapping)
+        store<kN>(column, group);
+      else
+        store_some<kN>(column, group, kHeight);
+    }
+  };
+  const int64_t i0 = i;
+  int64_t j = 0;
+  for (; j + kLanesOf <= columns; j += kLanesOf) {
+    for (i = i0; i + kN <= rows; i += kN) store_block(i, j, std::integral_constant<int, kN>());
+    if (rows - i == 3) store_block(i, j, std::integral_constant<int, 3>());
+    if (rows - i == 2) store_block(i, j, std::integral_constant<int, 2>());
+    if (rows - i == 1) store_block(i, j, std::integral_constant<int, 1>());
+  }
+  for (i = i0; i < rows; ++i)
+    for (int64_t column = j; column < columns; ++column)
+      to[column * to_pitch + i] = narrow<To>(widen(from[i * from_pitch + column]));
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -424,11 +545,15 @@ struct Plan {
   };
 
   // row_bytes: memory that a tile needs per row. A tile has as many rows as fit in the cache.
-  Plan(const Geometry& g, int64_t row_bytes) {
-    constexpr int64_t kTileBytes = 48 * 1024;
+  // shared_row_bytes: a row of tensors in which the groups of a pixel are adjacent, so that the
+  // groups of a tile use the same cache lines; 0 if they are not.
+  Plan(const Geometry& g, int64_t row_bytes, int64_t shared_row_bytes = 0) {
+    constexpr int64_t kTileBytes = 48 * 1024, kSharedBytes = 512 * 1024;
     // Enough items for many cores, but each partial sum stays under 1 % of the unfolded features.
     constexpr int64_t kItems = 32, kSparse = 128;
-    const int64_t fitting = std::max<int64_t>(1, kTileBytes / row_bytes);
+    int64_t fitting = std::max<int64_t>(1, kTileBytes / row_bytes);
+    if (shared_row_bytes && g.groups > 1)
+      fitting = std::clamp<int64_t>(kSharedBytes / shared_row_bytes, 1, fitting);
     tiles = std::min(ceil_div(g.out_height, fitting),
                      std::max<int64_t>(1, g.out_height * g.out_width / kSparse));
     rows = ceil_div(g.out_height, tiles);

@@ -1,6 +1,7 @@
-"""What ``tools/benchmark.py`` times, and how.
+"""Implementation of ``tools/benchmark.py``.
 
-- ``timing``: of calls that take turns, their memory, and how both are reported.
-- ``operation``: the DDF operation and its layers, beside what they replace. It needs torch alone.
-- ``networks``: the networks of configs.
+- ``timing``: measures time and memory of interleaved calls, and reports both.
+- ``operation``: compares the DDF operation and its layers with alternatives. It needs torch only.
+- ``family``: compares the operations of ``ddf_mm.ops.family`` with unfold. It needs torch only.
+- ``networks``: compares the networks of configs.
 """

@@ -1,4 +1,4 @@
-"""The networks of configs, timed beside each other."""
+"""Compares the speed of the networks of configs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ddf_mm.layers import DDFPack, switch_to_deploy
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """What is the same for all networks that are compared."""
+    """Settings common to all networks of a comparison."""
 
     mode: str
     precision: str
@@ -58,7 +58,7 @@ class Network:
 
 
 class Skeleton(torch.nn.Module):
-    """What is left of a DDFPack that costs nothing: its stride."""
+    """Replacement of a DDFPack without its cost: only the stride."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -80,26 +80,28 @@ def fold_norms(model: torch.nn.Module) -> None:
     switch_to_deploy(model.eval())
 
 
-# What +NAME behind a config does to its network.
+# Changes of a network, requested by +NAME after its config.
 CHANGES = {"skeleton": make_skeleton, "folded": fold_norms}
 
 
 def split_changes(name: str) -> tuple[str, list[str]]:
-    """A config's own name, and the changes that it is to undergo.
+    """Splits ``config+change+…`` into the config and the changes.
 
     Raises:
-        UserError: there is no such change.
+        UserError: an unknown change.
     """
     config, *changes = name.split("+")
     for change in changes:
         if change not in CHANGES:
             known = " and ".join(f"+{known}" for known in CHANGES)
-            raise UserError(f"config {name!r}: no +{change}; there are {known}", exit_code=2)
+            raise UserError(
+                f"config {name!r}: unknown change +{change}; known are {known}", exit_code=2
+            )
     return config, changes
 
 
 def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> Network:
-    """Builds a config's network and one call of it."""
+    """Builds the network of a config and a call to time."""
     config, changes = split_changes(name)
     cfg = analysis.read_config(config, args.cfg_options)
     shape = analysis.image_shape(cfg, setting.shape)
@@ -109,12 +111,12 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
     model.init_weights()
     for change in changes:
         CHANGES[change](model)
-    # Counted where the compiled ops are certain to be, and for one image.
+    # Counted for one image on the CPU, where the compiled ops are available.
     cost = analysis.count(model, analysis.example_batch(cfg, 1, shape))
     model = model.to(args.device, memory_format=LAYOUTS[setting.layout])
     batch = analysis.example_batch(cfg, setting.batch_size, shape)
     if args.compile:
-        # As mmengine's Runner does.
+        # Like mmengine's Runner.
         model.forward = torch.compile(model.forward)
 
     if setting.mode == "train":
@@ -147,27 +149,27 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
 
 
 def quiet_libraries() -> None:
-    """No logs and warnings of the toolboxes within the tables."""
+    """Suppresses logs and warnings of the toolboxes, which would interrupt the tables."""
     MMLogger.get_instance("mmengine").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
 
 def model_peaks(settings: list[ModelSetting], args: argparse.Namespace) -> Iterator[dict[str, int]]:
-    """Peak extra bytes of each network, for each setting."""
+    """Peak extra memory in bytes of each network, for each setting."""
     torch.set_num_threads(args.threads)
     quiet_libraries()
     for setting in settings:
         extra = {}
         for name in args.configs:
             call = make_network(name, setting, args).call
-            for _ in range(2):  # the first one makes what stays, as an optimizer's momentum
+            for _ in range(2):  # the first call allocates persistent state, such as momentum
                 call()
             extra[name] = peak_extra_bytes(call, args.device)
         yield extra
 
 
 def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row of the report for each network."""
+    """Measures the networks; one row of the report for each."""
     networks = {name: make_network(name, setting, args) for name in args.configs}
     calls = {name: network.call for name, network in networks.items()}
     times = time_calls(calls, args.repeats, args.device, cached=False)
@@ -180,7 +182,7 @@ def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict
             "gmac": network.gmac,
             "milliseconds": asdict(times[name]),
             "images_per_s": 1e3 * setting.batch_size / times[name].median,
-            # Of the first config's network: what the others are compared with.
+            # Relative to the network of the first config.
             "speed": times[args.configs[0]].least / times[name].least,
         }
         for name, network in networks.items()
@@ -212,7 +214,7 @@ def model_table(setting: ModelSetting, rows: list[dict], labels: list[str]) -> l
 def plot_models(
     groups: dict[ModelSetting, list[dict]], labels: list[str], title: str, path: Path
 ) -> None:
-    """Draws the networks' times, median and least, a panel for each setting."""
+    """Draws the median and minimum times of the networks, one panel for each setting."""
     figure, axes = new_figure(len(groups), 0.8 + 0.4 * len(labels))
     for axis, (setting, rows) in zip(axes, groups.items(), strict=True):
         times = [row["milliseconds"] for row in rows]
@@ -235,10 +237,10 @@ def benchmark_models(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     quiet_libraries()
     args.configs = list(dict.fromkeys(args.configs))
-    for name in args.configs:  # a wrong one is told now, not minutes later
+    for name in args.configs:  # so that a wrong config fails before minutes of measurements
         config, changes = split_changes(name)
         if "folded" in changes and "train" in args.mode:
-            raise UserError(f"config {name!r} has no norms to train: leave out --mode train")
+            raise UserError(f"config {name!r} has no norms to train: omit --mode train")
         analysis.read_config(config, args.cfg_options)
     settings = [
         ModelSetting(*values)

@@ -1,4 +1,4 @@
-"""The DDF operation and its layers, timed beside what they replace."""
+"""Compares the speed of the DDF operation and its layers with alternatives."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from ddf_mm.benchmark.timing import (
 )
 from ddf_mm.ops import ddf, ddf_reference
 
-# What a ratio compares: name to numerator and denominator. Below 1 in the first and above 1 in the
-# others is good for ddf.
+# Numerator and denominator of each ratio. ddf is faster if ddf/conv is below 1 and the others are
+# above 1.
 RATIOS = {
     "ddf/conv": ("ddf", "depthwise conv"),
     "dense/ddf": ("dense conv", "ddf"),
@@ -45,13 +45,13 @@ RATIOS = {
     "composition/ddf": ("composition", "ddf"),
     "carafe/ddf": ("carafe", "ddf"),
 }
-# A GPU reaches its copy speed on copies that move this many bytes.
+# Copies of this many bytes reach the memory bandwidth of a GPU.
 LARGE_COPY = 2**28
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all shapes that one mean is taken over."""
+    """Settings common to all shapes whose mean is reported."""
 
     layout: str
     dtype: str
@@ -70,7 +70,7 @@ class Case:
     shape: tuple[int, ...]
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The sizes of the tensors that the operation reads and writes, and of the conv weights."""
+        """Shapes of the tensors that the operation reads and writes, and of the conv weights."""
         batch, channels, height, width = self.shape
         s = self.setting
         k, out = s.kernel_size, (-(-height // s.stride), -(-width // s.stride))
@@ -84,7 +84,7 @@ class Case:
         }
 
     def bytes_moved(self, which: str) -> int:
-        """Least bytes that the pass reads and writes."""
+        """Least number of bytes that the pass reads and writes."""
         n = {name: math.prod(size) for name, size in self.sizes().items()}
         x, out = n["features"], n["output"]
         filters = n["channel_filter"] + n["spatial_filter"]
@@ -125,7 +125,7 @@ def by_carafe(x: Tensor, sf: Tensor, k: int, dilation: int, stride: int) -> Tens
 
 
 def without_carafe(args: argparse.Namespace) -> str:
-    """Why mmcv's carafe cannot be timed; empty where it can."""
+    """Reason why mmcv's carafe cannot be timed; empty if it can."""
     if max(args.stride) > 1:
         return "it has no stride"
     try:
@@ -139,7 +139,7 @@ def without_carafe(args: argparse.Namespace) -> str:
 
 
 def make_calls(case: Case, args: argparse.Namespace) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """What is timed, by name; each call returns all tensors that it is asked to make."""
+    """The calls to time, by name; each returns all tensors that its pass computes."""
     s = case.setting
     which = args.which
     layout = LAYOUTS[s.layout]
@@ -148,21 +148,21 @@ def make_calls(case: Case, args: argparse.Namespace) -> dict[str, Callable[[], t
         name: torch.randn(size, device=args.device, dtype=getattr(torch, s.dtype))
         for name, size in case.sizes().items()
     }
-    # Filters of a channel are small, and have no layout of their own.
+    # Channel filters are contiguous in both memory formats.
     x, sf, grad = (
         tensors[name].contiguous(memory_format=layout)
         for name in ("features", "spatial_filter", "output")
     )
     cf, depthwise, dense = (tensors[name] for name in ("channel_filter", "depthwise", "dense"))
 
-    # The place of a tensor among the arguments decides which gradient is whose: features are first.
+    # The first argument is the features, the others are the filters.
     wanted = {"grad_features": slice(0, 1), "grad_filters": slice(1, None)}.get(which, slice(None))
 
     def passes(function: Callable[..., Tensor], *given: Tensor | None):
-        """A call of the pass that is asked for."""
+        """A call of the requested pass."""
         inputs = [None if t is None else t.detach() for t in given]
         wrt = [t for t in inputs if t is not None][wanted]
-        # Of these alone: a Function in Python makes the gradient of all that require one.
+        # Only these: autograd functions in Python compute the gradients of all that require one.
         for t in wrt if which != "forward" else ():
             t.requires_grad_()
         options = (s.kernel_size, 1, s.stride)
@@ -198,24 +198,24 @@ def make_calls(case: Case, args: argparse.Namespace) -> dict[str, Callable[[], t
 
 
 def copy_call(size: int, device: str) -> Call:
-    """A copy that moves ``size`` bytes: reads a half of them and writes the other."""
+    """A copy that moves ``size`` bytes: it reads one half and writes the other."""
     source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
-    """A row of the report."""
+    """Measures a case; a row of the report."""
     moved = case.bytes_moved(args.which)
     sets = [args.make_calls(case, args) for _ in range(sets_of_buffers(moved, args.device))]
     calls: dict[str, Call] = dict(sets[0])
     if args.device == "cuda":
-        # One call stands for one of each set.
+        # One graph has a call for each set.
         calls = {name: captured([some[name] for some in sets]) for name in calls}
     copied = max(moved, LARGE_COPY) if args.device == "cuda" else moved
     if "copy" in args.peers:
         calls["copy"] = copy_call(copied, args.device)
     times = time_calls(calls, args.repeats, args.device)
-    # Of one call of ddf, and of a copy of as many bytes as it moves.
+    # Per call of ddf, and per copy of as many bytes as it moves.
     times = {
         name: value.over(copied / moved if name == "copy" else len(sets))
         for name, value in times.items()
@@ -239,22 +239,22 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
 
 
 def peaks(cases: list[Case], args: argparse.Namespace) -> Iterator[dict[str, int]]:
-    """Peak extra bytes of each case: of ddf and unfold, or of all layers."""
+    """Peak extra memory in bytes of each case: of ddf and unfold, or of all layers."""
     torch.set_num_threads(args.threads)
     if args.command == "op":
         args.peers = ["unfold"]
-    # Libraries are loaded and threads started once, for a case too small to count.
+    # A small case first, to load libraries and start threads.
     for call in args.make_calls(Case(cases[0].setting, (1, 8 * args.groups, 8, 8)), args).values():
         call()
     for case in cases:
         calls = args.make_calls(case, args)
         for call in calls.values():
-            call()  # a pass that is a backward alone makes what it starts from
+            call()  # the first call of a backward pass also runs the forward pass
         yield {name: peak_extra_bytes(call, args.device) for name, call in calls.items()}
 
 
 def means_of(rows: list[dict]) -> dict[str, float]:
-    """Geometric means over shapes of all that is a ratio."""
+    """Geometric means of the ratios over the shapes."""
     means = {
         name: geometric_mean(row["ratios"][name] for row in rows) for name in rows[0]["ratios"]
     }
@@ -264,7 +264,7 @@ def means_of(rows: list[dict]) -> dict[str, float]:
 
 
 def op_tables(groups: dict[Setting, list[dict]]) -> Iterator[list[list[str]]]:
-    """For each setting: the least and median times, then what is compared."""
+    """For each setting a table of median and minimum times and a table of ratios."""
     for setting, rows in groups.items():
         shapes = [",".join(map(str, row["shape"])) for row in rows]
         names = list(rows[0]["milliseconds"])
@@ -296,7 +296,7 @@ def op_tables(groups: dict[Setting, list[dict]]) -> Iterator[list[list[str]]]:
 
 
 def plot_op(groups: dict[Setting, list[dict]], title: str, path: Path) -> None:
-    """Draws the times of all that was compared over ddf's, a panel for each setting."""
+    """Draws the times relative to ddf's, one panel for each setting."""
     figure, axes = new_figure(len(groups), 3.2)
     for axis, (setting, rows) in zip(axes, groups.items(), strict=True):
         names = [name for name in rows[0]["milliseconds"] if name != "ddf"]
@@ -305,7 +305,7 @@ def plot_op(groups: dict[Setting, list[dict]], title: str, path: Path) -> None:
             times = [row["milliseconds"] for row in rows]
             heights = [t[name]["least"] / t["ddf"]["least"] for t in times]
             places = [n + (i - (len(names) - 1) / 2) * width for n in range(len(rows))]
-            # Bars grow from 1, upwards where ddf is the faster one.
+            # Bars start at 1 and point upwards if ddf is faster.
             bars = axis.bar(places, [h - 1 for h in heights], width, bottom=1, label=name)
             axis.bar_label(
                 bars, [f"{h:.2g}" if h < 10 else f"{h:.0f}" for h in heights], fontsize=7, padding=1
@@ -355,11 +355,8 @@ def benchmark_op(args: argparse.Namespace) -> None:
         plot_op(groups, title, args.plot)
 
 
-# ------------------------------------------------------------------ the layers
-
-
 def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """The layers that are compared, of the case's geometry."""
+    """The layers to compare, with the geometry of the case."""
     from torch import nn
 
     from ddf_mm.layers import DDFPack
@@ -369,7 +366,7 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
     geometry = dict(stride=s.stride, padding=k // 2, bias=False)
 
     class Involution(nn.Module):
-        """Filters of groups of channels at each pixel, made by two 1x1 convolutions."""
+        """Spatial filters of groups of channels, generated by two 1x1 convolutions."""
 
         def __init__(self, function: Callable[..., Tensor]) -> None:
             super().__init__()
@@ -383,7 +380,7 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
             return self.function(x, None, filters, k, 1, s.stride)
 
     class ByModules(DDFPack):
-        """The layer as its modules one after the other."""
+        """The layer computed module by module."""
 
         def _norms_to_fuse(self, x: Tensor) -> None:
             return None
@@ -399,14 +396,13 @@ def make_layers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Modu
 
 
 def make_upsamplers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """The upsampling layers that are compared, for the case's features and kernel."""
-    import ddf_mm.layers.carafe
-    from ddf_mm.layers import DDFUpPack
+    """The upsampling layers to compare, for the case's channels and kernel size."""
+    from ddf_mm.layers import CARAFE, DDFUpPack
 
     channels, k = case.shape[1], case.setting.kernel_size
 
     class Composition(DDFUpPack):
-        """One DDF a subpixel, stacked and shuffled, as in the official code."""
+        """One DDF per subpixel, stack and pixel shuffle, as in the official code."""
 
         def forward(self, x: Tensor) -> Tensor:
             subpixels = []
@@ -415,17 +411,20 @@ def make_upsamplers(case: Case, args: argparse.Namespace) -> dict[str, torch.nn.
                 subpixels.append(ddf(x, channel_filter, spatial(x), k))
             return F.pixel_shuffle(torch.stack(subpixels, 2).flatten(1, 2), args.scale)
 
+    if args.device == "cuda":  # mmcv has kernels there
+        from mmcv.ops import CARAFEPack as CARAFE
+
     options = dict(kernel_size=k, scale_factor=args.scale, head=case.setting.groups)
     return {
         "ddf": DDFUpPack(channels, **options),
         "composition": Composition(channels, **options),
-        "carafe": ddf_mm.layers.carafe.PortableCARAFEPack(channels, args.scale),
+        "carafe": CARAFE(channels, args.scale),
         "nearest": torch.nn.Upsample(scale_factor=args.scale),
     }
 
 
 def make_layer_calls(case: Case, args: argparse.Namespace) -> dict[str, Call]:
-    """What is timed, by name: predictions, or forward and backward passes."""
+    """The calls to time, by name: inference, or forward and backward passes."""
     torch.manual_seed(0)
     options = dict(device=args.device, dtype=getattr(torch, case.setting.dtype))
     layout = LAYOUTS[case.setting.layout]

@@ -1,4 +1,4 @@
-"""Time and memory of calls that take turns, and how both are reported."""
+"""Measures time and memory of interleaved calls, and reports both."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from pathlib import Path
 import torch
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# Shorter measurements are repeated until they take this long, in seconds.
+# Calls are repeated within a measurement until it takes at least this many seconds.
 SHORTEST = 0.005
 
 Call = Callable[[], object]
 
 
 def seconds(call: Call, count: int, device: str) -> list[float]:
-    """Times of single calls, out of ``count``.
-
-    On a GPU it is the mean of calls in a row, since each is launched while the one before runs.
-    """
+    """Times of ``count`` calls in seconds; on a GPU, where launches overlap with the previous call,
+    only their mean."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -46,8 +44,7 @@ def seconds(call: Call, count: int, device: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """Of all measurements: the least, to which whatever else the machine did only adds, and the
-    median."""
+    """Minimum, which other processes of the machine disturb least, and median of measurements."""
 
     least: float
     median: float
@@ -59,10 +56,10 @@ class Milliseconds:
 def time_calls(
     calls: dict[str, Call], repeats: int, device: str, cached: bool = True
 ) -> dict[str, Milliseconds]:
-    """Times each call in ``repeats`` rounds, in which the calls take turns.
+    """Times each call in ``repeats`` rounds; in a round the calls are interleaved.
 
-    ``cached``: whether what a call reads may lie in the caches, as it does where it is called
-    again and again; what is larger than they are need not be asked for it.
+    ``cached``: whether a call's data should be in the caches, as in repeated calls. It is
+    unnecessary if the data exceed the caches.
     """
     counts = {}
     for name, call in calls.items():
@@ -72,7 +69,7 @@ def time_calls(
     for _ in range(repeats):
         for name, call in calls.items():
             if cached:
-                call()  # brings its own data into the caches, which the last one's fill
+                call()  # replaces the previous call's data in the caches by its own
             times[name] += seconds(call, counts[name], device)
     return {
         name: Milliseconds(1e3 * min(values), 1e3 * statistics.median(values))
@@ -81,10 +78,10 @@ def time_calls(
 
 
 def captured(calls: Sequence[Call]) -> Call:
-    """The calls, one after the other, as a CUDA graph: what the GPU takes, and not Python."""
+    """A CUDA graph of the calls in sequence, to measure the time of the GPU without Python's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    # Autograd runs a backward on the stream of its forward, which a capture has to be on too.
+    # Autograd runs the backward pass on the stream of the forward pass, which must be captured.
     with torch.cuda.stream(stream):
         for _ in range(3):
             for call in calls:
@@ -98,9 +95,9 @@ def captured(calls: Sequence[Call]) -> Call:
 
 
 def sets_of_buffers(size: int, device: str) -> int:
-    """How many sets of ``size`` bytes have to take turns so that no cache serves them on a GPU.
+    """Number of sets of ``size`` bytes to alternate so that on a GPU they exceed the L2 cache.
 
-    On a CPU it is 1: the caches are part of what is compared there.
+    On a CPU it is 1, since use of the caches is part of the comparison there.
     """
     if device != "cuda":
         return 1
@@ -108,7 +105,7 @@ def sets_of_buffers(size: int, device: str) -> int:
 
 
 def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (highest) of this process."""
+    """Bytes of VmRSS (current) or VmHWM (peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
@@ -116,12 +113,12 @@ def resident(field: str) -> int:
 
 
 def peak_extra_bytes(call: Call, device: str) -> int:
-    """Most memory that ``call`` held at one time, less what held its results.
+    """Peak memory of ``call`` in bytes, without the memory of its results.
 
-    Results that are no tuple of tensors count as held on the way.
+    Results that are not a tuple of tensors are included.
 
     Raises:
-        OSError: the kernel does not tell.
+        OSError: /proc lacks the peak memory.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -140,11 +137,11 @@ def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessi
 
 
 def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
-    """What ``function`` yields, in a process of its own; empty, after a word, where that fails.
+    """The items that ``function`` yields in a new process; empty, with a message, if it fails.
 
-    Memory is measured so: on a CPU it is the process' resident memory, which sees the scratch of
-    every library, so freed blocks must go back to the system at once: malloc is told to, and its
-    settings are read when a process starts.
+    For measurements of memory: on a CPU it is the resident memory of the process, which includes
+    temporary buffers of all libraries. Therefore malloc must return freed blocks to the system at
+    once, and it reads the settings for this when a process starts.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "0"
@@ -160,7 +157,7 @@ def in_fresh_process(function: Callable[..., Iterable], *args: object) -> list:
 
 
 def track(sequence: Sequence) -> Iterable:
-    """``sequence`` with a progress bar on stderr, where rich is installed (mmengine brings it)."""
+    """``sequence`` with a progress bar on stderr if rich (a dependency of mmengine) is there."""
     try:
         from rich.console import Console
         from rich.progress import track as rich_track
@@ -170,16 +167,16 @@ def track(sequence: Sequence) -> Iterable:
 
 
 def write_json(args: argparse.Namespace, about: dict, rows: list[dict], **more: object) -> None:
-    """Writes the report, where one is asked for."""
+    """Writes the report if ``--json`` is given."""
     if args.json:
-        unsaid = ("run", "make_calls", "json", "plot")
-        options = {name: value for name, value in vars(args).items() if name not in unsaid}
+        omitted = ("run", "make_calls", "json", "plot")
+        options = {name: value for name, value in vars(args).items() if name not in omitted}
         report = {"machine": about, "rows": rows, **more, "options": options}
         args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
 def new_figure(panels: int, height: float):
-    """A figure of panels below each other, and their axes."""
+    """A figure with panels below each other, and their axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,7 +193,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """Prints columns that are aligned to the right; the first row is the head."""
+    """Prints right-aligned columns; the first row is the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

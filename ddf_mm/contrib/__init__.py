@@ -1,15 +1,16 @@
-"""What mmengine and PyTorch lack, as patches that could become part of them.
+"""Features that mmengine and PyTorch lack, written so that upstream could take them.
 
-Each is one module that needs nothing else of this package, says in its first lines which upstream
-call makes it superfluous, and has its tests in ``tests/contrib``. OneDL's mmengine 0.10.12,
-mmpretrain 1.3.6 and PyTorch 2.11 make none so:
+Each is one module that does not depend on the rest of this package, states in its first lines which
+upstream change makes it superfluous, and has its tests in ``tests/contrib``. All of them are needed
+with OneDL's mmengine 0.10.12, mmpretrain 1.3.6 and PyTorch 2.11:
 
 - ``cpu_amp``: mixed precision on a CPU.
-- ``exact_resume``: random numbers that go on, checkpoints that stay until the next one is whole.
-- ``checkpoint_form``: checkpoints of every form for EMA and FlexibleRunner.
-- ``gloo``: process groups on a CPU, and their end.
-- ``pooling``: max poolings in programs of ``torch.export`` that take images of every size.
-- ``rmse``: the error of maps.
-- ``safe_load``: checkpoints that are read without running code.
-- ``whole_files``: files that are whole or not there.
+- ``exact_resume``: resumes random number generators; keeps a checkpoint until the next is complete.
+- ``checkpoint_form``: checkpoints in every format for EMA and FlexibleRunner.
+- ``gloo``: process groups on a CPU.
+- ``memory``: glibc keeps the memory of freed tensors.
+- ``pooling``: max pooling in ``torch.export`` programs with dynamic image sizes.
+- ``rmse``: root mean squared error of maps.
+- ``safe_load``: loads checkpoints without executing code.
+- ``whole_files``: writes files atomically.
 """

@@ -1,9 +1,9 @@
-"""One form for every checkpoint that a runner loads.
+"""One format for every checkpoint that a runner loads.
 
 For mmengine: superfluous once ``FlexibleRunner.load_checkpoint`` and
-``EMAHook.after_load_checkpoint`` take weights by themselves, as ``Runner.load_checkpoint`` does,
-and the latter without the prefix of DistributedDataParallel; once mmpretrain's ``EMAHook`` loads
-an average of other sizes as ``load_state_dict`` of mmengine does; and once ``FlexibleRunner`` calls
+``EMAHook.after_load_checkpoint`` accept a plain state dict, as ``Runner.load_checkpoint`` does, and
+the latter removes the prefix of DistributedDataParallel; once mmpretrain's ``EMAHook`` loads an
+average with other sizes as mmengine's ``load_state_dict`` does; and once ``FlexibleRunner`` calls
 ``before_run`` before it loads.
 """
 
@@ -16,15 +16,15 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 
 class OneCheckpointForm(Hook):
-    """Puts weights under ``state_dict`` in what is loaded, without the prefix ``module.``, and
-    leaves out the state of a moving average of another model that nobody resumes."""
+    """Moves a plain state dict to the key ``state_dict``, removes the prefix ``module.``, and drops
+    the moving average of a model with other sizes unless a training is resumed."""
 
     priority = "VERY_HIGH"  # before EMAHook
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Bring what is about to be copied into the model into this form."""
+        """Bring the checkpoint into this format before its weights are copied into the model."""
         if "state_dict" not in checkpoint:
-            weights = copy.copy(checkpoint)  # with the versions of modules, an attribute
+            weights = copy.copy(checkpoint)  # keeps the attribute with the modules' versions
             checkpoint.clear()
             checkpoint["state_dict"] = weights
         consume_prefix_in_state_dict_if_present(checkpoint["state_dict"], "module.")

@@ -19,25 +19,25 @@ _DTYPES = (None, "bfloat16", "float16", torch.bfloat16, torch.float16)
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """bfloat16 autocast on a CPU, as a stand-in for mmengine's ``AmpOptimWrapper``.
+    """bfloat16 autocast on a CPU, a replacement for mmengine's ``AmpOptimWrapper``.
 
-    It takes the same arguments, so that replacing the type in a config is enough. Gradients are not
+    It has the same arguments, so that replacing the type in a config is enough. Gradients are not
     scaled: bfloat16 has the exponent range of float32, so small gradients do not underflow as they
-    do in float16. ``loss_scale`` and ``use_fsdp`` (which picks a sharded gradient scaler) are
-    therefore checked and otherwise without effect.
+    do in float16. Therefore ``loss_scale`` and ``use_fsdp`` (which selects a sharded gradient
+    scaler) are checked but have no effect.
 
     Args:
         loss_scale (str | float | dict): ``"dynamic"``, an initial scale or the arguments of a
-            gradient scaler, as ``AmpOptimWrapper`` takes them. Not used.
-        dtype (str | torch.dtype | None): ``"bfloat16"`` or None; ``"float16"`` is accepted, for
-            configs written for a GPU, and computed in bfloat16 with a log line.
+            gradient scaler, as for ``AmpOptimWrapper``. Not used.
+        dtype (str | torch.dtype | None): ``"bfloat16"`` or None. ``"float16"`` is accepted for
+            configs written for a GPU; it is replaced by bfloat16, and a log message says so.
         use_fsdp (bool): Not used.
         **kwargs: Arguments of :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
-        TypeError: If ``loss_scale``, ``dtype`` or ``use_fsdp`` is of a type that
-            ``AmpOptimWrapper`` does not take.
-        ValueError: If ``loss_scale`` is another string or ``dtype`` is no 16-bit type.
+        TypeError: If ``loss_scale``, ``dtype`` or ``use_fsdp`` has a type that
+            ``AmpOptimWrapper`` does not accept.
+        ValueError: If ``loss_scale`` is another string or ``dtype`` is not a 16-bit type.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class CPUAmpOptimWrapper(OptimWrapper):
         self.cast_dtype = torch.bfloat16
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the state of the optimizer; the gradient scaler's, which a checkpoint written with
-        ``AmpOptimWrapper`` holds too, is left out."""
+        """Load the state of the optimizer; that of the gradient scaler in checkpoints of
+        ``AmpOptimWrapper`` is ignored."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "loss_scaler"})
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Autocast to bfloat16 and, while gradients accumulate, no gradient synchronization.
+        """Autocast to bfloat16; no gradient synchronization while gradients are accumulated.
 
         Raises:
             RuntimeError: If the model's parameters are not on a CPU, where this autocast would

@@ -1,10 +1,11 @@
-"""What an interrupted training needs besides mmengine's checkpoints to go on as if it had not been.
+"""Resumes an interrupted training so that its results are those of an uninterrupted one.
 
 For mmengine: :class:`KeepUntilSaved` is superfluous once ``CheckpointHook._save_checkpoint``
-removes after it has written, :class:`RandomState` once ``Runner.save_checkpoint`` saves and
-``Runner.resume`` restores the states of the random number generators, :class:`TrainingStateCheck`
-once the latter refuses what it cannot go on from and runs no config, :func:`latest_checkpoint` once
-``mmengine.runner.find_latest_checkpoint`` looks at files and not only at their names.
+removes old checkpoints after it has written the new one, :class:`RandomState` once
+``Runner.save_checkpoint`` saves and ``Runner.resume`` restores the states of the random number
+generators, :class:`TrainingStateCheck` once the latter rejects checkpoints without a training state
+and does not execute the config in them, :func:`latest_checkpoint` once
+``mmengine.runner.find_latest_checkpoint`` checks that the file exists and is complete.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-# mmengine's names of checkpoints that hold the state of a training.
+# File names of mmengine's checkpoints of a training.
 _CHECKPOINT = re.compile(r"(epoch|iter)_\d+\.pth")
 _POINTER = "last_checkpoint"
 
 
 def latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that a training in a work folder goes on from.
+    """The checkpoint from which a training in a work folder is resumed.
 
-    It is the one that mmengine's ``last_checkpoint`` names, by preference in the folder itself, or,
-    where that one is not whole, the newest whole one in the folder.
+    It is the one that mmengine's file ``last_checkpoint`` names, preferably in the folder itself;
+    if that file is incomplete, the newest complete checkpoint in the folder.
 
     Args:
         work_dir: The work folder.
 
     Returns:
-        Its path; None if the folder has none, and the training starts from the beginning.
+        Its path; None if the folder has no checkpoint.
 
     Raises:
-        ValueError: There are checkpoints, or one is named, but none is whole.
+        ValueError: There are checkpoints, or one is named, but none is complete.
     """
     folder = Path(work_dir)
     pointer = folder / _POINTER
@@ -50,17 +51,18 @@ def latest_checkpoint(work_dir: str) -> str | None:
         return named
     found = [path for path in folder.glob("*.pth") if _CHECKPOINT.fullmatch(path.name)]
     candidates = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    problem = f"{named} is not whole"
+    problem = f"{named} is not complete"
     if named:
         candidates.insert(0, Path(named))
         if Path(named).parent.resolve() != folder.resolve():
-            # A folder that was moved or copied keeps the old name; its own file is the right one.
+            # In a folder that was moved or copied, last_checkpoint has the old path.
             problem = f"{_POINTER} names a file in another folder, {named}"
             candidates.insert(0, folder / Path(named).name)
         elif not Path(named).exists():
             problem = f"{named} does not exist"
     for path in candidates:
-        # The directory of the zip archive that torch writes is at its end.
+        # The central directory of torch's zip archive is at its end, so that a truncated file is
+        # not a zip file.
         if path.is_file() and zipfile.is_zipfile(path):
             if named and path != Path(named):
                 print_log(
@@ -69,29 +71,30 @@ def latest_checkpoint(work_dir: str) -> str | None:
             return str(path)
     if found:
         raise ValueError(
-            f"--resume found no whole checkpoint in {work_dir!r}, only what is left of "
-            f"{', '.join(sorted(path.name for path in found))}; remove it to start anew"
+            f"--resume found no complete checkpoint in {work_dir!r}, only the incomplete "
+            f"{', '.join(sorted(path.name for path in found))}; remove it to start from the "
+            "beginning"
         )
     if named:
         raise ValueError(
             f"--resume found no checkpoint in {work_dir!r}, and {problem}; remove {_POINTER} to "
-            "start anew"
+            "start from the beginning"
         )
     return None
 
 
 class TrainingStateCheck(Hook):
-    """Refuses to resume from a checkpoint that holds weights only.
+    """Rejects resuming from a checkpoint that has weights only.
 
-    It also takes the config out of the checkpoint: mmengine, which looks in it for how many GPUs
-    there were in configs of old, would run whatever Python stands there.
+    It also removes the config from the checkpoint: mmengine, which reads the number of GPUs of old
+    configs from it, would execute any Python code in it.
 
     Raises:
-        ValueError: Once such a checkpoint has been read, before anything is taken from it.
+        ValueError: After such a checkpoint has been read, before anything of it is used.
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what :meth:`mmengine.runner.Runner.resume` is about to read."""
+        """Check the fields that :meth:`mmengine.runner.Runner.resume` reads next."""
         meta = checkpoint.get("meta")
         meta = meta if isinstance(meta, dict) else {}
         meta.pop("config", None)
@@ -106,7 +109,7 @@ class TrainingStateCheck(Hook):
 
 
 class _RemovesLater:
-    """A storage whose files stay until :meth:`flush`; otherwise the storage that it is made of."""
+    """Wraps a file backend and defers removals until :meth:`flush`."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -128,15 +131,15 @@ class _RemovesLater:
 
 
 class KeepUntilSaved(Hook):
-    """Lets mmengine's CheckpointHook remove an old checkpoint after it has written the new one.
+    """Makes mmengine's CheckpointHook remove an old checkpoint after it has written the new one.
 
-    By itself it removes them first, and a process that is killed in between leaves none.
+    By default it removes the old one first, and a process that is killed in between leaves none.
     """
 
     priority = "LOWEST"  # after the CheckpointHook
 
     def before_train(self, runner: Runner) -> None:
-        """Take the removal of files from the hook."""
+        """Replace the file backend of the hooks."""
         self.storages = []
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
@@ -152,15 +155,14 @@ class KeepUntilSaved(Hook):
 
 
 class RandomState(Hook):
-    """Saves the state of the random numbers with each checkpoint, and goes on with it.
+    """Saves the states of the random number generators in each checkpoint and restores them.
 
-    The state at the end of an epoch is that at the start of the next one, whether the training was
-    interrupted in between or not, and whether it validated or not. Processes of data loaders that
-    live for several epochs (``persistent_workers``) keep random numbers of their own, which are
-    neither saved nor restored.
+    An epoch starts with the state at the end of the previous one, whether or not the training was
+    interrupted or validated in between. Worker processes of data loaders that live for several
+    epochs (``persistent_workers``) have their own generators, which are neither saved nor restored.
 
     Args:
-        resume: Whether to take the state from the checkpoint that is loaded.
+        resume: Whether to restore the state from the checkpoint that is loaded.
     """
 
     priority = "LOW"  # before the CheckpointHook
@@ -171,34 +173,34 @@ class RandomState(Hook):
         self.states: list[dict] | None = None
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Go on where the last epoch stopped."""
+        """Restore the state at the end of the last epoch."""
         if self.states is None:
             return
         if len(self.states) == runner.world_size:
             _set_random_state(self.states[runner.rank])
         else:
             runner.logger.warning(
-                f"the checkpoint has the random numbers of {len(self.states)} processes, not of "
-                f"{runner.world_size}; they start anew"
+                f"the checkpoint has the random states of {len(self.states)} processes, not of "
+                f"{runner.world_size}; they are not restored"
             )
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Note where this epoch stopped, in each process."""
+        """Record the states of all processes."""
         self.states = all_gather_object(_random_state())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Save it, if an epoch has ended yet."""
+        """Save the states, unless no epoch has ended yet."""
         if self.states is not None:
             checkpoint[self.key] = self.states
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Read it."""
+        """Read the states if the training is resumed."""
         if self.resume:
             self.states = checkpoint.get(self.key)
 
 
 def _random_state() -> dict:
-    """The state of every generator, in types that load without unpickling code."""
+    """The states of all generators, in types that ``torch.load(weights_only=True)`` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = dict(
         python=random.getstate(),
@@ -214,7 +216,7 @@ def _set_random_state(state: dict) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))
-    # Loading a checkpoint may have put them on another device.
+    # The checkpoint may have been loaded with a map_location.
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

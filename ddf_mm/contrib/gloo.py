@@ -1,8 +1,7 @@
 """Distributed training on a CPU.
 
-For mmengine: superfluous once ``mmengine.dist.init_dist(launcher, backend="gloo")`` leaves
-``torch.cuda.set_device`` out on a machine without a GPU. Today it asks for a CUDA device there,
-whatever the backend.
+For mmengine: superfluous once ``mmengine.dist.init_dist(launcher, backend="gloo")`` does not call
+``torch.cuda.set_device`` on a machine without a GPU, which it does for every backend today.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from torch import distributed as dist
 def init_gloo(launcher: str, **dist_cfg: object) -> None:
     """Start the process group on a machine without an accelerator.
 
-    A runner of mmengine leaves a group alone that exists.
+    mmengine's runners use an existing group.
 
     Args:
-        launcher: ``'pytorch'``, ``'slurm'`` or ``'mpi'``, whose variables are in the environment.
-        **dist_cfg: Of the config's ``env_cfg``; the backend in it is replaced.
+        launcher: ``'pytorch'``, ``'slurm'`` or ``'mpi'``, whose environment variables are set.
+        **dist_cfg: ``env_cfg.dist_cfg`` of the config; its backend is replaced.
     """
-    # Fixes the system's own start method for processes, which init_dist would replace by `spawn`.
+    # Reading it sets the default start method, which init_dist would otherwise replace by `spawn`.
     multiprocessing.get_start_method()
-    # Without it, init_dist divides by the number of GPUs.
+    # Without this variable, init_dist divides by the number of GPUs.
     os.environ.setdefault("SLURM_LOCALID", "0")
     with mock.patch.object(torch.cuda, "set_device"):
         init_dist(launcher, **{**dist_cfg, "backend": "gloo"})
 
 
 def destroy_process_group() -> None:
-    """End the process group, if there is one, after what still uses it.
+    """Destroy the process group, if there is one, after the objects that use it.
 
-    The runner and its model refer to each other, so they outlive the last name of theirs. A
-    ``DistributedDataParallel`` that is freed when the interpreter ends, after its group, may end
-    the process by SIGABRT.
+    The runner and its model refer to each other, so only the garbage collector frees them. A
+    ``DistributedDataParallel`` that is freed at interpreter shutdown, after its group, may abort
+    the process (SIGABRT).
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()

@@ -1,4 +1,4 @@
-"""Max poolings in programs of ``torch.export`` that take images of every size.
+"""Max pooling in ``torch.export`` programs with dynamic image sizes.
 
 For PyTorch: superfluous once ``torch.export.export`` traces ``max_pool2d`` with a stride without
 guards on the parity of dynamic sizes.
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class MaximaOfSlices(TorchFunctionMode):
-    """Max poolings as maxima of slices, first of the rows, then of the columns.
+    """Computes max pooling as the maximum of slices, first of the rows, then of the columns.
 
-    PyTorch's rule of the size of a strided pooling ties a program to odd or to even sizes. The
-    values are the same, and on a CPU they come sooner.
+    PyTorch's output size of a strided pooling adds a guard on the parity of the input size. The
+    values are the same, and on a CPU this is faster.
     """
 
     def __torch_function__(

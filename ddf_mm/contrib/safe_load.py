@@ -1,8 +1,9 @@
-"""Checkpoints of mmengine, read without running code that they hold.
+"""Loads checkpoints of mmengine without executing code that they contain.
 
 ``mmengine.runner.checkpoint._safe_torch_load`` allows ``builtins.getattr``, which defeats torch's
-restricted unpickler, knows three of numpy's dtypes, and unpickles anything once that fails. This
-module is superfluous when it reads :func:`load`'s list of types and refuses everything else.
+restricted unpickler, supports only three of numpy's dtypes, and falls back to unrestricted
+unpickling. This module is superfluous once it supports the types of :func:`load` and rejects
+everything else.
 """
 
 from __future__ import annotations
@@ -21,52 +22,53 @@ from mmengine.optim import OneCycleParamScheduler
 
 
 def load(filename: str, map_location=None, more_types: Sequence[type] = ()) -> object:
-    """What :func:`torch.save` wrote into a file.
+    """Load a file that :func:`torch.save` wrote.
 
-    Read are tensors and what mmengine saves beside them: numpy's values, whatever numpy's version,
-    the log's history, the states of schedulers, plain Python values, configs.
+    Supported are tensors and what mmengine saves besides: values of numpy 1 and 2, the log's
+    history, states of schedulers, plain Python values, configs.
 
     Args:
         filename: Path of the file.
-        map_location: As :func:`torch.load` takes it.
-        more_types: Harmless types to allow besides.
+        map_location: As for :func:`torch.load`.
+        more_types: Further harmless types to allow.
 
     Raises:
-        pickle.UnpicklingError: The file holds something else, or is none of torch's. The text goes
-            on where "the file" begins.
+        pickle.UnpicklingError: The file has objects of other types, or was not written by torch.
+            The message is to be preceded by the file's name.
     """
     with torch.serialization.safe_globals([*_safe_globals(), *more_types]):
         try:
             return _finished(torch.load(filename, map_location=map_location, weights_only=True))
-        # The bytes of a file that is no checkpoint can raise anything: they are read as a program.
+        # A file that is not a checkpoint is interpreted as a pickle program, with any exception.
         except Exception as error:
             refused = []
-            # Another error than this one: it is no archive of torch 1.6 and later.
+            # Fails for files that are not archives of torch 1.6 or later.
             with contextlib.suppress(Exception):
                 refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(filename))
-            # Around what its unpickler says, torch puts advice how to load such a file anyway.
+            # torch wraps its unpickler's message in advice on how to load such a file anyway.
             first = (isinstance(error, pickle.UnpicklingError) and error.__context__) or error
             reason = str(first).strip().splitlines() or [type(first).__name__]
             raise pickle.UnpicklingError(
-                f"was not loaded: it holds {', '.join(refused)}, which could run code; checkpoints "
-                "may hold tensors, numbers and text only"
+                f"was not loaded: it contains {', '.join(refused)}, which could execute code; "
+                "checkpoints may contain tensors, numbers and text only"
                 if refused
                 else f"is not a checkpoint that torch can read: {reason[0].partition('. ')[0]}"
             ) from error
 
 
-class _StandIn:
-    """What a pickle names, not to be called or built; :func:`_finished` puts ``value`` in place."""
+class _Placeholder:
+    """Placeholder for an object of a pickle that must not be called or built by the unpickler;
+    :func:`_finished` replaces it by ``value``."""
 
     def __init__(self, value: object = None) -> None:
         self.value = value
 
 
-class _DType(_StandIn):
-    """A numpy dtype, made anew from its pickled state.
+class _DType(_Placeholder):
+    """A numpy dtype, rebuilt from its pickled state.
 
-    numpy's own ``__setstate__`` takes flags, sizes and offsets on trust, and with them which bytes
-    of an array are pointers.
+    numpy's own ``__setstate__`` does not validate flags, sizes and offsets, which determine the
+    bytes of an array that are pointers.
     """
 
     def __init__(self, kind: str, align: bool = False, copy: bool = True) -> None:
@@ -90,13 +92,13 @@ class _DType(_StandIn):
 
 
 def _read(shape: tuple, dtype: np.dtype, content: bytes, order: str = "C") -> np.ndarray:
-    """An array out of bytes."""
+    """An array with the given bytes."""
     if dtype.hasobject:
         raise pickle.UnpicklingError(f"bytes for an array of {dtype}, which holds pointers")
     return np.ndarray(shape, dtype, content, order=order).copy(order)
 
 
-class _Array(_StandIn):
+class _Array(_Placeholder):
     """A numpy array."""
 
     def __setstate__(self, state: tuple) -> None:
@@ -112,7 +114,8 @@ class _Array(_StandIn):
 
 
 class _History(HistoryBuffer):
-    """The log's history. Its own ``__setstate__`` lets a file replace the statistics of all."""
+    """The log's history. With HistoryBuffer's own ``__setstate__`` a file could replace the
+    statistics functions of the whole class."""
 
     value = HistoryBuffer
 
@@ -121,7 +124,7 @@ class _History(HistoryBuffer):
         self.__class__ = HistoryBuffer
 
 
-# The methods that pickles of mmengine name, by `getattr`.
+# Methods that mmengine's pickles refer to, by `getattr`.
 _METHODS = {
     HistoryBuffer: ("min", "max", "current", "mean"),
     OneCycleParamScheduler: ("_annealing_cos", "_annealing_linear"),
@@ -143,10 +146,10 @@ def _path(value: object) -> str:
 
 
 def _safe_globals() -> list[tuple[object, str]]:
-    """What torch's unpickler may find under which name, besides tensors: what mmengine saves."""
+    """Objects that mmengine saves, with the names by which torch's unpickler looks them up."""
     found = {
         _path(HistoryBuffer): _History,
-        _path(OneCycleParamScheduler): _StandIn(OneCycleParamScheduler),
+        _path(OneCycleParamScheduler): _Placeholder(OneCycleParamScheduler),
         "builtins.getattr": _method,
         "numpy.dtype": _DType,
         "numpy.ndarray": _Array,
@@ -160,18 +163,18 @@ def _safe_globals() -> list[tuple[object, str]]:
         found[_path(kind)] = kind
     found["pathlib.PosixPath"] = found["pathlib.WindowsPath"] = Path
     for kind in {np.bool_, *np.sctypeDict.values(), *map(type, map(np.dtype, np.typecodes["All"]))}:
-        found[_path(kind)] = _StandIn(kind)
-    found["numpy.bool"] = found["numpy.bool_"] = _StandIn(np.bool_)
-    # Statistics that this process has registered itself.
+        found[_path(kind)] = _Placeholder(kind)
+    found["numpy.bool"] = found["numpy.bool_"] = _Placeholder(np.bool_)
+    # Statistics functions registered in this process.
     for method in HistoryBuffer._statistics_methods.values():
-        found.setdefault(_path(method), _StandIn(method))
+        found.setdefault(_path(method), _Placeholder(method))
     return [(value, name) for name, value in found.items()]
 
 
 def _finished(value: object, seen: set[int] | None = None) -> object:
-    """A value, all stand-ins in it replaced."""
+    """``value`` with all placeholders in it replaced."""
     seen = set() if seen is None else seen
-    if isinstance(value, _StandIn):
+    if isinstance(value, _Placeholder):
         return value.value
     if type(value) is tuple:
         return tuple(_finished(item, seen) for item in value)

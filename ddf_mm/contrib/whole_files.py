@@ -1,8 +1,8 @@
-"""Files that are whole or not there.
+"""Atomic writing of files.
 
-For mmengine: superfluous once ``mmengine.fileio.LocalBackend.put`` and ``put_text`` write beside
-their place and rename. Today they write in place, and a process that is killed leaves a part of a
-checkpoint.
+For mmengine: superfluous once ``mmengine.fileio.LocalBackend.put`` and ``put_text`` write to a
+temporary file and rename it. Today they write in place, and a process that is killed leaves an
+incomplete checkpoint.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mmengine.fileio import LocalBackend, register_backend
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new file that takes the place of another in one step, once the block has ended.
+    """Replaces a file atomically when the block ends.
 
-    Whatever happens before, the end of the process included, leaves the place as it was.
+    If an exception or the end of the process interrupts the block, ``path`` is left unchanged.
 
     Args:
-        path: Where the file is to be.
+        path: The file to create or replace.
 
     Yields:
-        Where to write it meanwhile: in the same folder, with the same suffix, hidden.
+        The temporary file to write, a hidden file in the same folder with the same suffix.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     part = Path(name)
     try:
         os.close(handle)
         yield part
-        # The place must not be taken by a file whose content is still on its way to the disk.
+        # The content must be on the disk before the name refers to it.
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.chmod(0o644)
@@ -43,20 +43,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class WholeFileBackend(LocalBackend):
-    """mmengine's storage of local files, which writes each of them in one step."""
+    """mmengine's backend for local files, with atomic writing."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes to a file and make its folder if need be."""
+        """Write bytes to a file; create its folder if necessary."""
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
             part.write_bytes(obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
-        """Write text to a file and make its folder if need be."""
+        """Write text to a file; create its folder if necessary."""
         self.put(obj.encode(encoding), filepath)
 
 
 def write_whole_files() -> None:
-    """Let mmengine, in this process, write local files in one step."""
+    """Make mmengine write local files atomically in this process."""
     register_backend("local", WholeFileBackend, force=True, prefixes="")

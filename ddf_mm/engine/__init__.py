@@ -1,5 +1,5 @@
-"""What ``tools/`` builds on. Importing this package registers :class:`CPUAmpOptimWrapper`,
-:class:`RMSE` and :class:`DDFFilterVisualizationHook`, and imports no toolbox."""
+"""Support for ``tools/``. Importing this package registers :class:`CPUAmpOptimWrapper`,
+:class:`RMSE` and :class:`DDFFilterVisualizationHook`; it imports no toolbox."""
 
 from ddf_mm.contrib.cpu_amp import CPUAmpOptimWrapper
 from ddf_mm.contrib.rmse import RMSE

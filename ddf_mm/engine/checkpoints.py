@@ -1,4 +1,4 @@
-"""Checkpoints: local ones are read without running code that they hold."""
+"""Loading checkpoints. Local files are loaded without executing code that they contain."""
 
 import errno
 import itertools
@@ -22,8 +22,8 @@ _SHOWN_NAMES = 3
 
 
 def require_checkpoint(path: str, option: str) -> None:
-    """Check the path of a checkpoint, which the command line calls ``option``, before anything slow
-    happens. An address with a prefix is left to mmengine."""
+    """Raise :class:`UserError` early if the checkpoint given by the command line option ``option``
+    is not a file. URLs and other paths with a scheme are left to mmengine."""
     if "://" not in path and not osp.isfile(osp.expanduser(path)):
         raise UserError(
             f"{option} {path!r} is not a file (current folder: {os.getcwd()!r})", exit_code=2
@@ -31,8 +31,9 @@ def require_checkpoint(path: str, option: str) -> None:
 
 
 def load_from_local_file(filename: str, map_location=None, more_types: Sequence[type] = ()) -> dict:
-    """Load a local checkpoint without running code that it holds: what ``contrib.safe_load`` reads,
-    and more types that are harmless. Refuses what is no checkpoint, or holds anything else."""
+    """Load a local checkpoint without executing code that it contains. Raises :class:`UserError` if
+    it is not a checkpoint, or has objects of other types than ``contrib.safe_load`` allows and the
+    harmless ``more_types``."""
     path = osp.expanduser(filename)
     if not osp.isfile(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
@@ -43,21 +44,21 @@ def load_from_local_file(filename: str, map_location=None, more_types: Sequence[
     weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(
-            f"{filename!r} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of "
-            "weights by name, or one with such a 'state_dict'"
+            f"{filename!r} contains a {type(checkpoint).__name__}, but a checkpoint is a dict of "
+            "weights by name, or a dict with such a dict under 'state_dict'"
         )
     return checkpoint
 
 
 def load_safely() -> None:
-    """Let mmengine, in this process, load local checkpoints by :func:`load_from_local_file`."""
+    """Make mmengine load local checkpoints by :func:`load_from_local_file` in this process."""
     CheckpointLoader.register_scheme("", load_from_local_file, force=True)
 
 
 def require_weights(model: nn.Module, weights: dict) -> str:
-    """Say shortly which weights a model, or a wrapped one, lacks, has besides, or has in another
-    size. Refuses numbers of another kind than it computes with: PyTorch would take integers for
-    weights. Another precision of floating point is fine."""
+    """List in one line which weights are missing, unexpected or of another size; empty if none.
+    Raises :class:`UserError` if a weight is not a tensor, or is an integer where the model has a
+    floating-point number or vice versa, which PyTorch would convert silently."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -75,7 +76,7 @@ def require_weights(model: nn.Module, weights: dict) -> str:
         {n: getattr(v, "shape", ()) for n, v in w.items()} for w in (weights, model.state_dict())
     )
     mismatch = {
-        # mmengine leaves counters of batches alone that a checkpoint lacks.
+        # mmengine accepts checkpoints without these counters.
         "missing": [n for n in own if n not in given and "num_batches_tracked" not in n],
         "unexpected": [name for name in given if name not in own],
         "of another size": [n for n, shape in own.items() if given.get(n, shape) != shape],
@@ -84,19 +85,19 @@ def require_weights(model: nn.Module, weights: dict) -> str:
 
 
 class WeightsCheck(OneCheckpointForm):
-    """Checks every checkpoint that a runner loads by :func:`require_weights`."""
+    """Applies :func:`require_weights` to every checkpoint that a runner loads."""
 
     mismatch = ""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what is about to be copied into the model."""
+        """Check the weights before they are copied into the model."""
         super().after_load_checkpoint(runner, checkpoint)
         self.mismatch = require_weights(runner.model, checkpoint["state_dict"])
 
 
 def require_matching_checkpoint(runner: Runner) -> None:
-    """Let a ``Runner`` or ``FlexibleRunner`` with a :class:`WeightsCheck` refuse a checkpoint that
-    does not fit its model; by itself it only warns."""
+    """Make a ``Runner`` or ``FlexibleRunner`` with a :class:`WeightsCheck` raise :class:`UserError`
+    for a checkpoint that does not match its model; by default it only warns."""
     load = runner.load_checkpoint
     check = next(hook for hook in runner.hooks if isinstance(hook, WeightsCheck))
 
@@ -110,10 +111,10 @@ def require_matching_checkpoint(runner: Runner) -> None:
 
 
 def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None = None) -> dict:
-    """Load a checkpoint into a model without a runner, without running code that it holds.
+    """Load a checkpoint into a model without a runner and without executing code that it contains.
 
-    Names that do not fit are refused, or warned of with ``allow_partial``; that is None where the
-    tool has no such option.
+    Raises :class:`UserError` if the names do not match, unless ``allow_partial``; it is None if the
+    tool has no such option, which the message then does not mention.
     """
     load_safely()
     with phase(f"loading the checkpoint {filename!r}"):
@@ -129,5 +130,5 @@ def load_checkpoint(model: nn.Module, filename: str, allow_partial: bool | None 
 
 
 def _refusal(filename: str, reason: object, has_option: bool = True) -> UserError:
-    hint = "; --allow-partial goes on with what did match" if has_option else ""
+    hint = "; --allow-partial loads the weights that match" if has_option else ""
     return UserError(f"checkpoint {filename!r} does not match the model: {reason}{hint}")

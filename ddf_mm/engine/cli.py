@@ -1,4 +1,4 @@
-"""Command line conventions of ``tools/``: options of mmengine, and errors that fit in one line."""
+"""Command line conventions of ``tools/``: common options and one-line error messages."""
 
 import argparse
 import contextlib
@@ -11,29 +11,28 @@ from collections.abc import Callable, Iterator
 from mmengine.config import DictAction
 
 from ddf_mm.contrib.gloo import destroy_process_group
+from ddf_mm.contrib.memory import keep_memory
 
 TRACEBACK_VARIABLE = "DDF_MM_TRACEBACK"
 
 EPILOG = (
-    "An error ends in one line on stderr, which says what was being done, and exit status 2 "
-    "(command line) or 1 (anything else); the traceback of one during training steps precedes it. "
-    f"{TRACEBACK_VARIABLE}=1 in the environment shows that of every error."
+    "An error is reported in one line on stderr, which names the step that failed, and the exit "
+    "status is 2 (command line) or 1 (anything else). A traceback precedes the line if the error "
+    f"occurred during training iterations, or with {TRACEBACK_VARIABLE}=1 in the environment."
 )
 
-# A rank other than 0 that fails leaves this many seconds to rank 0 to report the same failure;
-# the launcher ends the waiting rank as soon as rank 0 exits.
+# Ranks other than 0 wait this many seconds before they report a failure, so that a failure of all
+# ranks is reported once: the launcher ends the waiting ranks when rank 0 exits.
 RANK_ZERO_SECONDS = 10.0
-# Of an error's own text; some list every weight of a model.
+# Longest text of an exception in a message; some list every weight of a model.
 _MOST_CHARACTERS = 1000
 # The attribute of an error that holds the arguments of its innermost phase.
 _PHASE = "_ddf_mm_phase"
 
 
 class UserError(Exception):
-    """A mistake of a user, told in one line: what was given and what is needed.
-
-    ``exit_code`` is the tool's: 2 for the command line, 1 for anything else.
-    """
+    """An error that the user can correct; the message is one line: what was given, what is needed.
+    The exit status of the tool is 2 for errors of the command line, otherwise 1."""
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
@@ -42,10 +41,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
-    """Name what is ``doing``, for the line that an error within ends a tool with: that of its
-    innermost phase, and what else is good to know ``about`` it, such as the files that are read. Of
-    an error in the ``steps`` of a training, which may be a fault of the code, there is a traceback.
-    """
+    """Name the step that a block performs (``doing``), for the message of an error raised in it; of
+    nested blocks the innermost is reported. ``about`` has details such as the files that are read.
+    ``steps``: training iterations, whose errors may be bugs and are reported with a traceback."""
     try:
         yield
     except Exception as error:
@@ -55,7 +53,7 @@ def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
 
 
 class ConfigOptions(DictAction):
-    """mmengine's ``DictAction`` whose syntax errors are the parser's."""
+    """mmengine's ``DictAction``, but syntax errors are reported by the parser."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -69,14 +67,14 @@ class ConfigOptions(DictAction):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An ``argparse`` parser whose errors are one line, printed once per job."""
+    """An ``argparse`` parser that reports an error in one line, once per distributed job."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("epilog", EPILOG)
         super().__init__(**kwargs)
 
     def error(self, message: str):
-        _leave_it_to_rank_zero()
+        _wait_for_rank_zero()
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -99,17 +97,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action=ConfigOptions,
         metavar="KEY=VALUE",
         help="override settings of the config, merged before any other option takes effect. A "
-        'list is KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]"; quote it and leave '
-        "out white space",
+        'list is KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]", quoted and without '
+        "white space",
     )
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
         help="how the processes of a distributed job are started; on a machine without an "
-        "accelerator they talk over gloo",
+        "accelerator they communicate by gloo",
     )
-    # `torch.distributed.launch` passes one spelling or the other, depending on its version.
+    # The spelling that `torch.distributed.launch` passes depends on its version.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
@@ -119,13 +117,12 @@ def wants_traceback() -> bool:
 
 
 def rank() -> int:
-    """The rank that the launcher gave to this process (0 without a launcher), which is known
-    before a process group exists."""
+    """Rank of this process from the launcher's variables, also before there is a process group."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def _leave_it_to_rank_zero() -> None:
+def _wait_for_rank_zero() -> None:
     if rank() != 0:
         time.sleep(RANK_ZERO_SECONDS)
 
@@ -136,7 +133,7 @@ def _one_line(text: object) -> str:
 
 
 def summarize(problems: dict[str, list[str]], most: int) -> str:
-    """Say in one line which names have which problem, of each at most so many; empty if none."""
+    """One line that lists at most ``most`` names for each problem; empty if there are none."""
     parts = []
     for kind, names in problems.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -149,10 +146,10 @@ def _text(error: BaseException) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Say in one line what was being done, what went wrong, and what that came from if the error
-    does not say it itself."""
+    """One line with the step that failed, the error, and its first cause unless the error's text
+    includes it."""
     if isinstance(error, UserError):
-        # One that a worker of a data loader raised carries its traceback before the message.
+        # If a data loader's worker raised it, its traceback precedes the message.
         return _one_line(str(error).rpartition("UserError: ")[2])
     first: BaseException = error
     while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
@@ -166,15 +163,15 @@ def describe(error: Exception) -> str:
 
 
 def run(main: Callable[[], None], prog: str) -> None:
-    """Run a tool; end it with one line on stderr, that starts with its name, if it fails, after the
-    traceback if it was asked for, or if the error is of no phase or of the steps of a training.
+    """Run a tool and report its failure in one line on stderr that starts with the tool's name.
 
-    In a distributed job rank 0 speaks for all: another rank only reports a failure that rank 0 did
-    not have within ``RANK_ZERO_SECONDS``."""
+    A traceback precedes the line if requested, or if the error was raised outside of all phases or
+    during training iterations. Ranks other than 0 report only after ``RANK_ZERO_SECONDS``."""
+    keep_memory()
     try:
         main()
     except Exception as error:
-        _leave_it_to_rank_zero()
+        _wait_for_rank_zero()
         known = isinstance(error, UserError) or not getattr(error, _PHASE, (True,))[-1]
         if wants_traceback() or not known:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Official DDF-ResNet checkpoints (theFoxofSky/ddfnet, in timm's names) under this package's."""
+"""Conversion of official DDF-ResNet checkpoints (theFoxofSky/ddfnet, timm's parameter names)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ddf_mm.models import DDFResNet
 from ddf_mm.version import __version__
 
 COMBINES = ("mul", "add")
-# The names under which timm's and other training loops keep weights.
+# Keys under which timm's and other training loops store weights.
 _WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
 _OFFICIAL_NAME = re.compile(r"ddf_(?P<combine>mul|add)_resnet\d+")
 
 
 @dataclass(frozen=True)
 class OfficialNetwork:
-    """An official checkpoint's weights, and the network that they belong to."""
+    """Weights of an official checkpoint and arguments of the network that they belong to."""
 
-    weights: dict[str, Tensor]  # on the CPU; names of a head start with `fc.`
+    weights: dict[str, Tensor]  # on the CPU; names of the classification head start with `fc.`
     averaged: bool  # whether they are the exponential moving average of the training
-    arguments: dict[str, int | float]  # of the DDFResNet that takes them, but `kernel_combine`
-    architecture: str | None = None  # what the checkpoint says, as 'ddf_mul_resnet50'
+    arguments: dict[str, int | float]  # of DDFResNet, without `kernel_combine`
+    architecture: str | None = None  # as the checkpoint names it, such as 'ddf_mul_resnet50'
 
 
 def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
-    """Read an official checkpoint, a state dict or a training checkpoint that holds some; of the
-    latter ``weights``: ``'model'``, ``'ema'`` (the exponential moving average), or ``'auto'``, the
-    average where there is one. Refuses what is not a DDF-ResNet's, and what would run code."""
+    """Read an official checkpoint, a state dict or a training checkpoint; of the latter the weights
+    ``'model'``, ``'ema'`` (exponential moving average) or ``'auto'`` (the average if there is one).
+    Raises :class:`UserError` if the file has no such weights of a DDF-ResNet."""
     checkpoint = load_from_local_file(path, "cpu", more_types=(argparse.Namespace,))
     wanted = [weights] if weights != "auto" else list(_WEIGHTS)
     found = [
@@ -55,11 +55,13 @@ def read_official(path: str, weights: str = "auto") -> OfficialNetwork:
     if not found:
         names = " or ".join(repr(name) for kind in wanted for name in _WEIGHTS[kind])
         held = ", ".join(map(repr, list(checkpoint)[:10])) or "nothing"
-        raise UserError(f"{path!r} lacks weights under {names}; it holds {held}")
+        raise UserError(f"{path!r} lacks weights under {names}; it has {held}")
     state_dict, averaged = found[0]
     consume_prefix_in_state_dict_if_present(state_dict, "module.")
     if any(name.startswith("backbone.") for name in state_dict):
-        raise UserError(f"{path!r} is no official checkpoint: its names start with 'backbone.'")
+        raise UserError(
+            f"{path!r} is not an official checkpoint: its parameter names start with 'backbone.'"
+        )
     arguments = _arguments_of(state_dict, path)
     _require_equal_names(state_dict, arguments, path)
     architecture = checkpoint.get("arch") or getattr(checkpoint.get("args"), "model", None)
@@ -76,8 +78,8 @@ def _arguments_of(state_dict: Mapping[str, Tensor], path: str) -> dict[str, int 
         taps = state_dict[f"{first}channel_branch.3.weight"].shape[0] // channels
     except (KeyError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path!r} holds no DDF-ResNet: it lacks {str(error).strip(chr(39))!r}; its names "
-            f"start with {', '.join(list(state_dict)[:3])}"
+            f"{path!r} is not the checkpoint of a DDF-ResNet: it lacks "
+            f"{str(error).strip(chr(39))!r}; its first names are {', '.join(list(state_dict)[:3])}"
         ) from error
     blocks = tuple(
         len({n.split(".")[1] for n in state_dict if n.startswith(f"layer{stage}.")})
@@ -86,7 +88,7 @@ def _arguments_of(state_dict: Mapping[str, Tensor], path: str) -> dict[str, int 
     depths = {settings: depth for depth, settings in DDFResNet.arch_settings.items()}
     if blocks not in depths:
         known = ", ".join(f"{depth}: {settings}" for settings, depth in depths.items())
-        raise UserError(f"{path!r} has stages of {blocks} blocks; DDFResNet knows {known}")
+        raise UserError(f"{path!r} has stages of {blocks} blocks; DDFResNet supports {known}")
     kernel_size = max(round(taps**0.5), 1)
     arguments: dict[str, int | float] = dict(
         depth=depths[blocks],
@@ -107,7 +109,7 @@ def _require_equal_names(
     try:
         with torch.device("meta"):
             model = DDFResNet(**arguments)
-            # A head, if there is one, has as many classes as it likes.
+            # A classification head may have any number of classes.
             if head := [value for name, value in state_dict.items() if name.startswith("fc.")]:
                 model.fc = nn.Linear(model.layer4[0].conv3.out_channels, len(head[0]))
         model.load_state_dict(state_dict, assign=True)
@@ -118,14 +120,14 @@ def _require_equal_names(
 
 
 def combine_of_name(name: str | None) -> str | None:
-    """``'mul'`` or ``'add'`` as an official name like ``ddf_mul_resnet50`` has it, else None."""
+    """``'mul'`` or ``'add'`` if an official name such as ``ddf_mul_resnet50`` has it, else None."""
     match = _OFFICIAL_NAME.search((name or "").replace("-", "_"))
     return match["combine"] if match else None
 
 
 def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
-    """Which combination an official checkpoint was trained with, and what says so: the checkpoint
-    or the file's ``name``. The weights of both have the same names and sizes."""
+    """The ``kernel_combine`` of an official checkpoint, and its source: the checkpoint or the
+    file's ``name``. The weights of both modes have the same names and sizes."""
     told = {
         f"the checkpoint, {network.architecture!r}": combine_of_name(network.architecture),
         f"the file's name, {name!r}": combine_of_name(name),
@@ -134,12 +136,13 @@ def find_combine(network: OfficialNetwork, name: str) -> tuple[str, str]:
     if len(set(told.values())) == 1:
         source, combine = next(iter(told.items()))
         return combine, source
-    why = f"{' and '.join(told)}, disagree" if told else "neither the checkpoint nor its name tells"
+    unknown = "neither the checkpoint nor the file's name has it"
+    why = f"{' and '.join(told)}, disagree" if told else unknown
     raise UserError(f"--kernel-combine mul or add is needed: {why}", exit_code=2)
 
 
 def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> None:
-    """Refuse a config whose backbone is not the network of a checkpoint."""
+    """Raise :class:`UserError` if a config's backbone is not the network of a checkpoint."""
     backbone = dict((cfg.get("model") or {}).get("backbone") or {})
     kind = str(backbone.get("type")).rpartition(".")[2].strip("'<>")
     if kind != "DDFResNet":
@@ -158,8 +161,8 @@ def require_config_fits(cfg: Config, network: OfficialNetwork, combine: str) -> 
 
 
 def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False) -> dict:
-    """The checkpoint that mmengine loads, ``dict(state_dict=…, meta=…)``: with the names of
-    mmpretrain's ImageClassifier (``backbone.*``, ``head.fc.*``), or those of DDFResNet alone."""
+    """A checkpoint for mmengine, ``dict(state_dict=…, meta=…)``, with the parameter names of
+    mmpretrain's ImageClassifier (``backbone.*``, ``head.fc.*``) or of DDFResNet alone."""
     state_dict = {}
     for name, value in network.weights.items():
         is_head = name.startswith("fc.")
@@ -172,12 +175,12 @@ def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False)
 
 
 def save(checkpoint: dict, path: Path, hash_in_name: bool = False) -> tuple[Path, str]:
-    """Write a checkpoint, whole or not at all; return its path and its sha256 in hexadecimal.
+    """Write a checkpoint atomically; return its path and its SHA-256 in hexadecimal.
 
-    With ``hash_in_name`` it is ``name-{hash8}.pth`` in place of ``name.pth``, with the first eight
-    digits of the sha256, as torch.hub and mmengine check when they download.
+    With ``hash_in_name`` the file ``name.pth`` becomes ``name-{hash8}.pth`` with the first eight
+    digits of the SHA-256, which torch.hub and mmengine verify after a download.
     """
-    # In memory first, since the name may hold its digest.
+    # Written to memory first, because the file name may contain the digest.
     content = io.BytesIO()
     torch.save(checkpoint, content)
     digest = hashlib.sha256(content.getbuffer()).hexdigest()

@@ -1,4 +1,4 @@
-"""What ``tools/test.py`` switches on in a config, for each toolbox the way its own tool does."""
+"""Config changes for the options of ``tools/test.py``, as in each toolbox's own test tool."""
 
 import copy
 import inspect
@@ -17,14 +17,14 @@ from ddf_mm.engine.cli import UserError, phase, rank
 from ddf_mm.engine.launch import find_class
 from ddf_mm.utils import dicts_with, leaf_datasets, toolbox, type_name
 
-# The hook to add to `default_hooks.visualization` where a config has none.
+# Default of `default_hooks.visualization` for configs without one.
 _VISUALIZATION_HOOKS = dict(
     mmpretrain="mmpretrain.VisualizationHook",
     mmdet="mmdet.DetVisualizationHook",
     mmseg="mmseg.SegVisualizationHook",
 )
 
-# The models that the toolboxes' own tools fall back on; mmseg's falls back on none.
+# Default of `tta_model` in the toolboxes' own tools; mmseg's has none.
 _TTA_MODELS = dict(
     mmpretrain=dict(type="mmpretrain.AverageClsScoreTTA"),
     mmdet=dict(
@@ -32,7 +32,7 @@ _TTA_MODELS = dict(
         tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
     ),
 )
-# Heads of mmdet's that predict masks.
+# Heads of mmdet that predict masks.
 _MASK_HEADS = ("mask_head", "semantic_head", "panoptic_head", "segm_head")
 
 
@@ -48,9 +48,9 @@ def enable_visualization(
     wait_time: float = 2.0,
     interval: int = 1,
 ) -> None:
-    """Let the visualization hook draw predictions while testing, in windows that stay for some
-    seconds, into a folder, or both. Refuses a config without such a hook whose toolbox has no usual
-    one, and a hook that cannot write to a folder."""
+    """Make the visualization hook draw every ``interval``-th prediction of a test, in windows for
+    ``wait_time`` seconds, to a folder, or both. Raises :class:`UserError` if the config has no hook
+    and its toolbox no default one, or if the hook cannot write to a folder."""
     if cfg.get("default_hooks") is None:
         cfg.default_hooks = dict()
     if cfg.default_hooks.get("visualization") is None:
@@ -87,11 +87,11 @@ def enable_visualization(
 
 
 def enable_amp(cfg: Config) -> None:
-    """Test in mixed precision: float16, on a CPU bfloat16."""
+    """Test in mixed precision: float16 on a GPU, bfloat16 on a CPU."""
     if toolbox(cfg) == "mmdet" and get_device() == "cpu":
         raise UserError(
-            "--amp cannot test mmdet models on a CPU, where mmcv's nms takes float32 only; leave "
-            "--amp out",
+            "--amp cannot test mmdet models on a CPU, where mmcv's nms supports float32 only; "
+            "omit --amp",
             exit_code=2,
         )
     cfg.test_cfg.fp16 = True
@@ -100,8 +100,8 @@ def enable_amp(cfg: Config) -> None:
 def enable_tta(cfg: Config) -> None:
     """Test with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``.
 
-    Where they lack, mmpretrain and mmdet configs get what the tools of those toolboxes take: the
-    average, or the merged boxes, of the image and its mirror image; in each of joined datasets."""
+    Without them, mmpretrain and mmdet configs get the defaults of these toolboxes' own tools: the
+    average scores, or the merged boxes, of the image and its horizontal flip."""
     scope = toolbox(cfg)
     missing = [name for name in ("tta_model", "tta_pipeline") if cfg.get(name) is None]
     if missing and scope not in _TTA_MODELS:
@@ -112,20 +112,20 @@ def enable_tta(cfg: Config) -> None:
         masks = [name for name in _MASK_HEADS for _ in dicts_with(cfg.model, name)]
         if masks:
             raise UserError(
-                f"--tta: mmdet's DetTTAModel merges boxes, no masks, which the {masks[0]} of "
-                f"{cfg.filename} predicts",
+                f"--tta: mmdet's DetTTAModel merges boxes but not masks, and the {masks[0]} of "
+                f"{cfg.filename} predicts masks",
                 exit_code=2,
             )
     hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
     if hook.get("enable") and scope == "mmpretrain":
         raise UserError(
-            f"--tta does not go with --show, --show-dir and visualization.enable: mmpretrain's "
-            f"{type_name(hook)} draws what the network reads, which then is several images",
+            f"--tta does not work with --show, --show-dir and visualization.enable: mmpretrain's "
+            f"{type_name(hook)} draws the network's input, which then is several images",
             exit_code=2,
         )
     dataset = cfg.test_dataloader.dataset
     leaves = list(leaf_datasets(dataset))
-    # One that mixes images has a pipeline of its own after that of the images.
+    # A dataset that mixes images has a second pipeline, after that of the images.
     others = [part for part in dicts_with(dataset, "pipeline") if part not in leaves]
     others += [leaf for leaf in leaves if not leaf.get("pipeline")]
     if others or not leaves:
@@ -140,10 +140,10 @@ def enable_tta(cfg: Config) -> None:
 
 
 def _flipping(pipeline: Sequence[dict], scope: str) -> list[dict]:
-    """A pipeline that ends with the image and its mirror image."""
+    """A test-time augmentation pipeline: the image and its horizontal flip."""
     *transforms, pack = copy.deepcopy(list(pipeline))
     if scope == "mmdet":
-        # Boxes of a mirrored image can be turned back only if the sample says it was mirrored.
+        # DetTTAModel flips the boxes back if the sample has these keys.
         keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
         pack.meta_keys = (*keys, "flip", "flip_direction")
     flips = [dict(type=f"{scope}.RandomFlip", prob=prob) for prob in (1.0, 0.0)]
@@ -151,7 +151,8 @@ def _flipping(pipeline: Sequence[dict], scope: str) -> list[dict]:
 
 
 def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
-    """Let the metrics write each prediction into a folder, as mmseg's do; refuse others."""
+    """Make the metrics write each prediction into a folder, as mmseg's can; raise
+    :class:`UserError` if none of them can."""
     metrics = cfg.test_evaluator
     while isinstance(metrics, dict) and "metrics" in metrics:
         metrics = metrics.metrics
@@ -172,32 +173,32 @@ def write_predictions_to_folder(cfg: Config, out_dir: str) -> None:
 
 
 class DumpPredictions(Hook):
-    """Dumps all predictions into one pickle file. It is no metric of the evaluator: mmdet's
-    MultiDatasetsEvaluator takes one for each dataset."""
+    """Writes all predictions to one pickle file. It is a hook instead of a metric because mmdet's
+    MultiDatasetsEvaluator accepts exactly one metric for each dataset."""
 
     def __init__(self, cfg: Config, out_file: str) -> None:
-        # Of mmdet's metric: it compresses masks.
+        # mmdet's own metric compresses masks.
         kind = "mmdet.DumpDetResults" if toolbox(cfg) == "mmdet" else "DumpResults"
         self.metric = METRICS.build(dict(type=kind, out_file_path=out_file))
 
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: Sequence = ()
     ) -> None:
-        """Keep the predictions of a batch."""
+        """Collect the predictions of a batch."""
         samples = [s.to_dict() if isinstance(s, BaseDataElement) else s for s in outputs]
         self.metric.process(data_batch, samples)
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Write those of all processes."""
+        """Write the predictions of all processes."""
         with phase(f"writing --out {self.metric.out_file_path!r}"):
             self.metric.evaluate(len(runner.test_dataloader.dataset))
 
 
 def require_written(runner: Runner, option: str, path: str, since: float) -> None:
-    """Check that a test, since a :func:`time.time`, has written what an option asked for. mmdet
-    puts a relative path below the run's own folder."""
+    """Raise :class:`UserError` if a test that started at ``since`` (:func:`time.time`) has written
+    nothing to the ``path`` of an option. mmdet resolves a relative path in the run's own folder."""
     places = [Path(path), Path(osp.join(runner.work_dir, runner.timestamp, path))]
     files = (file for place in places for file in (place, *place.rglob("*")) if file.is_file())
-    # File systems keep time in steps.
+    # The resolution of modification times is up to 2 s on some file systems.
     if rank() == 0 and not any(file.stat().st_mtime > since - 2 for file in files):
         raise UserError(f"{option} {path!r}: the test ended without writing anything there")

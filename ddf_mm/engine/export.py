@@ -1,4 +1,4 @@
-"""Models as files that other programs run: ONNX, and torch.export's programs."""
+"""Export of models to ONNX and to torch.export's format."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ddf_mm.contrib.pooling import MaximaOfSlices
 from ddf_mm.engine.cli import UserError
 from ddf_mm.ops.export import decompositions, onnx_translations
 
-# Oldest opset that the exporter writes by itself; a newer one is converted from it.
+# The opset that torch's exporter writes; newer ones are converted from it.
 MIN_OPSET = 18
-# torch.export takes a size of 1 for a constant: maps of strides up to 128 keep two pixels a side.
+# Smallest image to trace with: torch.export treats a size of 1 as a constant, and at this size
+# feature maps of strides up to 128 have at least 2 x 2 pixels.
 _LEAST_TRACED = 256
 
 
 class ImageScores(nn.Module):
-    """A classifier of mmpretrain: images ``Tensor[B, C, H, W]``, as its data preprocessor makes
-    them, -> scores before softmax, ``Tensor[B, classes]``."""
+    """A classifier of mmpretrain as a function from preprocessed images ``Tensor[B, C, H, W]`` to
+    logits ``Tensor[B, classes]``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -35,8 +36,8 @@ class ImageScores(nn.Module):
 
 
 class ImageFeatures(nn.Module):
-    """Backbone and neck of a model of any toolbox: such images -> feature maps, finest first, a
-    ``Tensor[B, C_i, H_i, W_i]`` a level."""
+    """Backbone and neck of a model of any toolbox as a function from preprocessed images to feature
+    maps, one ``Tensor[B, C_i, H_i, W_i]`` for each level, finest first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,14 +51,14 @@ class ImageFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the images that a file is checked and timed with."""
+    """Size of a batch of images to check or time an exported file with."""
 
     batch: int
     height: int
     width: int
 
     def images(self, channels: int) -> Tensor:
-        """Normally distributed pixels, as those that a data preprocessor makes."""
+        """Standard normal pixels, similar to preprocessed images."""
         return torch.randn(self.batch, channels, self.height, self.width)
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Size:
 
 
 def check_sizes(example: Size, dynamic: bool) -> list[Size]:
-    """Sizes to check a file of ``example`` with: others too if it has dynamic ones."""
+    """Sizes to check an exported file with: ``example``, and two more if its sizes are dynamic."""
     turned = Size(1, example.width, example.height)
     odd = Size(3, example.height // 2 + 17, example.width + 33)
     return [example, turned, odd] if dynamic else [example]
@@ -74,13 +75,13 @@ def check_sizes(example: Size, dynamic: bool) -> list[Size]:
 def export_program(
     model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
-    """What torch.export makes of a model of images ``Tensor[B, channels, H, W]`` in evaluation
-    mode, traced with one size. B, H and W of a ``dynamic`` program are free, which is traced with
-    larger images where these are small. A ``guarded`` one keeps strided max poolings, and their
-    parity of sizes; ONNX, without guards, is faster so."""
+    """Export a model of images ``Tensor[B, channels, H, W]``, in evaluation mode, by torch.export.
+    If ``dynamic``, B, H and W of the program are dynamic, and it is traced with larger images if
+    these are small. If ``guarded``, strided max poolings remain, and with them guards on the parity
+    of sizes; ONNX has no guards and is faster with these poolings."""
     if dynamic:
         height, width = (max(side, _LEAST_TRACED) for side in (size.height, size.width))
-        # Sizes that are the same are taken for one, too.
+        # torch.export would treat equal sizes as one dimension.
         size = Size(max(size.batch, 2), height, width + 32 * (width == height))
     shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
     images = size.images(channels)
@@ -92,12 +93,13 @@ def export_program(
         if not dynamic:
             raise
         raise UserError(
-            f"the model does not take images of every size: {error}; --static exports it for one"
+            f"the model cannot be exported for images of every size: {error}; --static exports it "
+            "for one size"
         ) from error
 
 
 def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> int:
-    """Write a program in operators of ONNX's standard of a version; return their number."""
+    """Write a program as ONNX with standard operators of version ``opset``; return their number."""
     onnx_program = torch.onnx.export(
         program,
         input_names=["images"],
@@ -116,8 +118,7 @@ def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> i
 def save_program(program: ExportedProgram, path: Path, portable: bool = False) -> int:
     """Write a program in torch.export's own format; return the number of its operators.
 
-    Whoever loads it has to ``import ddf_mm.ops`` for the compiled ops, unless it is ``portable``.
-    """
+    Loading it requires ``import ddf_mm.ops``, unless ``portable`` replaces the compiled ops."""
     if portable and (table := decompositions()):
         program = program.run_decompositions(table)
     torch.export.save(program, path)
@@ -125,7 +126,7 @@ def save_program(program: ExportedProgram, path: Path, portable: bool = False) -
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:
-    """A session of ONNX Runtime on the CPU; with ``threads=0`` it chooses their number."""
+    """A session of ONNX Runtime on the CPU; with ``threads=0`` it chooses the number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -149,8 +150,8 @@ def load_program(path: Path) -> Callable[[Tensor], Tensor | Sequence[Tensor]]:
 
 
 def largest_error(run: Callable, model: nn.Module, images: Tensor) -> float:
-    """The largest difference between what a file and the model compute, over the largest absolute
-    value of the same output; infinite where an output has another shape, or is not finite."""
+    """The largest difference between the outputs of a file and of the model, relative to the
+    largest absolute value of that output; infinite if a shape differs or a value is not finite."""
     with torch.no_grad():
         got, wanted = (
             (out,) if isinstance(out, Tensor) else out for out in (run(images), model(images))
@@ -161,5 +162,5 @@ def largest_error(run: Callable, model: nn.Module, images: Tensor) -> float:
         float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
         for a, b in zip(got, wanted, strict=True)
     ]
-    # NaN compares as no number does.
+    # max() may ignore NaN, because its comparisons are false.
     return max(errors) if all(error < float("inf") for error in errors) else float("inf")

@@ -1,5 +1,5 @@
-"""From a config and command line options to a ready runner. The functions change the config in
-place, so that the one which the runner dumps into the work folder is the one that ran."""
+"""Builds a runner from a config and command line options. The functions change the config in
+place, so that the runner saves the config that it uses to the work folder."""
 
 import os
 import os.path as osp
@@ -25,7 +25,7 @@ from ddf_mm.utils import dicts_with, name_ops, toolbox, type_name
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
-# What mmengine reads from the environment.
+# Environment variables that mmengine reads.
 _LAUNCHERS = dict(
     pytorch="RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT",
     slurm="SLURM_PROCID SLURM_NTASKS SLURM_NODELIST",
@@ -39,12 +39,12 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = "none",
 ) -> Config:
-    """Read a config, a file or one that a package ships (``mmpretrain::resnet/…``), and merge what
-    every tool lets the command line override, by dotted key. Refuses a file that is missing or no
-    config, and an option that does not fit. The work folder is ``work_dirs/<name>`` by default."""
+    """Read a config, a file or one of an installed package (``mmpretrain::resnet/…``), and apply
+    the options of all tools. The work folder is by default the config's, else ``work_dirs/<name>``.
+    Raises :class:`UserError` if the file is not a config, or an option does not fit it."""
     package, shipped, _ = filename.partition("::")
     if shipped:
-        # mmengine would install what is not there.
+        # mmengine would install a missing package.
         if not package.isidentifier() or find_spec(package) is None:
             raise UserError(f"config {filename!r}: {package!r} is not installed", exit_code=2)
     elif not osp.isfile(filename):
@@ -59,7 +59,7 @@ def load_config(
         try:
             cfg = get_config(filename) if shipped else Config.fromfile(filename)
         except FileNotFoundError as error:
-            # Without mmengine's list of the configs that there are.
+            # mmengine's exception lists all configs of the package.
             raise FileNotFoundError(str(error)) from None
     if cfg_options:
         try:
@@ -76,7 +76,7 @@ def load_config(
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = osp.join("work_dirs", osp.splitext(osp.basename(cfg.filename))[0])
-    # mmengine would only log that it is missing, and then not find the types that it registers.
+    # mmengine would only log that the package is missing, and later not find its types.
     if (scope := cfg.get("default_scope")) is not None:
         with phase(f"importing {scope!r}, the config's default_scope, which must be installed"):
             import_module(scope)
@@ -84,15 +84,15 @@ def load_config(
 
 
 def require_fields(cfg: Config, fields: Sequence[str], purpose: str) -> None:
-    """Refuse a config that lacks what a tool is about to use for a purpose."""
+    """Raise :class:`UserError` if a config lacks fields that ``purpose`` needs."""
     missing = [field for field in fields if cfg.get(field) is None]
     if missing:
         raise UserError(f"{cfg.filename} lacks {', '.join(missing)}, needed for {purpose}")
 
 
 def find_class(cfg: Config, registry: Registry, component: dict) -> type:
-    """The class that a component's ``type`` stands for, by itself or by any of its names. Refuses a
-    name that is not registered."""
+    """The class of a component, whose ``type`` may be the class or any of its names. Raises
+    :class:`UserError` if the name is not registered."""
     found = resolve({"_scope_": cfg.get("default_scope"), **component}, registry)
     if found is None:
         raise UserError(
@@ -105,9 +105,9 @@ def find_class(cfg: Config, registry: Registry, component: dict) -> type:
 def set_dataloader_defaults(
     cfg: Config, pin_memory: bool = True, persistent_workers: bool = True
 ) -> None:
-    """Give the data loaders what the toolbox's own tools give them, as far as the machine can:
-    mmpretrain's configs rely on its tools for ``collate_fn`` and pinned memory. ``num_workers=0``
-    switches off what only workers have, a machine without an accelerator pins nothing."""
+    """Set the defaults of the toolbox's own tools: mmpretrain's configs rely on its tools for
+    ``collate_fn`` and pinned memory. Options that need workers are disabled for ``num_workers=0``,
+    pinned memory without an accelerator."""
     for name in DATALOADERS:
         dataloader = cfg.get(name)
         if not isinstance(dataloader, dict):
@@ -126,7 +126,7 @@ def set_dataloader_defaults(
 
 
 def _optim_wrappers(cfg: Config) -> Iterator[ConfigDict]:
-    """The optimizer wrapper's config, or those of a model with several optimizers."""
+    """The config of the optimizer wrapper, or of each one if the model has several optimizers."""
     optim_wrapper = cfg.get("optim_wrapper")
     if not isinstance(optim_wrapper, dict):
         return
@@ -135,9 +135,9 @@ def _optim_wrappers(cfg: Config) -> Iterator[ConfigDict]:
 
 
 def enable_amp(cfg: Config) -> None:
-    """Train in mixed precision: ``AmpOptimWrapper`` with dynamic loss scaling, unless the config
-    says otherwise about the scale. :func:`adapt_to_device` replaces it where it does not work.
-    Refuses another kind of optimizer wrapper."""
+    """Train in mixed precision: ``AmpOptimWrapper`` with the config's loss scale, by default
+    ``dynamic``. :func:`adapt_to_device` replaces it on a CPU. Raises :class:`UserError` for other
+    optimizer wrappers."""
     for optim_wrapper in _optim_wrappers(cfg):
         name = type_name(optim_wrapper, "OptimWrapper")
         if name not in ("OptimWrapper", "AmpOptimWrapper", "CPUAmpOptimWrapper"):
@@ -151,7 +151,8 @@ def enable_amp(cfg: Config) -> None:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate with the batch size, if the config says which one it is for."""
+    """Scale the learning rate with the batch size; raise :class:`UserError` if the config lacks the
+    batch size that its learning rate is meant for."""
     if (cfg.get("auto_scale_lr") or {}).get("base_batch_size") is None:
         raise UserError(
             f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} lacks",
@@ -161,10 +162,10 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def adapt_to_device(cfg: Config) -> list[str]:
-    """Replace what works on another device than this machine's only, and say so, for the log.
+    """Replace components that this machine's device does not support; return notes for the log.
 
-    On a CPU: mixed precision runs in bfloat16, the distributed wrapper gets no device numbers, and
-    synchronized batch norm, which torch has for accelerators only, becomes batch norm.
+    On a CPU: mixed precision uses bfloat16, the distributed wrapper gets no device ids, and
+    synchronized batch norm, which torch implements for accelerators only, becomes batch norm.
     """
     notes = []
     on_cpu = get_device() == "cpu"
@@ -197,8 +198,8 @@ def adapt_to_device(cfg: Config) -> list[str]:
 
 
 def init_distributed(cfg: Config) -> None:
-    """Refuse a launcher that set nothing up, or that started more processes than there are GPUs; on
-    a CPU, start the process group."""
+    """Check the launcher's environment variables and, against the number of GPUs, the number of
+    processes; on a CPU, start the process group."""
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         return
@@ -222,12 +223,12 @@ def init_distributed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Adapt a config to the machine and build its runner: ``Runner``, or what the config's
-    ``runner_type`` names."""
+    """Adapt a config to the machine and build its runner, ``Runner`` or the config's
+    ``runner_type``."""
     load_safely()
     write_whole_files()
     name_files()
-    cfg.setdefault("env_cfg", {})  # FlexibleRunner wants one
+    cfg.setdefault("env_cfg", {})  # FlexibleRunner requires it
     notes = adapt_to_device(cfg)
     init_distributed(cfg)
     kind = cfg.get("runner_type", "Runner")

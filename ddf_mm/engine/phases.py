@@ -1,4 +1,4 @@
-"""mmengine's runners, told apart into the phases that an error ends a tool with."""
+"""mmengine's runners, whose steps are marked as phases so that error messages name them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmengine.model.weight_init import PretrainedInit
 from ddf_mm.engine.cli import TRACEBACK_VARIABLE, UserError, phase
 from ddf_mm.utils import leaf_datasets, type_name
 
-# Of Runner, of FlexibleRunner, or of the latter's strategies.
+# Methods of Runner, of FlexibleRunner, or of the latter's strategies.
 _PHASES = {
     "setup_env": "setting up the environment",
     "build_model": "building the model",
@@ -37,7 +37,7 @@ def _within(function: Callable, doing: str, about: str = "", steps: bool = False
 
 
 def data_sources(dataloader: object) -> str:
-    """What the config of a data loader says of where its data are."""
+    """The paths in the config of a data loader, for error messages."""
     keys = ("data_root", "ann_file", "data_prefix")
     leaves = leaf_datasets(dataloader.get("dataset")) if isinstance(dataloader, dict) else ()
     given = [(leaf, [f"{key}={leaf[key]!r}" for key in keys if leaf.get(key)]) for leaf in leaves]
@@ -45,7 +45,7 @@ def data_sources(dataloader: object) -> str:
 
 
 class _RunnerPhases:
-    """The phases that need to know more of a runner than their method."""
+    """Phases whose description depends on the runner's attributes or arguments."""
 
     def _build_loop(self, what: str, loop: Any) -> Any:
         sources = data_sources(getattr(self, f"_{what}_dataloader"))
@@ -83,15 +83,15 @@ def _with_phases(cls: type, *mixins: type) -> type:
 
 
 def runner_with_phases(cls: type) -> type:
-    """A subclass of ``Runner``, ``FlexibleRunner`` or one of a user's, of the same name, that names
-    what it is doing when it fails."""
+    """A subclass, of the same name, of ``Runner``, ``FlexibleRunner`` or a user's runner, whose
+    errors name the step that failed."""
     return _with_phases(cls, _RunnerPhases)
 
 
 @functools.cache
 def name_files() -> None:
-    """Let errors name the weights that a model starts with, and the image that could not be read,
-    be it in a process of a data loader, from which only text comes back."""
+    """Make errors name the pretrained weights or the image that could not be loaded. The image is
+    named in the error's text, which is all that a data loader's worker process passes on."""
     initialize, transform = PretrainedInit.__call__, Compose.__call__
 
     def initialize_(self: PretrainedInit, module: Any) -> None:

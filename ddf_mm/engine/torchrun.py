@@ -1,8 +1,8 @@
 """Starts the processes of ``tools/dist_*.sh``: ``python -m ddf_mm.engine.torchrun N SCRIPT …``.
 
 It is ``torchrun`` with OpenMMLab's environment variables (NNODES, NODE_RANK, MASTER_ADDR, PORT) and
-without a traceback of its own: the processes have said on stderr what went wrong before their
-launcher learns that one of them failed, and its report would bury that.
+without the launcher's own traceback: the processes report their errors on stderr, and torchrun's
+long report would hide them.
 """
 
 import logging
@@ -23,12 +23,12 @@ def _fail(message: str, code: int = 1) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run as many processes on this machine as ``argv`` begins with, of the script and arguments
-    that follow; exit with the status of the first one that fails."""
+    """Run ``argv[0]`` processes of the script and arguments ``argv[1:]`` on this machine; exit with
+    the status of the first process that fails."""
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) == 0:
         given = argv[0] if argv else ""
         _fail(f"the number of processes (GPUS) must be positive, got {given!r}", code=2)
-    # With torchrun's default of one thread each, most of a CPU would idle.
+    # torchrun's default of one thread for each process would leave most cores of a CPU idle.
     available = getattr(os, "sched_getaffinity", None)
     cores = len(available(0)) if available else os.cpu_count() or 1
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(argv[0]))))

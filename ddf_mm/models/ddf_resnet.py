@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from ddf_mm.layers import DDFPack, switch_to_deploy
+from ddf_mm.layers import DDFPack, Involution, switch_to_deploy
 from ddf_mm.layers.unmodified import is_unmodified
 from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_number, check_sequence
 from ddf_mm.registry import name_pretrained
@@ -50,6 +50,7 @@ class DDFBottleneck(BaseModule):
         plugins: configs ``dict(cfg=…, position='after_conv1' | 'after_conv2' | 'after_conv3')``.
         zero_init_residual: initialize the last norm with zero.
         init_cfg: mmengine's initialization config.
+        involution: arguments of :class:`~ddf_mm.layers.Involution` for ``conv2``, in place of DDF.
     """
 
     expansion = 4
@@ -74,6 +75,7 @@ class DDFBottleneck(BaseModule):
         plugins: Sequence[dict] | None = None,
         zero_init_residual: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        involution: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
         in_channels = check_int("in_channels", in_channels, 1)
@@ -110,7 +112,11 @@ class DDFBottleneck(BaseModule):
             bias=False,
         )
         self.add_module(self.norm1_name, norm1)
-        if ddf_cfg is not None:
+        if ddf_cfg is not None and involution is not None:
+            self.conv2 = Involution(
+                self.mid_channels, stride=self.conv2_stride, dilation=dilation, **involution
+            )
+        elif ddf_cfg is not None:
             self.conv2 = DDFPack(
                 self.mid_channels, stride=self.conv2_stride, dilation=dilation, **ddf_cfg
             )
@@ -253,6 +259,10 @@ class DDFResNet(BaseModule):
             ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: mmengine's initialization config. By default kaiming normal (fan_out, relu), as
             in the official networks.
+        involution: arguments of :class:`~ddf_mm.layers.Involution`, as ``dict(kernel_size=7)``; the
+            stages with DDF then have involutions in its place, as the blocks of RedNet
+            (arXiv 2103.06255), with their parameter names, and ``kernel_combine``, ``head``,
+            ``kernel_size`` and ``se_ratio`` have no effect.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -300,6 +310,7 @@ class DDFResNet(BaseModule):
         deploy: bool = False,
         pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
+        involution: dict | None = None,
     ) -> None:
         if pretrained is not None and init_cfg is not None:
             raise ValueError(
@@ -351,6 +362,7 @@ class DDFResNet(BaseModule):
         check_dict("conv_cfg", conv_cfg, "the config of a layer")
         check_dict("norm_cfg", norm_cfg, "the config of a layer", optional=False)
         check_dict("dcn", dcn, "the config of a layer")
+        check_dict("involution", involution, "the arguments of Involution")
         if dcn is not None and any(
             a and b for a, b in zip(stage_with_dcn, stage_with_ddf, strict=False)
         ):
@@ -382,6 +394,7 @@ class DDFResNet(BaseModule):
         self.ddf_cfg = dict(
             kernel_combine=kernel_combine, head=head, kernel_size=kernel_size, se_ratio=se_ratio
         )
+        self.involution = involution
 
         self._make_stem_layer(in_channels, self.stem_channels)
 
@@ -494,6 +507,7 @@ class DDFResNet(BaseModule):
                     dcn=dcn,
                     plugins=plugins,
                     zero_init_residual=self.zero_init_residual,
+                    involution=self.involution,
                 )
             )
         return Sequential(*blocks)

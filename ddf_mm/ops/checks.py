@@ -1,4 +1,4 @@
-"""Checks of the operation's arguments, made once, at the Python entry."""
+"""Validation of the arguments of the operations, done once, at the Python entry."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _T = TypeVar("_T")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINES = ("mul", "add")
-AUTOCAST_RULE = "torch.autocast casts the tensors of a call where none of them is float64"
+PADDINGS = ("zeros", "reflect", "replicate", "valid")
+AUTOCAST_RULE = "torch.autocast casts the tensors of a call only if none of them is float64"
 
 
 class Geometry(NamedTuple):
-    """A call of ddf, or of one subpixel of ddf_up: its options, and the sizes they lead to.
+    """Options and sizes of a call of ddf, or of one subpixel of ddf_up.
 
     The channels C share the spatial filters: C = groups * group_channels.
     """
@@ -29,7 +30,7 @@ class Geometry(NamedTuple):
     dilation: int
     stride: int
     kernel_combine: str
-    height: int  # of the output; of ddf_up, over scale_factor
+    height: int  # of the output; for ddf_up divided by scale_factor
     width: int
     groups: int
     group_channels: int
@@ -41,10 +42,10 @@ class Geometry(NamedTuple):
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Keeps torch.jit's tracer out of a function that decides something by sizes.
+    """Disables torch.jit's tracer in a function that branches on sizes.
 
-    For the tracer sizes are tensors: it would record each comparison of them, and warn that the
-    trace may not hold for other sizes.
+    In the tracer sizes are tensors: it would record each comparison of them and warn that the trace
+    may not generalize to other sizes.
     """
 
     @wraps(function)
@@ -63,12 +64,12 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @untraced
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape in ints, also where torch.jit's tracer would make tensors of them."""
+    """The shape as ints, which torch.jit's tracer would make tensors."""
     return tensor.shape
 
 
 def check_int(name: str, value: int, minimum: int | None = None) -> int:
-    """``value`` as an int; raises unless it is one, numpy's included, of at least ``minimum``."""
+    """``value`` as an int; raises unless it is an integer, of Python or numpy, >= ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int, got {_given(value)}")
     if minimum is not None and value < minimum:
@@ -82,24 +83,28 @@ def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int 
     """``kernel_size`` as an int; raises unless it is an odd integer of at least ``minimum``."""
     kernel_size = check_int(name, kernel_size, minimum)
     if kernel_size % 2 == 0:
-        raise ValueError(f"{name} must be odd, so that a window has a centre; got {kernel_size}")
+        raise ValueError(
+            f"{name} must be odd, so that a window has a centre; got {kernel_size} (a filter of "
+            f"{kernel_size} x {kernel_size} taps is one of {kernel_size + 1} x {kernel_size + 1} "
+            "whose first or last row and column are zeros: torch.nn.functional.pad adds them)"
+        )
     return kernel_size
 
 
 def check_ints(name: str, values: Sequence[int], of: str, minimum: int | None = None) -> list[int]:
-    """``values`` as a list of ints; raises unless it is a sequence of such as check_int takes."""
+    """``values`` as a list of ints; raises unless it is a sequence whose items pass check_int."""
     check_sequence(name, values, of)
     return [check_int(f"{name}[{i}]", value, minimum) for i, value in enumerate(values)]
 
 
 def check_sequence(name: str, values: Sequence, of: str) -> None:
-    """Raises unless ``values`` is a list, tuple or the like, ``of`` what it holds."""
+    """Raises unless ``values`` is a list, tuple or other sequence; ``of`` describes its items."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list or tuple, {of}, got {_given(values)}")
 
 
 def check_dict(name: str, value: dict | None, of: str, optional: bool = True) -> None:
-    """Raises unless ``value`` is a dict, ``of`` what it holds, or ``None`` where that will do."""
+    """Raises unless ``value`` is a dict, or None if ``optional``; ``of`` describes its items."""
     if not isinstance(value, dict) and not (optional and value is None):
         or_none = ", or None" if optional else ""
         raise TypeError(f"{name} must be a dict, {of}{or_none}, got {_given(value)}")
@@ -123,7 +128,7 @@ def check_combine(kernel_combine: str) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Raises unless ``tensor`` is a dense floating-point one, of ``like``'s dtype and device."""
+    """Raises unless ``tensor`` is a dense floating-point tensor of ``like``'s dtype and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -161,7 +166,8 @@ def check_features(features: Tensor, name: str = "features") -> None:
 
 
 def check_groups(spatial_channels: int, kernel_size: int, channels: int, name: str) -> int:
-    """Filter groups g of a spatial filter with ``g * k * k`` channels; raises if none fits."""
+    """Filter groups g of a spatial filter with ``g * k * k`` channels; raises if g is no integer or
+    does not divide the channels of features."""
     taps = kernel_size * kernel_size
     groups = spatial_channels // taps
     if groups < 1 or spatial_channels % taps:
@@ -200,14 +206,14 @@ def check_ddf(
     options = kernel_size, dilation, stride, kernel_combine
     check_features(features)
     _, channels, height, width = features.shape
-    # Written as a convolution's output size is, so that symbolic sizes compare without a guard.
+    # Written like the output size of a convolution, so that symbolic sizes compare without a guard.
     ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
         return Geometry(*options, ceil_h, ceil_w, groups, channels // groups)
 
     out_h, out_w = spatial_filter.shape[2:]
-    # The floor is what the official op takes; it drops the last window of an odd size.
+    # The official op requires the floor, which omits the last window of an odd size.
     if out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride):
         raise ValueError(
             f"spatial_filter must be {ceil_h}x{ceil_w} pixels, features' {height}x{width} over "
@@ -258,13 +264,13 @@ def _check_filters(
     kernel_size: int,
     scale_factor: int | None = None,
 ) -> int:
-    """Checks all of the filters but the size of the spatial one; returns the filter groups."""
+    """Checks the filters except the spatial size; returns the number of filter groups."""
     batch, channels = features.shape[:2]
     if channel_filter is None and spatial_filter is None:
         raise ValueError(
             "channel_filter and spatial_filter are both None; at least one must be given"
         )
-    # Upsampling has its subpixels behind the batch.
+    # The filters of ddf_up have a dimension of subpixels after the batch.
     subpixels = () if scale_factor is None else (scale_factor**2,)
     axis = "s*s, " if subpixels else ""
     if channel_filter is not None:

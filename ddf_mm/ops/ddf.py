@@ -1,13 +1,22 @@
-"""The DDF operation and its upsampling form."""
+"""The DDF operation and its upsampling variant."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_ddf, check_ddf_up
+from ddf_mm.ops.checks import (
+    PADDINGS,
+    check_ddf,
+    check_ddf_up,
+    check_features,
+    check_int,
+    check_kernel_size,
+    shape_of,
+)
 from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
@@ -20,8 +29,9 @@ def ddf(
     dilation: int = 1,
     stride: int = 1,
     kernel_combine: str = "mul",
+    padding: str = "zeros",
 ) -> Tensor:
-    r"""Applies a decoupled dynamic filter: one k x k filter a channel times (or plus) one a pixel.
+    r"""Applies decoupled dynamic filters: a k x k filter per channel times (or plus) one per pixel.
 
     .. math::
         y_{b,c,i,j} = \sum_{t} x_{b,c,\, i s + d (t_y - \lfloor k/2 \rfloor),\,
@@ -33,24 +43,32 @@ def ddf(
     of channel c. Arguments have the order and meaning of the official op (theFoxofSky/ddfnet,
     ddf/ddf.py); the paper is arXiv 2104.14107.
 
-    Sums are kept in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors are
-    cast to the autocast dtype first, as a convolution's are.
+    Sums are accumulated in float32 for float16 and bfloat16. Under ``torch.autocast`` the tensors
+    are cast to the autocast dtype first, like those of a convolution.
 
-    A compiled op serves where there is one (see :func:`ddf_mm.ops.backend_info`), the formula in
-    plain PyTorch elsewhere, under torch.func's transforms and in forward-mode differentiation.
+    The compiled op is used if there is one (see :func:`ddf_mm.ops.backend_info`); otherwise, under
+    torch.func's transforms and in forward-mode differentiation, the formula in plain PyTorch.
 
     Args:
         features: ``Tensor[B, C, H, W]`` of float16, bfloat16, float32 or float64, contiguous or
             channels_last; B may be 0.
-        channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for a filter that changes nothing:
-            ones for ``'mul'``, zeros for ``'add'`` (a filter as in CARAFE and involution).
-        spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads") that share
-            the channels evenly and in order, or ``None`` likewise (a filter as in WeightNet).
-            Ho = ceil(H / stride); floor, as the official op wants it, is taken too.
+        channel_filter: ``Tensor[B, C, k, k]``, or ``None`` for the neutral filter: ones for
+            ``'mul'``, zeros for ``'add'`` (spatial filters only, as in CARAFE and involution).
+            A filter of batch 1 is used for all images of the batch; so is a spatial one.
+        spatial_filter: ``Tensor[B, g*k*k, Ho, Wo]`` with g filter groups ("heads"), each for C/g
+            consecutive channels, or ``None`` for the neutral filter (channel filters only, as in
+            WeightNet). Ho = ceil(H / stride); floor(H / stride), which the official op requires,
+            is accepted too.
         kernel_size: k, odd.
         dilation: distance in pixels between neighbouring taps.
         stride: distance in pixels between neighbouring windows.
         kernel_combine: ``'mul'`` or ``'add'``.
+        padding: what lies outside the features: ``'zeros'``, their reflection (``'reflect'``) or
+            their outermost pixels (``'replicate'``), as in :func:`torch.nn.functional.pad`; or
+            ``'valid'``, which computes only the pixels whose windows lie in the features: of
+            Hp x Wp features that are Ho = (Hp - d*(k-1) - 1) // stride + 1 rows. All but
+            ``'zeros'`` compute the pixels of the padded features, for which spatial filters get a
+            rim of zeros, and return a view.
 
     Returns:
         ``Tensor[B, C, Ho, Wo]`` of the dtype and memory format of ``features``.
@@ -68,13 +86,84 @@ def ddf(
     tensors = features, channel_filter, spatial_filter
     options = kernel_size, dilation, stride, kernel_combine
     if has_torch_function_variadic(*tensors):  # torch.fx records the call
-        return handle_torch_function(ddf, tensors, *tensors, *options)
-    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+        kept = options if padding == "zeros" else (*options, padding)
+        return handle_torch_function(ddf, tensors, *tensors, *kept)
+    if padding != "zeros":
+        return _ddf_padded(*tensors, kernel_size, dilation, stride, kernel_combine, padding=padding)
+    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf(features, channel_filter, spatial_filter, *options)
     if library.serves(features):
         return torch.ops.ddf_mm.ddf(features, channel_filter, spatial_filter, *options)
     library.warn_about_reference(features.device.type)
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
+
+
+def _for_batch(
+    features: Tensor, channel_filter: Tensor | None, spatial_filter: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Expands filters of batch 1 to the batch of the features. The checks come later."""
+
+    def is_usual(tensor: Tensor | None) -> bool:  # the checks refuse others
+        return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
+
+    def expanded(filters: Tensor | None) -> Tensor | None:
+        if filters is None or not is_usual(filters) or shape_of(filters)[0] != 1:
+            return filters
+        return filters.expand(features.shape[0], *filters.shape[1:])
+
+    if not is_usual(features) or shape_of(features)[0] == 1:
+        return features, channel_filter, spatial_filter
+
+    return features, expanded(channel_filter), expanded(spatial_filter)
+
+
+def _ddf_padded(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+    padding: str,
+) -> Tensor:
+    """:func:`ddf` of other padding than zeros: of padded features, without what windows beyond
+    them give."""
+    if padding not in PADDINGS:
+        names = ", ".join(map(repr, PADDINGS))
+        raise ValueError(f"padding must be one of {names}, got {padding!r}")
+    check_features(features)
+    check_kernel_size(kernel_size)
+    stride = check_int("stride", stride, 1)
+    reach = check_int("dilation", dilation, 1) * (kernel_size // 2)
+    if padding != "valid":
+        features = F.pad(features, (reach,) * 4, mode=padding)
+    height, width = features.shape[2:]
+    if min(height, width) <= 2 * reach:
+        raise ValueError(
+            f"features must have more than dilation * (kernel_size - 1) = {2 * reach} rows and "
+            f"columns for padding 'valid', got {height}x{width}"
+        )
+    out_h, out_w = (height - 2 * reach - 1) // stride + 1, (width - 2 * reach - 1) // stride + 1
+    # The centre of the first window, reach, must be one of the pixels 0, stride, 2 * stride, ...
+    if shift := -reach % stride:
+        features = F.pad(features, (shift, 0, shift, 0))
+        height, width = height + shift, width + shift
+    first = (reach + shift) // stride
+    if spatial_filter is not None:
+        given = shape_of(spatial_filter)
+        if len(given) != 4 or given[2:] != (out_h, out_w):
+            raise ValueError(
+                f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {out_h}x{out_w} pixels "
+                f"for padding {padding!r}, got shape {list(given)}"
+            )
+        after = [(size - 1) // stride + 1 - first for size in (width, height)]
+        rims = first, after[0] - out_w, first, after[1] - out_h
+        spatial_filter = F.pad(spatial_filter, rims)
+    out = ddf(
+        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
+    )
+    return out[:, :, first : first + out_h, first : first + out_w]
 
 
 @library.with_formula
@@ -87,11 +176,12 @@ def ddf_up(
     dilation: int = 1,
     kernel_combine: str = "mul",
 ) -> Tensor:
-    r"""Upsamples with decoupled dynamic filters: s*s of them, one for each subpixel.
+    r"""Upsamples with s*s decoupled dynamic filters, one for each subpixel.
 
     Output pixel (s*i + p, s*j + q) is the DDF of :func:`ddf` at pixel (i, j) with the filters of
     subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py). The compiled op writes the
-    upsampled features directly; sums, autocast and what serves where are as for :func:`ddf`.
+    upsampled features directly. Accumulation, autocast and the choice between the compiled op and
+    the formula are as for :func:`ddf`.
 
     Args:
         features: ``Tensor[B, C, H, W]``, as for :func:`ddf`.
@@ -118,7 +208,7 @@ def ddf_up(
     options = kernel_size, scale_factor, dilation, kernel_combine
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(ddf_up, tensors, *tensors, *options)
-    features, channel_filter, spatial_filter = library.autocast_inputs(*tensors)
+    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf_up(features, channel_filter, spatial_filter, *options)
     if library.serves(features):
         return torch.ops.ddf_mm.ddf_up(features, channel_filter, spatial_filter, *options)

@@ -1,4 +1,4 @@
-"""The compiled ops in operators that other programs know: ONNX's, and PyTorch's own."""
+"""Translation of the compiled ops for export: to ONNX operators and to PyTorch's own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _TO_THE_END = torch.iinfo(torch.int64).max
 
 
 def onnx_translations() -> dict[Any, Callable]:
-    """How ``torch.onnx.export(custom_translation_table=…)`` writes the compiled ops in ONNX.
+    """Translations of the compiled ops for ``torch.onnx.export(custom_translation_table=…)``.
 
-    One tap after the other, as :func:`ddf_mm.ops.ddf_reference` computes: four standard operators a
-    tap, whatever the size of the image. ONNX Runtime takes as long for a stack of all windows that
-    is multiplied and summed at once, which needs k*k times the memory.
+    Computed tap by tap, as in :func:`ddf_mm.ops.ddf_reference`: four standard operators per tap,
+    independent of the size of the image. A stack of all windows is not faster in ONNX Runtime and
+    needs k*k times the memory.
 
     Returns:
-        The table; empty where there are no compiled ops, whose place the formula then takes.
+        The table; empty if there are no compiled ops, in which case the formula is exported.
 
     Raises:
         ModuleNotFoundError: onnxscript is not installed.
@@ -35,8 +35,8 @@ def onnx_translations() -> dict[Any, Callable]:
 
 
 def decompositions() -> dict[Any, Callable]:
-    """How ``ExportedProgram.run_decompositions`` writes the compiled ops by the formula,
-    in PyTorch's own operators; empty where there are none."""
+    """Decompositions of the compiled ops into PyTorch's own operators, for
+    ``ExportedProgram.run_decompositions``; empty if there are no compiled ops."""
     if not library.COMPILED:
         return {}
     ops = torch.ops.ddf_mm
@@ -82,7 +82,8 @@ def _onnx_taps(
     def split(value: Any, axis: int) -> Any:
         return op.Split(value, axis=axis, num_outputs=taps)
 
-    # Groups join the batch, so that everything has four dimensions; a 0 keeps a dimension.
+    # Groups are merged into the batch, so that all tensors have four dimensions; in a shape, 0
+    # copies the input's dimension.
     dtype = features.dtype
     wide = dtype is not None and dtype.itemsize < 4
     tensors = [
@@ -103,7 +104,7 @@ def _onnx_taps(
     for tap in range(taps):
         first = [tap // kernel_size * dilation, tap % kernel_size * dilation]
         if per_pixel is not None and stride > 1:
-            # A spatial filter may have one row or column less than the strided windows.
+            # A spatial filter may have one row or column fewer than there are windows.
             last = op.Add(op.Mul(op.Sub(size, constant(1)), constant(stride)), constant(1))
             last = op.Add(last, constant(*first))
         else:

@@ -29,9 +29,8 @@ def filter_norm(
 
     where :math:`\mu` and :math:`\delta` are the mean and the unbiased standard deviation of the
     k*k taps of one filter: of one pixel's filter for ``'spatial'``, of one channel's for
-    ``'channel'``. They are computed in float32 for 16-bit inputs, whatever autocast says. A
-    filter whose taps are all equal becomes ``mean``, with a zero gradient through the
-    standardization.
+    ``'channel'``. They are computed in float32 for 16-bit inputs, also under autocast. A filter
+    whose taps are all equal becomes ``mean``, with a zero gradient through the standardization.
 
     Args:
         x: raw filters, ``Tensor[B, in_channels*k*k, H, W]`` for ``'spatial'``;
@@ -41,7 +40,7 @@ def filter_norm(
             feature channels for ``'channel'``.
         filter_type: ``'spatial'`` or ``'channel'``.
         std: alpha, a number or a ``Tensor[in_channels*k*k]``.
-        mean: beta, likewise; ``None`` means none.
+        mean: beta, likewise, or ``None`` for 0.
         eps: added to the standard deviation.
 
     Returns:
@@ -65,7 +64,7 @@ def filter_norm(
         x = x.flatten(1)
     std = _as_parameter("std", std, x)
     mean = None if mean is None else _as_parameter("mean", mean, x)
-    # A compiler fuses the formula with its surroundings, and tracers record it.
+    # Compilers fuse the formula with adjacent operations, and traces need standard operators.
     if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return _run_op(x, in_channels, std, mean, eps)
     return filter_norm_reference(x, in_channels, std, mean, eps)
@@ -82,7 +81,7 @@ def _run_op(
 
 @untraced
 def _check(x: Tensor, in_channels: int, filter_type: str, eps: float) -> int:
-    """``in_channels`` as an int; raises unless the arguments fit."""
+    """``in_channels`` as an int; raises if the arguments are invalid."""
     check_tensor("x", x)
     in_channels = check_int("in_channels", in_channels, 1)
     check_number("eps", eps)
@@ -95,20 +94,20 @@ def _check(x: Tensor, in_channels: int, filter_type: str, eps: float) -> int:
         )
     if filter_type == "channel" and (x.dim() < 2 or any(s != 1 for s in x.shape[2:])):
         raise ValueError(
-            "x must be a Tensor[B, in_channels*k*k], with nothing but dimensions of size 1 "
-            f"behind, for filter_type 'channel', got shape {list(x.shape)}"
+            "x must be a Tensor[B, in_channels*k*k], optionally with trailing dimensions of size "
+            f"1, for filter_type 'channel', got shape {list(x.shape)}"
         )
     total = x.shape[1]
     if total % in_channels or total // in_channels < 2:
         raise ValueError(
-            "x must have in_channels * kernel_size**2 channels, at least 2 taps for each of the "
-            f"{in_channels} filters, got {total}"
+            "x must have in_channels * kernel_size**2 channels, with at least 2 taps per filter "
+            f"for in_channels {in_channels}, got {total}"
         )
     return in_channels
 
 
 def _as_parameter(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number as it is, a tensor as one value a tap in the dtype that x is normalized in."""
+    """A number unchanged; a tensor as one value per tap, in the dtype of the computation."""
     if not isinstance(value, Tensor):
         check_number(name, value)
         return value
@@ -116,10 +115,10 @@ def _as_parameter(name: str, value: float | Tensor, x: Tensor) -> float | Tensor
     total = shape_of(x)[1]
     if value.dim() and shape_of(value) != (total,):
         raise ValueError(
-            f"{name} must be a number or a Tensor[{total}], one value a tap of x's channels, "
+            f"{name} must be a number or a Tensor[{total}], one value per channel of x, "
             f"got shape {list(value.shape)}"
         )
-    # A single value may come from the CPU, as everywhere in PyTorch.
+    # A scalar tensor may be on the CPU, as in all PyTorch operations.
     if value.device != x.device:
         if value.dim() or value.device.type != "cpu":
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")

@@ -1,4 +1,4 @@
-"""How many FLOPs the compiled ops count for in :mod:`torch.utils.flop_counter`."""
+"""FLOP formulas of the compiled ops for :mod:`torch.utils.flop_counter`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Shape = Sequence[int]
 
 
 def count_taps(out_shape: Shape, kernel_size: int) -> int:
-    """Taps of a dynamic filter: one multiply-add each, as those of a depthwise convolution.
+    """Number of taps of a dynamic filter, one multiply-add each, as in a depthwise convolution.
 
-    What combines the two filters is not counted, as biases and norms are not.
+    The combination of the two filters is not counted, like biases and norms.
 
     Args:
         out_shape: [B, C, Ho, Wo] of the output.
@@ -47,7 +47,7 @@ def _backward_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
-    # After three more options: which gradients are needed.
+    # Three more options precede the flags for the gradients that are needed.
     needed = args[3:6]
     given = (features, channel, spatial)
     count = sum(bool(need) and of is not None for need, of in zip(needed, given, strict=True))
@@ -67,7 +67,7 @@ def _pack_flops(
 
 
 def register() -> None:
-    """Tell the counter about the ops, if they are there."""
+    """Registers the formulas if the ops are compiled."""
     if library.COMPILED:
         ops = torch.ops.ddf_mm
         register_flop_formula([ops.ddf, ops.ddf_up])(_forward_flops)

@@ -1,4 +1,4 @@
-"""The libraries of the compiled ops: loads them, and says for which calls they are used."""
+"""Loads the libraries of the compiled ops and decides which calls use them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ddf_mm.ops import nvrtc
 
-# Oldest torch with all of the stable ABI that the libraries were built against (see setup.py).
+# Oldest torch with the stable ABI that the libraries are built against (see setup.py).
 MIN_TORCH = (2, 10)
-# Device types that can have compiled kernels. ROCm builds of torch call theirs cuda too.
+# Device types that can have compiled kernels. ROCm builds of torch, which also name their devices
+# cuda, have no CUDA version.
 COMPILABLE = ("cpu",) if torch.version.cuda is None else ("cpu", "cuda")
 FORCED = os.environ.get("DDF_MM_FORCE_REFERENCE", "") not in ("", "0")
 REINSTALL = (
     "reinstall ddf_mm with `pip install -v --no-build-isolation .` in its source folder, which "
-    "says what it compiles"
+    "prints what it compiles"
 )
 
 
@@ -38,22 +39,22 @@ R = TypeVar("R")
 
 
 class _Missing(Exception):
-    """A library cannot be used; says why and what helps."""
+    """A library cannot be used; the message has the reason and a remedy."""
 
 
 def _find(name: str, package: Path) -> Path | None:
-    """The library ``<name>*.so`` of a package's folder."""
-    # The names that setuptools gives an extension module: .abi3.so and those of this Python.
+    """The library ``<name>*.so`` in a package's folder."""
+    # setuptools' suffixes of an extension module: .abi3.so and those of this Python version.
     found = (package / (name + suffix) for suffix in EXTENSION_SUFFIXES)
     return next((path for path in found if path.is_file()), None)
 
 
 def _package_with_libraries() -> Path:
-    """The folder of this package or, where Python was started in a source folder in which nothing
-    was compiled, that of the package that was installed from it.
+    """The folder of this package or, if Python was started in a source folder without compiled
+    libraries, that of the package that was installed from these sources.
 
     Raises:
-        _Missing: another package than the one in this source folder is installed.
+        _Missing: the installed package was installed from other sources.
     """
     here = Path(__file__).resolve().parents[1]
     sources = here.parent / "csrc"
@@ -64,7 +65,7 @@ def _package_with_libraries() -> Path:
         library = _find("_C", installed)
         if installed == here or library is None:
             continue
-        # What calls the ops has to be what it is there; and the ops what would be compiled here.
+        # The Python callers of the ops must be the same, and the library newer than the sources.
         callers = [
             path.relative_to(here) for of in ("ops", "layers") for path in here.glob(f"{of}/*.py")
         ]
@@ -74,8 +75,8 @@ def _package_with_libraries() -> Path:
         compiled = library.stat().st_mtime
         if differing or missing or any(f.stat().st_mtime > compiled for f in sources.rglob("*.*")):
             raise _Missing(
-                f"Python runs the sources in {here.parent}, in which nothing is compiled, and "
-                f"{installed} was installed from others: start Python in another folder, or "
+                f"Python imports the sources in {here.parent}, in which nothing is compiled, and "
+                f"{installed} was installed from other sources: start Python in another folder, or "
                 "install these, with `pip install -v --no-build-isolation .`"
             )
         return installed
@@ -86,7 +87,7 @@ def _load(name: str, package: Path, remedy: str) -> ctypes.CDLL:
     """Loads ``<package>/<name>*.so``.
 
     Raises:
-        _Missing: it is not there or does not load.
+        _Missing: it does not exist or does not load.
     """
     library = _find(name, package)
     if library is None:
@@ -102,7 +103,7 @@ def _load(name: str, package: Path, remedy: str) -> ctypes.CDLL:
 
 
 def _load_all() -> tuple[frozenset[str], str]:
-    """Device types that now have compiled kernels, and why one that could have them has not."""
+    """Device types with compiled kernels, and the reason if one that could have them has none."""
     global _cuda
     compiled: set[str] = set()
     if FORCED:
@@ -132,14 +133,13 @@ def _load_all() -> tuple[frozenset[str], str]:
 
 
 def backend_info() -> dict[str, str]:
-    """Says which implementation serves :func:`ddf_mm.ops.ddf` on each type of device.
+    """The implementation of :func:`ddf_mm.ops.ddf` that is used on each type of device.
 
     Returns:
-        Device type to ``'compiled'``, to ``'compiled on this machine'``, of CUDA kernels that NVRTC
-        compiles when they are needed, or to ``'reference'``, the formula in plain PyTorch;
-        ``'default'`` stands for every device type that is not named, ``'cuda'`` for the current
-        device. ``'why'``, there only if a named device type has the reference: the reason, and
-        what helps.
+        A dict from device type to ``'compiled'``, ``'compiled on this machine'`` (CUDA kernels that
+        NVRTC compiles when they are needed) or ``'reference'`` (the formula in plain PyTorch).
+        ``'default'`` is for all device types that are not listed; ``'cuda'`` is the current CUDA
+        device. If a listed device type uses the reference, ``'why'`` has the reason and a remedy.
     """
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
@@ -152,7 +152,7 @@ def backend_info() -> dict[str, str]:
 
 
 def _why_not_on(index: int) -> str:
-    """Why a CUDA device does not run the kernels of this install, and what helps; "" if it does."""
+    """Reason and remedy if a CUDA device cannot run the kernels of this install, otherwise ""."""
     if library_by_name():
         return _why_not_compiled_for(index)
     assert _cuda is not None
@@ -162,7 +162,7 @@ def _why_not_on(index: int) -> str:
     if why is None:
         return ""
     return (
-        f"{_described(index)} does not run the kernels of this install ({why.decode()}); set "
+        f"{_described(index)} cannot run the kernels of this install ({why.decode()}); set "
         f"TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
     )
 
@@ -223,16 +223,16 @@ def _check_against_formula(device: torch.device) -> None:
 
 
 def _runs_on(device: torch.device) -> bool:
-    """Whether a CUDA device runs the kernels of this install; warns, once, where it does not.
+    """Whether a CUDA device can run the kernels of this install; warns once if not.
 
-    Asked in the first call of a device: the answer takes a CUDA context, which an import must not
-    make.
+    Determined in the first call on a device: it needs a CUDA context, which an import must not
+    create.
     """
     index = device.index
     if _kernels is not None and index in _kernels.failures and _runs_on_device.get(index):
         del _runs_on_device[index]
     if index not in _runs_on_device:
-        # Such a call records the op, perhaps for another machine.
+        # A compiler records the op, possibly for another machine.
         if torch.compiler.is_compiling() or not torch.cuda.is_available():
             return True
         # The check needs results, which there are none of in a capture.
@@ -246,11 +246,11 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def serves(features: Tensor) -> bool:
-    """Whether the compiled op is to take a call with ``features``.
+    """Whether a call with ``features`` uses the compiled op.
 
-    It is not under torch.func's transforms and forward-mode differentiation: PyTorch refuses ops
-    with a registered backward there, or drops their tangents silently. The formula has both. Nor
-    is it for torch.jit's tracer, whose graphs go where there is no ddf_mm: to ONNX and to C++.
+    Under torch.func's transforms and forward-mode differentiation it does not: PyTorch rejects ops
+    with a registered backward there, or drops their tangents silently; the formula supports both.
+    Nor in torch.jit's tracer, whose graphs are used without ddf_mm, in ONNX and in C++.
     """
     device = features.device
     return (
@@ -280,7 +280,7 @@ def with_formula(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def traced_ops() -> Iterator[None]:
-    """Within it torch.jit's tracer records compiled ops in place of the formula, to count them."""
+    """Makes torch.jit's tracer record compiled ops instead of the formula, to count their FLOPs."""
     global _traces_ops
     before, _traces_ops = _traces_ops, True
     try:
@@ -290,19 +290,20 @@ def traced_ops() -> Iterator[None]:
 
 
 def raise_failed_allocation(size: int, device: str, text: str) -> NoReturn:
-    """Raises what allocating ``size`` bytes on ``device`` raises.
+    """Raises the error of allocating ``size`` bytes on ``device``.
 
-    The libraries call it: PyTorch's C interface tells them that an allocation failed, but not why.
+    The libraries call it, because PyTorch's C interface reports a failed allocation without the
+    reason.
 
     Raises:
-        torch.OutOfMemoryError: there is no memory; also with ``text`` if there is some by now.
+        torch.OutOfMemoryError: from the allocation, or with ``text`` if it succeeds now.
     """
     torch.empty(size, dtype=torch.uint8, device=device)
     raise torch.OutOfMemoryError(text)
 
 
 def warn_about_reference(device_type: str) -> None:
-    """Warns, once in a process, that ``device_type`` could have compiled ops but has not."""
+    """Warns, once per process, that ``device_type`` could have compiled ops but has none."""
     global _warned
     could_have = device_type in COMPILABLE and device_type not in COMPILED
     # Tracing through warnings.warn would break torch.compile's graph.
@@ -315,22 +316,22 @@ def warn_about_reference(device_type: str) -> None:
 def _warn(device: str, why: str, stacklevel: int) -> None:
     warnings.warn(
         f"ddf_mm: no compiled ops for {device}, so the several times slower formula in plain "
-        f"PyTorch serves: {why}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
+        f"PyTorch is used: {why}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
         RuntimeWarning,
         stacklevel=stacklevel,
     )
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Casts float32 and 16-bit tensors to the autocast dtype where autocast is on.
+    """Casts float32 and 16-bit tensors to the autocast dtype if autocast is enabled.
 
-    It casts no float64, as for every operation; a call that mixes them is left as it is, so that
-    the check that refuses it names the dtypes that were given.
+    A call with float64 tensors is unchanged: autocast never casts float64, and for mixed dtypes the
+    error of the check then names those that were given.
     """
     if not isinstance(tensors[0], Tensor):
         return tensors
     device_type = tensors[0].device.type
-    # The meta device has no autocast, and PyTorch raises when asked.
+    # The meta device has no autocast; is_autocast_enabled would raise.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors):
@@ -343,8 +344,8 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 _warned = False
 _traces_ops = False
-# The library of the CUDA ops, set where there is one; and which devices, of those that had a
-# call, run its kernels.
+# The library of the CUDA ops, if there is one; and whether each device that had a call can run its
+# kernels.
 _cuda: ctypes.CDLL | None = None
 # What compiles its kernels if it has none; and why it could not for a device, "" if it could.
 _kernels: nvrtc.Kernels | None = None

@@ -1,4 +1,4 @@
-"""The DDF operations in plain PyTorch: the specification every faster path is tested against."""
+"""The DDF operations in plain PyTorch, against which every faster implementation is tested."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ddf_mm.ops.checks import Geometry, check_ddf, check_ddf_up, shape_of
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float32 for 16-bit inputs, the input's own otherwise."""
+    """The dtype of sums: float32 for 16-bit inputs, otherwise that of the input."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
-    """``torch.channels_last`` for a tensor that is stored so and not also contiguous."""
-    # Within torch.vmap a tensor cannot be asked for the other format.
+    """``torch.channels_last`` for a tensor in that format that is not contiguous as well."""
+    # torch.vmap does not support is_contiguous for channels_last.
     if tensor.is_contiguous() or torch._C._are_functorch_transforms_active():
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=torch.channels_last):
@@ -41,10 +41,10 @@ def ddf_reference(
     stride: int = 1,
     kernel_combine: str = "mul",
 ) -> Tensor:
-    """DDF by the formula, one filter tap after the other, in differentiable PyTorch calls.
+    """DDF by its formula, tap by tap, in differentiable PyTorch operations.
 
-    Takes the arguments of :func:`ddf_mm.ops.ddf`, has its semantics and raises its errors; runs
-    on every device and supports any order of differentiation. It reads no autocast state.
+    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf`. It runs on every device,
+    supports derivatives of any order and ignores autocast.
     """
     geometry = check_ddf(
         features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
@@ -58,30 +58,29 @@ def ddf_formula(
     spatial_filter: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """:func:`ddf_reference` of arguments whose check gave ``geometry``.
+    """:func:`ddf_reference` for validated arguments of the given geometry.
 
-    A graph of these calls, as tracers record it, holds for other sizes: paddings and slices are
-    constants, and what depends on a size is computed from that tensor's shape. It has calls only
-    that ONNX has, in opset 11 too.
+    A trace is valid for other sizes: paddings and slices are constants, and all that depends on a
+    size is computed from that tensor's shape. All operations exist in ONNX since opset 11.
     """
     kernel_size, dilation, stride = geometry.kernel_size, geometry.dilation, geometry.stride
     taps, groups, group_channels = kernel_size**2, geometry.groups, geometry.group_channels
     dtype = accumulate_dtype(features.dtype)
     sizes = features.shape[2:]
-    # From there on no tap but the centre reaches the features: padding by more has no effect.
-    # Sizes that may change, those of tracers and exporters, are no ints.
+    # With a larger dilation all taps except the centre read zeros, so it can be limited. Dynamic
+    # sizes, of tracers and exporters, are not ints.
     if all(isinstance(size, int) for size in sizes):
         dilation = min(dilation, max(sizes))
-    # No feature has so many rows, but the strides of a view of every stride-th one could overflow.
+    # No tensor has that many rows; the strides of a view with a larger step could overflow.
     stride = min(stride, 2**40)
 
-    reach = dilation * (kernel_size - 1)
-    padded = F.pad(features.to(dtype), (reach // 2,) * 4)
+    extent = dilation * (kernel_size - 1)
+    padded = F.pad(features.to(dtype), (extent // 2,) * 4)
     # The rows and columns that each tap reads.
-    offsets = range(0, reach + 1, dilation)
+    offsets = range(0, extent + 1, dilation)
     if spatial_filter is None or stride == 1:
-        windows = [[slice(first, first - reach or None, stride) for first in offsets]] * 2
-    else:  # it says how many windows there are, which may be one less than would fit
+        windows = [[slice(first, first - extent or None, stride) for first in offsets]] * 2
+    else:  # the filter has the size of the output, which may be rounded down
         spans = [(size - 1) * stride + 1 for size in spatial_filter.shape[2:]]
         windows = [[slice(first, first + span, stride) for first in offsets] for span in spans]
     if groups > 1:
@@ -140,7 +139,7 @@ def filter_norm_reference(
     if batch:  # var_mean warns about an empty batch
         taps = split_channels(out, filters, total // filters)
         variance, average = torch.var_mean(taps, dim=2, keepdim=True)
-        # sqrt has no finite slope at 0; `where` on both sides keeps that out of the gradient.
+        # The slope of sqrt is infinite at 0; `where` on both sides keeps that out of the gradient.
         is_constant = variance == 0
         deviation = torch.where(is_constant, 1, variance).sqrt()
         out = torch.where(is_constant, 0, (taps - average) / (deviation + eps)).flatten(1, 2)
@@ -161,10 +160,10 @@ def ddf_up_reference(
     dilation: int = 1,
     kernel_combine: str = "mul",
 ) -> Tensor:
-    """DDF upsampling by :func:`ddf_reference`, one subpixel after the other, and a pixel shuffle.
+    """DDF upsampling by its formula: :func:`ddf_reference` for each subpixel, and a pixel shuffle.
 
-    Takes the arguments of :func:`ddf_mm.ops.ddf_up` and is to it what :func:`ddf_reference` is to
-    :func:`ddf_mm.ops.ddf`.
+    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf_up`; otherwise as
+    :func:`ddf_reference`.
     """
     geometry = check_ddf_up(
         features,
@@ -184,7 +183,7 @@ def ddf_up_formula(
     spatial_filter: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """:func:`ddf_up_reference` of arguments whose check gave ``geometry``."""
+    """:func:`ddf_up_reference` for validated arguments of the given geometry."""
     subpixels = [
         ddf_formula(
             features,

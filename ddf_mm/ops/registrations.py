@@ -1,5 +1,4 @@
-"""What PyTorch needs to know about the compiled ops besides their kernels: the fake kernels, which
-compilers and exporters run, and the derivatives."""
+"""Fake kernels (for compilers and exporters) and derivatives of the compiled ops."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ def _check_like(
     shape: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Raises unless ``tensor``, if not None, is of ``shape``, of ``like``'s dtype and device."""
+    """Raises unless ``tensor`` is None or has ``shape``, ``like``'s device, and ``dtype`` or
+    ``like``'s dtype."""
     if tensor is None:
         return
     dtype = dtype or like.dtype
@@ -124,8 +124,8 @@ def _check_filter_norm(
     check_int("filters", filters, 1)
     if x.dim() < 2 or x.shape[1] % filters or x.shape[1] // filters < 2:
         raise ValueError(
-            "x must have a multiple of filters channels, at least 2 taps for each of the "
-            f"{filters} filters, got shape {list(x.shape)}"
+            f"x must have filters * taps channels, with filters {filters} and at least 2 taps, "
+            f"got shape {list(x.shape)}"
         )
     dtype = accumulate_dtype(x.dtype)
     _check_like("std", std, x, (x.shape[1],), dtype)
@@ -162,11 +162,11 @@ def _fake_filter_norm_backward(
 
 
 def _uses_op(grad: Tensor) -> bool:
-    """Whether a backward pass is to use the compiled op, which has no derivative itself."""
+    """Whether a backward pass uses the compiled op, which is not differentiable itself."""
     return (
         library.serves(grad)
         and not torch.is_grad_enabled()
-        # Batched gradients of torch.autograd.grad are no transform of torch.func.
+        # Not a torch.func transform: torch.autograd.grad(is_grads_batched=True).
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
     )
 
@@ -177,14 +177,14 @@ def _gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of a formula where the compiled op cannot serve: for higher derivatives, under
-    torch.func's transforms (as the batched gradients of a vectorized Jacobian), in forward mode.
+    """Gradients by a formula if the compiled op cannot be used: for higher derivatives, under
+    torch.func's transforms (including batched gradients), in forward mode.
 
     Args:
-        formula: of ``tensors``.
-        tensors: what was saved for the backward pass.
-        needed: of which of them; the others' are ``None``.
-        grad: of the result.
+        formula: the function of ``tensors`` to differentiate.
+        tensors: those saved for the backward pass.
+        needed: which gradients to compute; the others are ``None``.
+        grad: gradient of the result.
     """
 
     def fill(values: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -193,8 +193,8 @@ def _gradients(
 
     given = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
     if torch.is_grad_enabled() and library.serves(grad):
-        # Views: the same tensor may be given twice. Not torch.func.vjp, which refuses the hooks of
-        # torch.utils.checkpoint.
+        # Views, because the same tensor may be given twice. Not torch.func.vjp, which does not
+        # support the hooks of torch.utils.checkpoint.
         given = [t.view_as(t) for t in given]
         out = formula(*fill(given, tensors))
         return fill(torch.autograd.grad(out, given, grad, create_graph=True), [None] * len(tensors))
@@ -326,7 +326,7 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
 
 
 def register() -> None:
-    """Registers fake kernels and derivatives of the compiled ops, where there are any."""
+    """Registers fake kernels and derivatives if the ops are compiled."""
     if not library.COMPILED:
         return
     ops, register_fake = torch.ops.ddf_mm, torch.library.register_fake

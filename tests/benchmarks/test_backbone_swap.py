@@ -14,7 +14,7 @@ pytest.importorskip("mmseg")
 
 import check_backbone_swap as tool
 
-# What cannot run here whatever the backbone; docs/backbone_swap.md tells more.
+# Families that fail with the stock backbone too; reasons are in docs/backbone_swap.md.
 IMPOSSIBLE = {
     "carafe": "carafe_forward_impl: implementation for device cpu not found",
     "grounding_dino": "fairscale",
@@ -22,7 +22,7 @@ IMPOSSIBLE = {
     "mask2former_vis": "Only support the 4 dims when use",
     "nas_fcos": "batch_norm eps must be positive",
 }
-# Folders whose models are those of another folder, trained on other data or for longer.
+# Folders with the models of other folders, trained on other data or for longer.
 SAME_MODELS = {
     "albu_example",
     "cityscapes",
@@ -56,7 +56,7 @@ MMSEG = {
     "sem_fpn",
     "upernet",
 }
-# One of each kind for the other two swaps.
+# One family of each kind for the other two swaps.
 FEW = ("mask_rcnn", "retinanet", "deformable_detr", "deeplabv3")
 FAMILIES = [("mmdet", family) for family in tool.families("mmdet") if family not in SAME_MODELS]
 FAMILIES += [("mmseg", family) for family in tool.families("mmseg") if family in MMSEG]
@@ -66,7 +66,7 @@ CASES += [(*case, swap) for case in FAMILIES if case[1] in FEW for swap in ("add
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """For images this small a second thread mostly waits, dearly so on a busy machine."""
+    """More threads do not help with such small images, and slow down a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -99,7 +99,7 @@ def test_conv_cfg_of_heads(family, head):
 
 
 NECK = dict(type="ddf_mm.DDFUpFPN", guidance=True)
-# UPerHead without its pooling pyramid: the fusion in the neck, the rest in a stock head.
+# UPerHead without its pooling pyramid: its fusion as the neck, the rest as a stock head.
 FUSION = dict(
     auxiliary_head=dict(in_channels=64),
     neck=dict(

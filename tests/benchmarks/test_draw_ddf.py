@@ -1,4 +1,4 @@
-"""benchmarks/draw_ddf.py: what the picture of the operation shows is what the layer computes."""
+"""benchmarks/draw_ddf.py: the picture of the operation shows the values of the layer."""
 
 import os
 import sys
@@ -34,10 +34,10 @@ def test_numbers_in_the_picture_fit_together():
     np.testing.assert_allclose((combined * window).sum(), data["output"][c, row, column], rtol=1e-5)
 
 
-def test_is_drawn_alike_every_time(monkeypatch, tmp_path):
+def test_drawing_is_reproducible(monkeypatch, tmp_path):
     outs = [tmp_path / "first" / "ddf.png", tmp_path / "second.png"]
     for out in outs:
-        torch.rand(7)  # another state of the random numbers
+        torch.rand(7)  # changes the global random state
         draw(monkeypatch, out)
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert pixels(outs[0]).std() > 30
@@ -49,5 +49,5 @@ def test_committed_picture_is_the_drawn_one(monkeypatch, tmp_path):
     assert os.path.getsize(COMMITTED) < 300_000
     a, b = pixels(COMMITTED), pixels(drawn)
     assert a.shape == b.shape
-    # Another matplotlib may smooth an edge or place a letter otherwise.
+    # Other versions of matplotlib may render edges and text slightly differently.
     assert (np.abs(a - b).max(axis=2) > 32).mean() < 0.02

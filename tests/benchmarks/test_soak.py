@@ -1,4 +1,4 @@
-"""`benchmarks/soak.py`, and that it would notice."""
+"""`benchmarks/soak.py`, and that it detects growth and different results."""
 
 import os
 import subprocess
@@ -37,8 +37,8 @@ def test_growth_is_found():
     assert soak.grown([*flat[:16], *(2 * n for n in flat[16:])]) > 50
 
 
-def test_other_bits_are_found():
+def test_different_results_are_found():
     x = torch.ones(3)
     soak.same("this", [x], [x.clone()])
-    with pytest.raises(UserError, match="this: not the same bits"):
+    with pytest.raises(UserError, match="this: the result differs"):
         soak.same("this", [x], [x + torch.finfo(x.dtype).eps])

@@ -25,7 +25,7 @@ def test_weights_by_themselves_and_of_a_wrapped_model():
 
 
 @pytest.mark.parametrize(("classes", "resume"), [(2, False), (5, False), (5, True)])
-def test_the_average_of_another_model_is_left_out_unless_it_is_resumed(classes, resume):
+def test_the_average_of_another_model_is_dropped_unless_resumed(classes, resume):
     average = {"module.weight": torch.zeros(2, 3), "module.bias": torch.zeros(2)}
     average["steps"] = torch.tensor(7)
     checkpoint = dict(state_dict=nn.Linear(3, 2).state_dict(), ema_state_dict=average)

@@ -99,7 +99,7 @@ def test_bad_argument(kwargs, error, match):
         CPUAmpOptimWrapper(optimizer=optimizer, **kwargs)
 
 
-def test_refuses_a_model_elsewhere():
+def test_rejects_a_model_on_another_device():
     model = nn.Linear(2, 2, device="meta")
     wrapper = CPUAmpOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with (

@@ -28,12 +28,12 @@ def test_latest_checkpoint_is_the_one_that_mmengine_names(tmp_path):
 
 
 @pytest.mark.parametrize("pointer", [None, "", "gone.pth", "epoch_3.pth"])
-def test_latest_checkpoint_is_otherwise_the_newest_whole_one(tmp_path, pointer):
+def test_latest_checkpoint_is_otherwise_the_newest_complete_one(tmp_path, pointer):
     save(tmp_path, "iter_10.pth", 3)
     newest = save(tmp_path, "epoch_2.pth", 2)
     part = save(tmp_path, "epoch_3.pth", 1)
     part.write_bytes(part.read_bytes()[:-50])
-    # It holds no state of the optimizer.
+    # Not a checkpoint of the training: it has no state of the optimizer.
     save(tmp_path, "best_accuracy_epoch_2.pth", 0)
     if pointer is not None:
         (tmp_path / "last_checkpoint").write_text(pointer and str(tmp_path / pointer))
@@ -43,7 +43,7 @@ def test_latest_checkpoint_is_otherwise_the_newest_whole_one(tmp_path, pointer):
 @pytest.mark.parametrize("there", [False, True], ids=["moved", "copied"])
 @pytest.mark.parametrize("own", ["epoch_2.pth", "epoch_1.pth", None])
 def test_a_pointer_to_another_folder(tmp_path, monkeypatch, there, own):
-    """The file of that name in the folder itself, or else the one that is named, or the newest."""
+    """Preferred are the file of that name in the work folder, the named file, then the newest."""
     lines = []
     monkeypatch.setattr(exact_resume, "print_log", lambda line, **kwargs: lines.append(line))
     other, folder = tmp_path / "other", tmp_path / "work"
@@ -65,11 +65,11 @@ def test_a_pointer_to_another_folder(tmp_path, monkeypatch, there, own):
     assert lines == ([f"{told}; resuming from {expected}"] if expected.parent == folder else [])
 
 
-def test_no_checkpoint_or_none_that_is_whole(tmp_path):
+def test_no_checkpoint_or_only_incomplete_ones(tmp_path):
     assert exact_resume.latest_checkpoint(str(tmp_path)) is None
     assert exact_resume.latest_checkpoint(str(tmp_path / "nowhere")) is None
     save(tmp_path, "epoch_1.pth", 0).write_bytes(b"")
-    with pytest.raises(ValueError, match="no whole checkpoint in .*only what is left of epoch_1"):
+    with pytest.raises(ValueError, match="no complete checkpoint in .*only the incomplete epoch_1"):
         exact_resume.latest_checkpoint(str(tmp_path))
 
 
@@ -85,7 +85,7 @@ def test_training_state_check():
 
 
 def test_config_of_a_checkpoint_is_not_run():
-    """mmengine would read it as a config file, which is Python."""
+    """mmengine would execute it as a config file in Python."""
     checkpoint = dict(meta=dict(epoch=1, iter=2, config="import os"), message_hub={})
     exact_resume.TrainingStateCheck().after_load_checkpoint(None, checkpoint)
     assert "config" not in checkpoint["meta"]
@@ -120,7 +120,7 @@ def test_random_state_of_another_number_of_processes():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_weights_of_another_run_bring_no_random_state():
+def test_weights_to_start_from_do_not_set_the_random_state():
     hook = exact_resume.RandomState()
     hook.after_load_checkpoint(None, dict(random_state=[exact_resume._random_state()]))
     assert hook.states is None

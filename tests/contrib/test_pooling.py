@@ -34,7 +34,7 @@ def test_indices_are_those_of_pytorch():
     assert torch.equal(got, max_pool2d(images, 2, return_indices=True)[1])
 
 
-def test_one_program_serves_sizes_of_any_parity():
+def test_one_program_accepts_sizes_of_any_parity():
     class Pool(torch.nn.Module):
         def forward(self, x):
             return max_pool2d(x, 3, 2, 1)

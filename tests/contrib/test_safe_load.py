@@ -1,4 +1,4 @@
-"""What mmengine saves is read, whatever numpy's version; what could run code is not."""
+"""safe_load loads what mmengine saves with any numpy, and nothing that could execute code."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_statistics_are_those_of_this_process(tmp_path, monkeypatch):
 
 
 class _Reduced:
-    """Pickled as the call of a function, and a state."""
+    """An object whose pickle calls a function and sets a state."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -131,7 +131,7 @@ class _Reduced:
 
 
 def _pointers(flags: int) -> _Reduced:
-    """Eight bytes that are a float and, by another field, the address of an object."""
+    """A float64 dtype with a field that is an object, whose address would be read from the file."""
     fields = {"a": (np.dtype("O"), 0)}
     state = (3, "<", None, ("a",), fields, 8, 8, flags)
     return _Reduced(np.dtype, "f8", False, True, state=state)

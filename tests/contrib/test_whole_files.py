@@ -16,7 +16,7 @@ def registered():
     prefix_to_backends.update(before[1])
 
 
-def test_mmengine_writes_whole_files(tmp_path, registered, monkeypatch):
+def test_mmengine_writes_files_atomically(tmp_path, registered, monkeypatch):
     path = tmp_path / "new folder" / "file.txt"
     backend = get_file_backend(str(path), backend_args=None)
     backend.put_text("old ü", path)

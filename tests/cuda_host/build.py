@@ -1,4 +1,4 @@
-"""Compiles CUDA sources of ``csrc`` for the host."""
+"""Compiles the CUDA sources in ``csrc`` for the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEEDS_HOST = [
 def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Path) -> None:
     """Compiles and, if ``output`` is a library, links."""
     includes = [csrc, csrc / "cuda", HERE, TORCH / "include"]
-    # A jump from fiber to fiber is what the fortified longjmp looks for.
+    # The fortified longjmp aborts on jumps between fibers.
     command = [*COMPILER, "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE"]
     command += [f"-I{path}" for path in includes]
     command += ["-c"] if output.suffix == ".o" else ["-shared"]
@@ -36,7 +36,7 @@ def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Pat
 
 
 def compile_kernels_for_host(output: Path, csrc: Path = CSRC) -> None:
-    """All that an install compiles by nvcc but ops.cu and what goes with it."""
+    """Compiles all CUDA sources except ops.cu and ahead.cu."""
     together = output.with_suffix(".cpp")
     others = ("ops.cu", "ahead.cu")
     files = [file for file in sorted(csrc.glob("cuda/*.cu")) if file.name not in others]
@@ -51,7 +51,7 @@ LIBRARIES = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 def compile_ops_for_host(
     library: Path, kernels: Path, ops: Path = CSRC / "cuda" / "ops.cu", csrc: Path = CSRC
 ) -> None:
-    """ops.cu and what emulates devices for it, with the kernels in a library."""
+    """Compiles ops.cu and the emulation of devices, and links them with the kernels."""
     together = library.with_suffix(".cpp")
     files = ops, csrc / "cuda" / "ahead.cu", HERE / "ops_on_host.cpp"
     together.write_text("".join(f'#include "{file}"\n' for file in files))

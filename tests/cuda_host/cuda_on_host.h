@@ -1,11 +1,11 @@
-// Runs the CUDA kernels' own source on the host: a block's threads are fibers that take turns at
-// barriers and shuffles. It stands in for the device half of csrc/cuda/platform.cuh.
+// Runs the sources of the CUDA kernels on the host: the threads of a block are fibers that switch
+// at barriers and shuffles. It replaces the device part of csrc/cuda/platform.cuh.
 //
-// Found are reads and writes outside of the tensors, misaligned vector access, elements written
-// twice or never, threads that do not meet at a barrier or shuffle, and launches that CUDA would
-// refuse. Shared memory and results begin as NaN. A missing barrier shows as a difference between
-// orders of the threads. Not seen: races that need threads to be interrupted between barriers, and
-// speed.
+// It detects reads and writes outside of the tensors, misaligned vector access, elements written
+// twice or never, divergent barriers and shuffles, and launches that CUDA would reject. Shared
+// memory and results are initialized with NaN. A missing barrier shows as a difference between
+// orders of the threads. It cannot detect races that need threads to be interrupted between
+// barriers.
 #pragma once
 #include <setjmp.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -45,9 +45,9 @@ constexpr size_t kRedZone = 256;  // bytes on either side of a tensor and behind
 // Every byte 0xff is a NaN in all four floating-point types.
 constexpr unsigned char kPoison = 0xff;
 
-enum class Use { input, result, scratch };  // a scratch is written by one kernel, read by the next
+enum class Use { input, result, scratch };  // scratch: written by one kernel, read by the next
 
-// Memory that kernels may use.
+// Memory that kernels may access.
 class Memory {
  public:
   Memory(unsigned char* begin, size_t bytes, Use use) : begin_(begin), bytes_(bytes), use_(use) {
@@ -205,8 +205,9 @@ class Machine {
     if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
   }
 
-  // Lets a thread run until it waits or is done. A context starts it, once for all blocks; jumps
-  // do the rest, without the signal masks for which contexts call the operating system.
+  // Runs a thread until it waits or is done. A context is used only to start a fiber, once for all
+  // blocks; further switches are jumps, because switching contexts calls the operating system to
+  // set the signal mask.
   void run_thread(Fiber& fiber) {
     if (_setjmp(scheduler_) != 0) return;
     if (fiber.is_started) _longjmp(fiber.place, 1);
@@ -229,7 +230,7 @@ class Machine {
     for (int i = begin; i < end; ++i) fibers_[i]->state = State::ready;
   }
 
-  // Lets the warps go whose threads are all in the same shuffle; says whether there are any.
+  // Completes the shuffle of each warp whose threads are all in it; returns whether there was one.
   bool resolve_shuffles(int threads) {
     bool any = false;
     for (int begin = 0; begin < threads; begin += kWarp) {
@@ -257,14 +258,14 @@ class Machine {
     return indices;
   }
 
-  // Runs the body in each block. An exception must not leave the fiber that it was thrown in.
+  // Runs the body for each block. An exception must not leave its fiber.
   static void enter();
 
   void run_block(int threads) {
     try {
       run_threads(threads);
     } catch (...) {
-      // Some are in the middle of the body.
+      // Fibers that have not finished the body cannot be used again.
       fibers_.clear();
       throw;
     }
@@ -332,7 +333,7 @@ using BFloat16 = c10::BFloat16;
 inline int thread_index() { return host::machine().thread(); }
 inline int64_t block_index() { return host::machine().block(); }
 inline void sync_threads() { host::machine().barrier(); }
-// Threads of a warp wait for each other as in a shuffle.
+// Synchronizes the threads of a warp, like a shuffle.
 inline void sync_warp() { host::machine().shuffle_xor(0.f, 0); }
 inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
 

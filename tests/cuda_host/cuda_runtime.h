@@ -1,4 +1,5 @@
-// What csrc/cuda uses of the CUDA runtime, on the host. ops_on_host.h has the devices.
+// The part of the CUDA runtime that csrc/cuda uses, on the host. The devices are in
+// ops_on_host.cpp.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -41,10 +42,10 @@ struct cudaFuncAttributes {};
 
 namespace ddf::host {
 
-// Of the current device.
+// Errors of the current device.
 cudaError_t last_error();
 cudaError_t error_of_kernels();
-// Tells of a launch on `stream` with a block of so many threads.
+// Records a launch on `stream`.
 void note_launch(cudaStream_t stream);
 
 }  // namespace ddf::host

@@ -1,8 +1,9 @@
-"""CUDA devices on the host, for tests: tensors in the host's memory that say ``cuda``.
+"""Emulated CUDA devices for tests: tensors in host memory whose device is ``cuda``.
 
 PyTorch's operators compute on them as on CPU tensors; those of ``ddf_mm`` run ``csrc/cuda/ops.cu``
-and its kernels, compiled for the host. So all Python above the ops takes its CUDA branch: autograd,
-autocast, layers. There are two devices, without streams of PyTorch, graphs and generators.
+and its kernels, compiled for the host. So all Python code that uses the ops (autograd, autocast,
+layers) takes its CUDA branch. There are two devices; PyTorch's streams, graphs and generators are
+not emulated.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICES = 2
-# Allocations that there is memory for, if it is not infinite.
+# Number of allocations that succeed before the memory is exhausted; None: all.
 memory_for: int | None = None
 library: ctypes.CDLL
-# In a call of an op's kernel.
+# During a call of an op's kernel.
 _is_inside = False
-# In a copy to a CPU that is meant: PyTorch's C++ code also names the device that it takes emulated
-# tensors to be on.
+# During an explicit copy between devices. PyTorch's C++ code also passes a device to _to_copy: the
+# CPU, on which it believes emulated tensors to be.
 _is_moving = False
 
 
 class EmulatedTensor(Tensor):
     """A tensor of device ``cuda:index`` whose values are those of a CPU tensor.
 
-    PyTorch's C++ code takes it for one of the CPU, and passes operators of it on to this class.
+    PyTorch's C++ code treats it as a CPU tensor and dispatches its operators to this class.
     """
 
     @staticmethod
@@ -69,7 +70,7 @@ class EmulatedTensor(Tensor):
                 elif _is_moving or device.type != "cpu":
                     index = None
             result = op(*tree_map(_memory, args), **tree_map(_memory, kwargs))
-        # An operator returns what it changed in place.
+        # In-place operators return their argument.
         same = {id(_memory(t)): t for t in given}
 
         def emulated(value):
@@ -88,7 +89,7 @@ def _memory(x):
 
 
 def _run_op(op, args, kwargs, given):
-    """The CUDA kernel of an op of ``ddf_mm``."""
+    """Runs the CUDA kernel of an op of ``ddf_mm``."""
     global _is_inside
     library.ddf_host_begin()
     for t in given:
@@ -104,7 +105,7 @@ def _run_op(op, args, kwargs, given):
         _is_inside = False
         fault = library.ddf_host_end(completed).decode()
         if fault:
-            raise RuntimeError(f"fault of the op on the host: {fault}")
+            raise RuntimeError(f"error of the op on the host: {fault}")
     return result
 
 
@@ -115,7 +116,7 @@ def _allocated(values: Tensor, device) -> Tensor:
             mib = values.nbytes / 2**20
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {mib:.2f} MiB.")
         memory_for -= 1
-    # ops.cu is given the memory itself: of which device it is, the library knows.
+    # ops.cu gets the host tensor; the library knows its device.
     return values if _is_inside else EmulatedTensor(values, torch.device(device).index or 0)
 
 
@@ -132,7 +133,7 @@ _to_of_torch = Tensor.to
 
 
 def _to(self, *args, **kwargs) -> Tensor:
-    """``Tensor.to`` that knows the emulated devices."""
+    """``Tensor.to`` with support for the emulated devices."""
     global _is_moving
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
@@ -156,7 +157,7 @@ def _with_index(device) -> torch.device:
 
 
 def _by_copy(factory):
-    """A factory of tensors that PyTorch does not allocate by ``empty`` alone."""
+    """Wraps a factory that does not allocate by ``empty``: the tensor is copied to the device."""
 
     @functools.wraps(factory)
     def made(*args, device=None, **kwargs):
@@ -169,7 +170,7 @@ def _by_copy(factory):
 
 
 class _Autocast(torch.amp.autocast_mode.autocast):
-    """Of ``cuda``: casts as that of the CPU, for which C++ takes the tensors."""
+    """Autocast for ``cuda`` that also enables the CPU's, which C++ applies to emulated tensors."""
 
     def __init__(self, device_type, *args, **kwargs):
         super().__init__(device_type, *args, **kwargs)
@@ -225,7 +226,7 @@ class Driver:
 
 
 def install(path: Path) -> None:
-    """Makes the devices in this process, with the library of the ops in ``path``."""
+    """Emulates the devices in this process, with the library of the ops in ``path``."""
     global library, _registered
     from ddf_mm.layers import pack, unmodified
     from ddf_mm.ops import library as ops
@@ -246,7 +247,7 @@ def install(path: Path) -> None:
         ops._kernels = nvrtc.Kernels(library, Driver)
     ops.COMPILED, ops._WHY = ops.COMPILED | {"cuda"}, ""
     ops.COMPILABLE = ("cpu", "cuda")
-    # What they take for an ordinary tensor.
+    # These modules test whether a tensor is of exactly this class.
     unmodified.Tensor = pack.Tensor = EmulatedTensor
 
     Tensor.to = _to
@@ -262,7 +263,7 @@ def install(path: Path) -> None:
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
     torch.cuda.get_device_name = lambda device=None: "emulated"
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    # Autograd makes the gradients that are not there on the device it takes the tensors for.
+    # Autograd would create undefined gradients on the CPU.
     for name in ("gradcheck", "gradgradcheck"):
         checked = functools.partial(getattr(torch.autograd, name), check_undefined_grad=False)
         setattr(torch.autograd, name, checked)

@@ -1,6 +1,6 @@
-"""What emulated devices show beside the CUDA tests: which device, stream and memory ops.cu uses.
+"""Tests that need emulated devices: which device, stream and memory ops.cu uses.
 
-Run by test_ops_on_host.py, in the process that has such devices.
+Run by test_ops_on_host.py, in a process with such devices.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def call(name: str, arguments: dict):
 
 
 def launches() -> set[str]:
-    """Device and number of the stream of all launches of the last op."""
+    """``"device:stream"`` of all launches of the last op."""
     return set(emulated.library.ddf_host_launches().decode().split())
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_ops_use_the_device_of_their_tensors_and_its_current_stream(name):
-    """They make it the current device before they allocate or launch, and restore the one before:
-    the library refuses memory and streams of another one."""
+    """The library rejects memory and streams of another device than the current one, and ops that
+    do not restore the previous current device."""
     for device, stream in ((0, 0), (1, 0), (1, 1)):
         emulated.library.ddf_host_set_stream(device, stream)
         try:
@@ -61,12 +61,12 @@ def test_tensors_of_several_devices_are_refused(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_out_of_memory_keeps_its_type_and_text(name, monkeypatch):
-    """Whichever of its allocations fails."""
+    """For each allocation of the op that may fail."""
     arguments = good_calls("cuda:1")[name]
     monkeypatch.setattr(emulated, "memory_for", 100)
     call(name, arguments)
     allocations = 100 - emulated.memory_for
-    # Its results, at least.
+    # At least the results are allocated.
     assert allocations >= (3 if name.endswith("backward") else 1)
     for possible in range(allocations):
         emulated.memory_for = possible
@@ -94,7 +94,7 @@ def ask_again():
 
 @pytest.fixture
 def without_kernels():
-    """Device 1 is one that no kernel was compiled for."""
+    """The kernels are not compiled for device 1."""
     emulated.library.ddf_host_set_kernel_error(1, NO_IMAGE)
     ask_again()
     yield
@@ -125,7 +125,7 @@ def test_a_device_without_kernels_has_the_formula_and_one_warning(without_kernel
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     info = backend_info()
     assert info["cuda"] == "reference" and helps in info["why"]
-    # A program that calls the op itself.
+    # A direct call of the op.
     with pytest.raises(RuntimeError, match="did not start: (no kernel image|error 209)"):
         call("ddf", good_calls("cuda:1")["ddf"])
 

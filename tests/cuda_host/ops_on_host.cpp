@@ -1,9 +1,9 @@
-// Takes the place of CUDA's devices under csrc/cuda/ops.cu: together they are a library of the
-// CUDA ops for tensors in the host's memory, which they take for those of a device.
+// Emulates CUDA devices for csrc/cuda/ops.cu: together they are a library of the CUDA ops for
+// tensors in host memory, which ops.cu treats as device tensors.
 //
-// What LibTorch's C interface tells of devices, and which memory a tensor's pointer allows to read
-// or to write, goes through the functions here: the linker binds the calls in this library to them
-// (-Bsymbolic), not to LibTorch's of the same name.
+// These functions replace those of LibTorch's C interface that return devices and data pointers:
+// the linker binds the calls in this library to them (-Bsymbolic) instead of LibTorch's functions
+// of the same name.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -18,7 +18,7 @@ namespace {
 constexpr int kDevices = 2;
 
 struct Call {
-  // Devices of the tensors that are given, by their data; -1 is the host.
+  // Devices of the call's tensors, by data pointer; -1 is the host.
   std::map<const void*, int> devices;
   std::vector<std::unique_ptr<Memory>> memories;
   std::string fault;
@@ -41,7 +41,7 @@ Function* of_torch(Function*, const char* name) {
 }
 #define OF_TORCH(function, ...) of_torch(&function, #function)(__VA_ARGS__)
 
-// For LibTorch's macros, which throw for it.
+// Converts an exception to an error code, for which LibTorch's macros throw.
 template <typename Function>
 AOTITorchError guarded(Function&& function) {
   try {
@@ -64,7 +64,7 @@ int device_of(AtenTensorHandle tensor) {
   return found == call.devices.end() ? current_device : found->second;
 }
 
-// Lets the kernels read, or write, the memory of a tensor.
+// Allows the kernels to read or write the memory of a tensor.
 void allow(AtenTensorHandle tensor, void* data, Use use) {
   if (device_of(tensor) != current_device) {
     fail("memory of device ", device_of(tensor), " in a call on device ", current_device);
@@ -85,7 +85,7 @@ void allow(AtenTensorHandle tensor, void* data, Use use) {
   auto* const begin = static_cast<unsigned char*>(data);
   if (use != Use::input) {
     if (elements != last + 1) fail("a result has gaps");
-    // Of a scratch that was freed.
+    // The allocator may reuse the memory of a scratch tensor that was freed.
     for (auto memory = call.memories.begin(); memory != call.memories.end();) {
       if (!(*memory)->overlaps(begin, bytes)) {
         ++memory;
@@ -148,7 +148,7 @@ AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) 
   });
 }
 
-// The guard is the device that was current before it.
+// The guard stores the previous current device.
 AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard) {
   return guarded([&] {
     if (index < 0 || index >= kDevices) fail("no device ", index);
@@ -172,11 +172,11 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) 
 
 extern "C" {
 
-// Begins a call of an op; the devices of its tensors follow.
+// Begins a call of an op; to be followed by ddf_host_place for each of its tensors.
 void ddf_host_begin() { call = Call{}; }
 void ddf_host_place(const void* data, int device) { call.devices[data] = device; }
 
-// Ends the call; returns what went wrong, or an empty string.
+// Ends the call; returns the error, or an empty string.
 const char* ddf_host_end(bool completed) {
   if (completed) {
     guarded([] {

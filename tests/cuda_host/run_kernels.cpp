@@ -19,26 +19,27 @@ using ddf::host::Order;
 using ddf::host::Use;
 
 struct HostTensor {
-  void* data;     // null for a filter that is None and a gradient that is not wanted
-  int64_t bytes;  // from data to behind the last element
+  void* data;     // null for a filter that is None and a gradient that is not needed
+  int64_t bytes;  // from data to the end of the last element
   int64_t strides[4];
 };
 
 struct Call {
   HostTensor grad, features, channel_filter, spatial_filter;
-  // Of the forward pass the first; of the backward pass grad_features, grad_channel, grad_spatial.
+  // The output, in the forward pass; grad_features, grad_channel, grad_spatial in the backward
+  // pass.
   HostTensor results[3];
   ddf::Geometry geometry;
-  // From the filters of a subpixel, and their gradients, to the next.
+  // Strides between subpixels of the filters and of their gradients.
   ddf::cuda::SubpixelStrides filters, gradients;
   ddf::CombineMode combine;
-  // Of ddf_pack; the tensors have the type of sums.
+  // For ddf_pack only; the tensors have the accumulation type.
   int32_t relu;
   double channel_scale, spatial_scale, eps;
   HostTensor channel_std, bias;
 };
 
-// A call of filter_norm. std, mean and the gradients 1 and 2 have the type of sums.
+// A call of filter_norm. std, mean and their gradients have the accumulation type.
 struct NormCall {
   HostTensor grad, x, std, mean;
   HostTensor results[3];
@@ -243,7 +244,7 @@ const char* run_dtype(const char* pass, const char* dtype, const Call& call) {
 
 }  // namespace
 
-// They write call->results; return what went wrong, or an empty string.
+// Write call->results and return the error, or an empty string.
 extern "C" const char* ddf_run_on_host(const char* pass, const char* dtype, const Call* call) {
   return run_dtype(pass, dtype, *call);
 }
@@ -251,5 +252,5 @@ extern "C" const char* ddf_norm_on_host(const char* pass, const char* dtype, con
   return run_dtype(pass, dtype, *call);
 }
 
-// The kernels that the last call ran, once for each order, as C++ writes them.
+// Demangled names of the kernels of the last call, in each order of the threads.
 extern "C" const char* ddf_last_kernels() { return kernel_names.c_str(); }

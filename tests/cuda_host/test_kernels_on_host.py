@@ -1,14 +1,18 @@
-"""The CUDA kernels' source, run on the host (cuda_on_host.h), against the reference in float64.
+"""Tests the sources of the CUDA kernels on the host (cuda_on_host.h) against the reference in
+float64.
 
-This machine checks every access and runs each kernel in three orders of its threads; the last
-tests break a copy of the kernels on purpose and expect to hear of it.
+The host build checks every access and runs each kernel in three orders of its threads. Tests named
+``test_a_fault_…`` plant faults in a copy of the kernels, which must be detected.
 """
 
 from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,20 +27,21 @@ from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference, layout
 pytestmark = NEEDS_HOST
 
 PASSES = ["forward", "grad_features", "grad_channel", "grad_spatial"]
-# Roundings to the dtype of a result, and of a term of a sum.
+# Relative rounding errors of a result, and of a term of a sum.
 EPSILON = {
     torch.float64: (2**-53, 2**-53),
     torch.float32: (2**-24, 2**-24),
     torch.float16: (2**-11, 2**-24),
     torch.bfloat16: (2**-8, 2**-24),
 }
-# Roundings of its terms, taken together, that a sum may be off by. The most seen is 3.1.
+# Allowed error of a sum, in rounding errors of the sum of the terms' magnitudes; the largest error
+# measured is 3.1.
 ROUNDINGS = 4
 
 
-# Of the threads, that every kernel is run in.
+# Orders of the threads in which each kernel is run.
 ORDERS = ["forward", "backward", "shuffled"]
-# Of the channel and the spatial filters of ddf_pack, behind FilterNorm.
+# FilterNorm's scales of the channel and the spatial filters of ddf_pack.
 PACK_SCALES = (0.7, 0.4)
 # The dtypes that have fast kernels.
 FAST = [torch.float16, torch.bfloat16, torch.float32]
@@ -56,7 +61,7 @@ class HostTensor(ctypes.Structure):
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = sum((size - 1) * stride for size, stride in steps)
         size = (last + 1) * tensor.element_size()
-        # Less the dimension of subpixels, where there is one.
+        # Without the dimension of subpixels of ddf_up's filters.
         strides = [tensor.stride(0), *tensor.stride()[-3:]]
         return cls(tensor.data_ptr(), size, (ctypes.c_int64 * 4)(*strides))
 
@@ -105,11 +110,15 @@ class Host:
         self.library.ddf_last_kernels.restype = ctypes.c_char_p
 
     def run(self, name: str, grad, x, cf, sf, k, dilation, stride, combine) -> Tensor:
-        """The result of the pass ``name``; raises with the fault that the host found."""
+        """The result of the pass ``name``.
+
+        Raises:
+            RuntimeError: the host detected a fault.
+        """
         return self.run_several([name], grad, x, cf, sf, k, dilation, stride, combine)[0]
 
     def run_several(self, names, grad, x, cf, sf, k, dilation, stride, combine) -> list[Tensor]:
-        """As :meth:`run`, for several gradients in one call."""
+        """Like :meth:`run`, for several gradients in one call."""
         results = [HostTensor() for _ in range(3)]
         tensors = []
         for name in names:
@@ -141,7 +150,7 @@ class Host:
         def strides(filters):
             return (ctypes.c_int64 * 2)(*(0 if t is None else t.stride(1) for t in filters))
 
-        # A filter's tensor ends behind the filters of the last subpixel.
+        # The size of a filter's tensor includes all subpixels.
         call = Call(
             *[HostTensor.of(t) for t in (None if kind == "forward" else grad, *inputs)],
             (HostTensor * 3)(*map(HostTensor.of, results)),
@@ -203,7 +212,7 @@ class Host:
 
     @property
     def last_kernels(self) -> str:
-        """The kernels of the last run, one a line, as C++ writes them."""
+        """Demangled names of the kernels of the last run, one per line."""
         return self.library.ddf_last_kernels().decode()
 
 
@@ -225,7 +234,7 @@ def make(
     layout=torch.contiguous_format,
 ) -> list[Tensor | None]:
     """[grad, features, channel_filter, spatial_filter], random."""
-    # Only a spatial filter can ask for the size rounded down.
+    # Only a spatial filter can have a size that is rounded down.
     out = [s // stride if floor and which != "channel" else -(-s // stride) for s in size]
 
     def random(*shape: int) -> Tensor:
@@ -252,7 +261,7 @@ def expected(name: str, tensors: list[Tensor | None], k, dilation, stride, combi
 
 
 def served(tensors: list[Tensor | None]) -> list[str]:
-    """The passes that there are for these filters."""
+    """The passes that exist for these filters."""
     present = [True, True, *(t is not None for t in tensors[2:])]
     return [name for name, there in zip(PASSES, present, strict=True) if there]
 
@@ -263,7 +272,7 @@ def check(host: Host, name: str, tensors, k=3, dilation=1, stride=1, combine="mu
 
 
 def compare(name: str, got: Tensor, tensors, k, dilation, stride, combine) -> None:
-    """That ``got`` is the result of the pass ``name``, but for rounding."""
+    """Asserts that ``got`` is the result of the pass ``name``, up to rounding."""
     want = expected(name, tensors, k, dilation, stride, combine)
     magnitudes = [None if t is None else t.abs() for t in tensors]
     terms = expected(name, magnitudes, k, dilation, stride, LARGER_TERMS[combine])
@@ -304,14 +313,14 @@ def test_generic_kernels(host, case, combine, which, layout):
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_generic_kernels_of_every_dtype(host, name, dtype, layout):
-    # 40 channels: more than one warp of neighbouring channels in grad_channel.
+    # 40 channels are more than one warp of channels in grad_channel.
     tensors = make(batch=1, channels=40, size=(5, 6), groups=2, dtype=dtype, layout=layout)
     check(host, name, tensors, dilation=2)
     assert f"{name}_generic<" in host.last_kernels
 
 
 def template_arguments(combine: str, *flags: bool) -> str:
-    """The last arguments of a kernel's template, as C++ writes them."""
+    """The last template arguments of a kernel, as in its demangled name."""
     return ", ".join([f", ddf::{combine.capitalize()}", *(str(f).lower() for f in flags)]) + ">("
 
 
@@ -350,7 +359,7 @@ def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
 
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_channels_last_of_odd_groups(host, name):
-    """Groups of 3 channels do not come in fours."""
+    """Vector loads need a multiple of 4 channels in a group; here there are 3."""
     check(host, name, make(channels=12, groups=4, layout=torch.channels_last))
     assert f"{name}_generic<" in host.last_kernels
 
@@ -365,7 +374,7 @@ WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
 def test_filter_gradients(host, k, stride, dtype, combine, size):
     vector = size[1] % 4 == 0
     for which in ("both", "channel", "spatial"):
-        # 9 channels a group: one of the 4 warps that share them has three.
+        # 9 channels per group: one of the 4 warps has three of them, the others two.
         tensors = make(1, 18, size, k, 2, stride, which, dtype=dtype)
         names = served(tensors)[2:]
         for name in names:
@@ -392,7 +401,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
         ("channel", (2, 9)),
         ("spatial", (3, 9)),
     ):
-        # In rows, 3 channels a group fill a quadruple in part.
+        # In NCHW, 3 channels per group are less than the 4 channels of a thread.
         tensors = make(1, 6 if rows else 16, size, k, 2, stride, which, False, dtype, layout)
         for name in PASSES[: 3 - stride]:
             check(host, name, tensors, k, 1, stride, combine)
@@ -404,7 +413,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60))], ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
-def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, layout):
+def test_larger_windows_with_channel_blocks_and_tiles(host, k, stride, channels, size, layout):
     tensors = make(1, channels, size, k, stride=stride, layout=layout)
     for name in PASSES[: 3 - stride]:
         check(host, name, tensors, k, 1, stride)
@@ -416,7 +425,7 @@ def test_larger_windows_with_slabs_and_tiles(host, k, stride, channels, size, la
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
     for which in ("both", "channel", "spatial"):
-        # Strips of 17 and of 9 columns; 8 lanes with 6 quadruples of channels.
+        # 6 quads of channels on 8 lanes; widths of 17 and 9.
         tensors = make(1, 48, (2, 17), k, 2, stride, which, False, dtype, torch.channels_last)
         names = served(tensors)[2:]
         got = host.run_several(names, *tensors, k, 1, stride, combine)
@@ -426,7 +435,7 @@ def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
         assert f", {k}, {stride}{template_arguments(combine)}" in host.last_kernels
 
 
-# Channels for 32, 16 and 8 lanes, for two warps, and a quadruple alone.
+# Channels for 32, 16 and 8 lanes (the last in several channel blocks), and a single quad.
 @pytest.mark.parametrize(
     "channels, size", [(128, (9, 3)), (64, (3, 18)), (160, (4, 4)), (4, (1, 4))]
 )
@@ -483,7 +492,7 @@ def test_filter_norm(host, dtype, shape, filters, layout):
         filters = 5
     exact = accumulate_dtype(dtype)
     x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
-    x[0, :, 0, 0] = 0.1  # a filter of equal taps
+    x[0, :, 0, 0] = 0.1  # a filter with equal taps
     for learned in (False, True):
         std, mean = (torch.randn(shape[1], dtype=exact) if learned else None for _ in range(2))
         given = [t.double().requires_grad_() for t in (x, *([std, mean] if learned else []))]
@@ -495,7 +504,7 @@ def test_filter_norm(host, dtype, shape, filters, layout):
         pairs += zip(host.norm(grad, x, filters, std, None, 0.5), grads, strict=False)
         for got, wanted in pairs:
             scale = wanted.abs().max().clamp(min=1)
-            # A sum over up to 300 pixels and the steps of a quotient, each off by a rounding.
+            # Rounding errors of a sum over up to 300 pixels and of a quotient.
             bound = scale * (EPSILON[got.dtype][0] + 16 * EPSILON[exact][0])
             assert ((got.double() - wanted).abs() <= bound).all()
         assert "filter_norm_grad_parameters<" in host.last_kernels
@@ -503,7 +512,7 @@ def test_filter_norm(host, dtype, shape, filters, layout):
 
 @pytest.mark.parametrize("names", [PASSES[1:], PASSES[2:]], ids="-".join)
 def test_filter_gradients_of_many_channels_in_few_pixels(host, names):
-    """The channels are split among blocks, so that grad_spatial comes in parts too."""
+    """The channels are split among blocks, so that grad_spatial has partial sums too."""
     tensors = make(batch=1, channels=150, size=(3, 5))
     for name, result in zip(names, host.run_several(names, *tensors, 3, 1, 1, "mul"), strict=True):
         compare(name, result, tensors, 3, 1, 1, "mul")
@@ -513,7 +522,7 @@ def test_filter_gradients_of_many_channels_in_few_pixels(host, names):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("poisoned", range(4), ids=["grad", "features", "channel", "spatial"])
 def test_nan_and_inf_in_one_pass(host, poisoned, value):
-    """As apart, but that taps outside of the features have a gradient of zero, not of NaN."""
+    """Like the separate passes, but taps outside of the features have the gradient 0, not NaN."""
     ones = [torch.ones_like(t) for t in make(batch=1, channels=8, size=(6, 8), groups=2)]
     inside = expected("grad_spatial", ones, 3, 1, 1, "mul") != 0
     for combine in COMBINES:
@@ -525,7 +534,7 @@ def test_nan_and_inf_in_one_pass(host, poisoned, value):
             if name == "grad_spatial":
                 result, want = result.where(inside, 0), want.where(inside, 0)
             if name == "grad_channel" and poisoned in (0, 3):
-                # Row 0 of the taps reads outside of the features there.
+                # Row 0 of the taps is outside of the features there.
                 assert result[:, :, 0].isfinite().all()
                 result[:, :, 0] = want[:, :, 0]
             assert torch.equal(result.isnan(), want.isnan())
@@ -534,7 +543,7 @@ def test_nan_and_inf_in_one_pass(host, poisoned, value):
 
 @pytest.mark.parametrize("channels, size", [(150, (3, 8)), (70, (4, 4)), (3, (34, 40))], ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
-def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
+def test_3x3_kernel_with_channel_blocks_and_tiles(host, name, channels, size):
     check(host, name, make(batch=1, channels=channels, size=size))
     assert "forward_3x3<" in host.last_kernels
 
@@ -542,7 +551,8 @@ def test_3x3_kernel_with_slabs_and_tiles(host, name, channels, size):
 @pytest.mark.parametrize("channels, size", [(520, (3, 2)), (8, (7, 35)), (132, (2, 17))], ids=str)
 @pytest.mark.parametrize("name", ["forward", "grad_features"])
 def test_3x3_channels_last_kernel_with_chunks_and_strips(host, name, channels, size):
-    """More quadruples of channels than a block has threads, far fewer, and one left over."""
+    """More quads of channels than threads in a block, far fewer, and a number that does not divide
+    the threads."""
     check(host, name, make(channels=channels, size=size, layout=torch.channels_last))
     assert "forward_3x3_channels_last<" in host.last_kernels
 
@@ -550,7 +560,7 @@ def test_3x3_channels_last_kernel_with_chunks_and_strips(host, name, channels, s
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("offset", [1, 4])
 def test_views(host, name, offset):
-    """Slices of larger tensors, whose rows may or may not be aligned, and an expanded grad."""
+    """Slices of larger tensors, with unaligned and aligned rows, and an expanded grad."""
     grad, x, cf, sf = make(size=(6, 16))
     x = x[..., 1:-1, offset : offset + 8]
     sf = torch.stack([sf, sf], dim=1)[:, 1, :, 1:-1, offset : offset + 8]
@@ -580,157 +590,191 @@ def test_one_pixel(host, name):
     check(host, name, make(batch=1, channels=1, size=(1, 1)))
 
 
-def changed(folder: Path, file: str, old: str, new: str) -> Host:
-    """The float32 kernels with ``old`` replaced by ``new`` in ``file``."""
-    csrc = folder / "csrc"
-    shutil.copytree(CSRC, csrc)
-    path = csrc / "cuda" / file
-    source = path.read_text()
-    assert source.count(old) == 1, f"{file} no longer has {old!r} once"
-    path.write_text(source.replace(old, new))
-    return Host(csrc, folder, "-DDDF_FLOAT32_ONLY", "-O0")
+class Fault(NamedTuple):
+    """Replaces ``old`` (an expression, or statements that end in ";"), which ``file`` has once
+    before ``after``, by ``new``; what the host then reports matches ``message``."""
+
+    file: str
+    old: str
+    new: str
+    message: str
+    after: str = ""
+
+    @property
+    def edit(self) -> tuple[str, ...]:
+        return self.file, self.old, self.after, self.new
 
 
-@pytest.mark.parametrize("at_once", [7, 50, 130])
-def test_results_of_several_launches(tmp_path, at_once):
-    """What is done for 2**31 elements and more, with a smaller number."""
-    old = "kMaxElements32 = INT32_MAX"
-    host = changed(tmp_path, "arguments.cuh", old, f"kMaxElements32 = {at_once}")
+class FaultyHost(Host):
+    """The float32 kernels, compiled once with all ``faults``; :meth:`plant` switches one on."""
+
+    MAX_ELEMENTS = "constexpr int64_t kMaxElements32 = INT32_MAX;"
+
+    def __init__(self, folder: Path, faults: list[Fault]) -> None:
+        csrc = folder / "csrc"
+        shutil.copytree(CSRC, csrc)
+        self.edits = list(dict.fromkeys(fault.edit for fault in faults))
+        for number, (file, old, after, new) in enumerate(self.edits):
+            if old.endswith(";"):
+                switch = f"if (planted_fault == {number}) {{ {new} }} else {{ {old} }}"
+            else:
+                switch = f"(planted_fault == {number} ? ({new}) : ({old}))"
+            self.replace(csrc / "cuda" / file, old + after, switch + after)
+        # A variable instead of the constant, for the tests of several launches.
+        variable = 'extern "C" { int64_t max_elements_32 = INT32_MAX; }\n'
+        variable += "static int64_t& kMaxElements32 = max_elements_32;"
+        self.replace(csrc / "cuda" / "arguments.cuh", self.MAX_ELEMENTS, variable)
+        header = folder / "planted_fault.h"
+        header.write_text('extern "C" { int planted_fault = -1; }\n')
+        super().__init__(csrc, folder, "-include", str(header), "-DDDF_FLOAT32_ONLY", "-O0")
+        self.planted_fault = ctypes.c_int.in_dll(self.library, "planted_fault")
+        self.max_elements = ctypes.c_int64.in_dll(self.library, "max_elements_32")
+
+    @staticmethod
+    def replace(path: Path, old: str, new: str) -> None:
+        source = path.read_text()
+        assert source.count(old) == 1, f"{path.name} no longer has {old!r} once"
+        path.write_text(source.replace(old, new))
+
+    @contextmanager
+    def plant(self, fault: Fault) -> Iterator[None]:
+        self.planted_fault.value = self.edits.index(fault.edit)
+        try:
+            yield
+        finally:
+            self.planted_fault.value = -1
+
+
+@pytest.fixture(scope="module")
+def faulty_host(tmp_path_factory: pytest.TempPathFactory) -> FaultyHost:
+    faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), NORM_FAULT]
+    return FaultyHost(tmp_path_factory.mktemp("faulty_host"), faults)
+
+
+@pytest.mark.parametrize("elements", [7, 50, 130])
+def test_results_of_several_launches(faulty_host, monkeypatch, elements):
+    """The split into launches of at most 2**31 - 1 elements, with a smaller bound."""
+    monkeypatch.setattr(faulty_host.max_elements, "value", elements)
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
         for name in PASSES:
-            check(host, name, tensors, dilation=2)
-            launches = host.last_kernels.count("_generic<") / 3
+            check(faulty_host, name, tensors, dilation=2)
+            launches = faulty_host.last_kernels.count("_generic<") / len(ORDERS)
             assert (launches > 1) == (name != "grad_channel")
 
 
-# File, what in it is replaced by what, the passes to run, and what is found.
-GRADIENTS = "grad_features grad_channel grad_spatial"
+ORDER = "depends on the order of the threads"
 FAULTS = {
-    "removed barrier": (
-        "forward_3x3.cuh",
-        "sync_threads();\n\n  const int tile =",
-        "\n\n  const int tile =",
-        "forward",
-        "depends on the order of the threads",
+    "removed barrier": Fault(
+        "forward_3x3.cuh", "sync_threads();", "", ORDER, "\n\n  const int tile ="
     ),
-    "barrier after a return": (
+    "barrier after a return": Fault(
         "forward_3x3.cuh",
         "if (tile >= tiling.tiles) return;",
-        "if (tile >= tiling.tiles) return;\n  sync_threads();",
-        "forward",
+        "if (tile >= tiling.tiles) return; sync_threads();",
         "divergent barrier",
     ),
-    "halo one too wide": (
+    "halo one too wide": Fault(
         "forward_3x3.cuh",
         "left + column - 1 < width",
         "left + column - 1 <= width",
-        "forward",
         "outside of every tensor",
     ),
-    "vector loads of any row": (
+    "vector loads of unaligned rows": Fault(
         "dispatch.cuh",
         "reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0",
         "true",
-        "forward",
         "misaligned read of 16 bytes",
     ),
-    "shared memory too small": (
+    "shared memory too small": Fault(
         "dispatch.cuh",
         "sizeof(float) * kTapStride * tiling.block_channels",
         "sizeof(float) * kTapStride * (tiling.block_channels - 1)",
-        "forward",
         "shared memory is written past its",
     ),
-    "a thread too many": (
+    "a thread too many": Fault(
         "generic.cuh",
         "index < static_cast<unsigned>(slice.batches)",
         "index <= static_cast<unsigned>(slice.batches)",
-        "grad_spatial",
         "outside of every tensor",
     ),
-    "shuffle of a part of a warp": (
+    "shuffle of a part of a warp": Fault(
         "grad_filters.cuh",
-        "    if (partials.channel_partials != nullptr) {",
-        "    if (partials.channel_partials != nullptr && active) {",
-        "grad_channel",
+        "partials.channel_partials != nullptr",
+        "partials.channel_partials != nullptr && active",
         "divergent shuffle",
     ),
-    "sums overwritten before they are read": (
+    "sums overwritten before they are read": Fault(
         "grad_filters.cuh",
-        "    // The sums of the previous step are read before they are overwritten.\n"
+        "// The sums of the previous step are read before they are overwritten.\n"
         "    sync_threads();",
         "",
-        "grad_spatial",
-        "depends on the order of the threads",
+        ORDER,
     ),
-    "unfinished sum": (
-        "generic.cuh",
-        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {\n"
-        "    sync_threads();",
-        "for (int half = kGenericThreads / 2; half >= channel_lanes; half /= 2) {",
-        "grad_channel",
-        "depends on the order of the threads",
+    "unfinished sum": Fault(
+        "generic.cuh", "sync_threads();", "", ORDER, "\n    if (thread_index() < half)"
     ),
-    "taps read before they are there, whole backward": (
-        "backward_3x3.cuh",
-        "  sync_threads();",
-        "",
-        GRADIENTS,
-        "depends on the order of the threads",
+    "taps read before they are written, backward 3 x 3": Fault(
+        "backward_3x3.cuh", "sync_threads();", "", ORDER
     ),
-    "taps read before they are there, 5 x 5": (
-        "forward_tiled.cuh",
-        "  sync_threads();\n\n  const View",
-        "\n  const View",
-        "forward",
-        "depends on the order of the threads",
+    "taps read before they are written, 5 x 5": Fault(
+        "forward_tiled.cuh", "sync_threads();", "", ORDER, "\n\n  const View"
     ),
-    "taps of a row read before they are there": (
+    "taps of a row read before they are written": Fault(
+        "grad_filters_channels_last.cuh", "sync_warp();", "", ORDER, "\n\n    const int top"
+    ),
+    "taps of a row overwritten before they are read": Fault(
         "grad_filters_channels_last.cuh",
-        "    sync_warp();\n\n    const int top",
-        "\n    const int top",
-        "grad_channel",
-        "depends on the order of the threads",
-    ),
-    "taps of a row overwritten before they are read": (
-        "grad_filters_channels_last.cuh",
-        "    // The taps of the previous row are read before they are overwritten.\n"
-        "    sync_warp();",
+        "// The taps of the previous row are read before they are overwritten.\n    sync_warp();",
         "",
-        "grad_channel",
-        "depends on the order of the threads",
+        ORDER,
     ),
-    "blocks beyond the grid": (
+    "blocks beyond the grid": Fault(
         "dispatch.cuh",
-        "launch(name, kernel, blocks, kForward3x3Threads",
-        "launch(name, kernel, blocks << 31, kForward3x3Threads",
-        "forward",
+        "blocks",
+        "blocks << 31",
         "CUDA cannot launch",
+        ", kForward3x3Threads, shared",
     ),
+}
+# The passes that run the changed kernel; of the others, forward.
+FAULTY_PASSES = {
+    "a thread too many": ["grad_spatial"],
+    "shuffle of a part of a warp": ["grad_channel"],
+    "sums overwritten before they are read": ["grad_spatial"],
+    "unfinished sum": ["grad_channel"],
+    "taps read before they are written, backward 3 x 3": PASSES[1:],
+    "taps of a row read before they are written": ["grad_channel"],
+    "taps of a row overwritten before they are read": ["grad_channel"],
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(tmp_path, fault):
-    file, old, new, names, message = FAULTS[fault]
-    host = changed(tmp_path, file, old, new)
-    dilation = 2 if file == "generic.cuh" else 1
-    k = 5 if file == "forward_tiled.cuh" else 3
-    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(faulty_host, name):
+    fault = FAULTS[name]
+    dilation = 2 if fault.file == "generic.cuh" else 1
+    k = 5 if fault.file == "forward_tiled.cuh" else 3
+    layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
     grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20), k=k, layout=layout)
-    if "vector" in fault:  # one float of padding before: no row is aligned
+    if "unaligned" in name:  # after one float of padding no row is aligned
         x = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    with pytest.raises(RuntimeError, match=message):
-        host.run_several(names.split(), grad, x, cf, sf, k, dilation, 1, "mul")
+    arguments = FAULTY_PASSES.get(name, ["forward"]), grad, x, cf, sf, k, dilation, 1, "mul"
+    faulty_host.run_several(*arguments)
+    with faulty_host.plant(fault), pytest.raises(RuntimeError, match=fault.message):
+        faulty_host.run_several(*arguments)
 
 
-def test_a_fault_of_filter_norm_is_found(tmp_path):
-    line = "    if (thread_index() < half)"
-    host = changed(tmp_path, "filter_norm.cuh", f"    sync_threads();\n{line}", line)
+NORM_FAULT = Fault(
+    "filter_norm.cuh", "sync_threads();", "", ORDER, "\n    if (thread_index() < half)"
+)
+
+
+def test_a_fault_of_filter_norm_is_found(faulty_host):
     x, std = torch.randn(1, 9, 20, 20), torch.randn(9)
-    with pytest.raises(RuntimeError, match="depends on the order of the threads"):
-        host.norm(torch.randn_like(x), x, 1, std, None, 1.0)
+    arguments = torch.randn_like(x), x, 1, std, None, 1.0
+    faulty_host.norm(*arguments)
+    with faulty_host.plant(NORM_FAULT), pytest.raises(RuntimeError, match=NORM_FAULT.message):
+        faulty_host.norm(*arguments)
 
 
 def make_pack(
@@ -751,14 +795,14 @@ def make_pack(
 
 
 def expected_pack(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, Tensor]:
-    """The output in float64, and the magnitude of what its rounding goes with."""
+    """The output in float64, and the sum of magnitudes to which its rounding error is relative."""
     x, cf, sf, std, bias = [None if t is None else t.double() for t in tensors]
     channels, groups = x.shape[1], sf.shape[1] // k**2
     scale, spatial_scale = PACK_SCALES
     factor = scale if std is None else scale * std
     channel = filter_norm_reference(cf.flatten(1), channels, factor, None, 1e-10).view_as(cf)
     spatial = filter_norm_reference(sf, groups, spatial_scale, None, 1e-10)
-    # A tap near the mean of its filter has the error of one that is far from it.
+    # A tap close to the mean of its filter has the same absolute error as one far from it.
     most = torch.as_tensor(factor, dtype=torch.float64).abs().expand(channels * k * k)
     rounded = channel.abs() + most.view(channels, k, k), spatial.abs() + spatial_scale
     results = []
@@ -770,7 +814,7 @@ def expected_pack(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, 
     return results[0].relu() if relu else results[0], results[1]
 
 
-# With and without a parameter of channel FilterNorm, a bias, ReLU.
+# Whether there is a parameter of channel FilterNorm, a bias, ReLU.
 PACK_OPTIONS = [(True, True, True), (True, True, False), (True, False, True), (False, False, False)]
 
 
@@ -783,13 +827,13 @@ def check_pack(
         want, terms = expected_pack(given, relu, k, dilation, stride, combine)
         of_result, of_term = EPSILON[got.dtype]
         bound = of_result * want.abs() + ROUNDINGS * of_term * terms
-        if "_generic<" in host.last_kernels:  # its filters are rounded once more
+        if "_generic<" in host.last_kernels:  # rounds the normalized filters
             bound += 2 * of_result * terms
         bound += torch.finfo(got.dtype).smallest_normal * of_result
         assert got.dtype == tensors[0].dtype and got.shape == want.shape
         error = (got.double() - want).abs()
         fits = (error <= bound) | (got.isnan() & want.isnan())
-        assert fits.all(), f"off by {(error / bound).max():.3g} of what it may be"
+        assert fits.all(), f"off by {(error / bound).max():.3g} times the allowed error"
 
 
 @pytest.mark.parametrize("size", SIZES_3X3, ids=str)
@@ -818,7 +862,7 @@ def test_pack_3x3_channels_last(host, dtype, combine, size):
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
 def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout, size):
     rows = layout == torch.contiguous_format
-    # In rows, 3 channels a group fill a quadruple in part.
+    # In NCHW, 3 channels per group are less than the 4 channels of a thread.
     channels = 6 if rows else 16
     tensors = make_pack(1, channels, size, k, stride=stride, dtype=dtype, layout=layout)
     check_pack(host, tensors, k, 1, stride, combine)
@@ -845,8 +889,8 @@ def test_pack_in_one_block_and_several(host, channels, size, layout):
         assert "forward_tiled<" in host.last_kernels
 
 
-def test_pack_of_more_channels_in_a_slab_than_threads(host):
-    """As many images do without splitting the channels."""
+def test_pack_of_more_channels_in_a_block_than_threads(host):
+    """With many images the channels are not split among blocks."""
     tensors = make_pack(1030, 130, (1, 1), groups=1)
     check_pack(host, tensors, options=PACK_OPTIONS[:1])
     assert "forward_3x3<" in host.last_kernels
@@ -876,7 +920,7 @@ def test_pack_of_every_dtype(host, dtype, layout):
     assert "forward_generic<" in host.last_kernels
 
 
-# What makes each kernel of ddf_pack serve a call.
+# Calls for which ddf_pack uses each kernel.
 PACK_KERNELS = {
     "forward_3x3<": dict(size=(5, 8)),
     "forward_3x3_channels_last<": dict(channels=8, layout=torch.channels_last),
@@ -887,7 +931,7 @@ PACK_KERNELS = {
 
 @pytest.mark.parametrize("kernel", PACK_KERNELS)
 def test_pack_of_constant_filters(host, kernel):
-    """Taps without deviation are zero, whatever rounding does to their mean."""
+    """Equal taps become exactly 0, even if their mean is rounded."""
     k = PACK_KERNELS[kernel].get("k", 3)
     x, cf, sf, std, bias = make_pack(**PACK_KERNELS[kernel])
     cf[:, 1], sf[0, : k * k, 0, 0] = 0.1, 0.3
@@ -931,7 +975,7 @@ def test_pack_of_filters_in_another_layout(host, k, kernel):
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_pack_of_views(host, offset):
-    """Rows of the features that may or may not be aligned."""
+    """Features with unaligned and with aligned rows."""
     x, *others = make_pack(size=(6, 16))
     for k, dilation in ((3, 1), (5, 1), (3, 2)):
         _, *others = make_pack(size=(4, 8), k=k)
@@ -939,49 +983,30 @@ def test_pack_of_views(host, offset):
 
 
 PACK_FAULTS = {
-    "taps normalized before they are there": (
-        "forward_3x3.cuh",
-        "    sync_threads();\n    for (int channel",
-        "    for (int channel",
-        "depends on the order of the threads",
+    "taps normalized before they are written": Fault(
+        "forward_3x3.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
     ),
-    "taps normalized before they are there, 5 x 5": (
+    "taps normalized before they are written, 5 x 5": Fault(
+        "forward_tiled.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
+    ),
+    "taps read before they are normalized": FAULTS["removed barrier"],
+    "taps read before they are normalized, channels_last": Fault(
+        "forward_3x3_channels_last.cuh", "sync_threads();", "", ORDER
+    ),
+    "a factor beyond the last": Fault(
+        "filter_norm.cuh", "load(std + tap)", "load(std + tap + 1)", "outside of every tensor"
+    ),
+    "a bias beyond the last": Fault(
         "forward_tiled.cuh",
-        "    sync_threads();\n    for (int channel",
-        "    for (int channel",
-        "depends on the order of the threads",
-    ),
-    "taps read before they are normalized": (
-        "forward_3x3.cuh",
-        "  sync_threads();\n\n  const int tile =",
-        "\n  const int tile =",
-        "depends on the order of the threads",
-    ),
-    "taps read before they are normalized, channels_last": (
-        "forward_3x3_channels_last.cuh",
-        "  sync_threads();",
-        "",
-        "depends on the order of the threads",
-    ),
-    "a factor beyond the last": (
-        "filter_norm.cuh",
-        "load(std + tap)",
-        "load(std + tap + 1)",
+        "(channel + i < channels ? i : 0)",
+        "i",
         "outside of every tensor",
+        ");",
     ),
-    "a bias beyond the last": (
-        "forward_tiled.cuh",
-        "(channel + i < channels ? i : 0));",
-        "i);",
-        "outside of every tensor",
+    "taps of a pixel without their scale": Fault(
+        "filter_norm.cuh", "pack.spatial_scale", "1.f", "off by", ", pack.eps"
     ),
-    "taps of a pixel without their scale": (
-        "filter_norm.cuh",
-        "pack.spatial_scale, pack.eps",
-        "1.f, pack.eps",
-        "off by",
-    ),
-    "a maximum that drops NaN": (
+    "a maximum that drops NaN": Fault(
         "arguments.cuh",
         "sum < output_min ? output_min : sum",
         "sum >= output_min ? sum : output_min",
@@ -990,18 +1015,21 @@ PACK_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", PACK_FAULTS)
-def test_a_fault_of_ddf_pack_is_found(tmp_path, fault):
-    file, old, new, message = PACK_FAULTS[fault]
-    host = changed(tmp_path, file, old, new)
-    k = 5 if file == "forward_tiled.cuh" else 3
-    layout = torch.channels_last if "channels_last" in file else torch.contiguous_format
-    channels = 8 if "channels_last" in file else 6
+@pytest.mark.parametrize("name", PACK_FAULTS)
+def test_a_fault_of_ddf_pack_is_found(faulty_host, name):
+    fault = PACK_FAULTS[name]
+    k = 5 if fault.file == "forward_tiled.cuh" else 3
+    layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
+    channels = 8 if "channels_last" in fault.file else 6
     tensors = make_pack(1, channels, (4, 20), k, layout=layout)
-    if "NaN" in fault:
+    if "NaN" in name:
         tensors[0][0, 1, 1, 1] = float("nan")
-    with pytest.raises((RuntimeError, AssertionError), match=message):
-        check_pack(host, tensors, k)
+    check_pack(faulty_host, tensors, k)
+    with (
+        faulty_host.plant(fault),
+        pytest.raises((RuntimeError, AssertionError), match=fault.message),
+    ):
+        check_pack(faulty_host, tensors, k)
 
 
 def make_up(
@@ -1020,7 +1048,7 @@ def make_up(
 
 
 def check_up(host: Host, tensors, k=3, scale=2, dilation=1, combine="mul") -> str:
-    """Output and gradients are right but for rounding; the kernels that made them."""
+    """Asserts that output and gradients are right up to rounding; returns the kernels' names."""
     dtype = tensors[0].dtype
     of_result, of_term = EPSILON[dtype]
 
@@ -1085,16 +1113,20 @@ def test_upsampling_keeps_a_nan_where_it_is(host):
 
 
 UP_FAULTS = {
-    "removed barrier": ("sync_threads();", "", "depends on the order|shared"),
-    "window one too wide": ("x < width", "x <= width", "outside of every tensor|off by"),
-    "pixel too many": ("pixel >= height * width", "pixel > height * width", "written twice"),
+    "removed barrier": Fault("upsample.cuh", "sync_threads();", "", f"{ORDER}|shared"),
+    "window one too wide": Fault(
+        "upsample.cuh", "x < width", "x <= width", "outside of every tensor|off by"
+    ),
+    "pixel too many": Fault(
+        "upsample.cuh", "pixel >= height * width", "pixel > height * width", "written twice"
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", UP_FAULTS)
-def test_a_fault_of_upsampling_is_found(tmp_path, fault):
-    old, new, message = UP_FAULTS[fault]
-    host = changed(tmp_path, "upsample.cuh", old, new)
-    grad, x, cf, sf = make_up(size=(3, 5))
-    with pytest.raises(RuntimeError, match=message):
-        host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
+@pytest.mark.parametrize("name", UP_FAULTS)
+def test_a_fault_of_upsampling_is_found(faulty_host, name):
+    fault = UP_FAULTS[name]
+    arguments = "forward", *make_up(size=(3, 5)), 3, 2, 1, "mul"
+    faulty_host.run_up(*arguments)
+    with faulty_host.plant(fault), pytest.raises(RuntimeError, match=fault.message):
+        faulty_host.run_up(*arguments)

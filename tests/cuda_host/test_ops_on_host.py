@@ -1,8 +1,7 @@
-"""The library of the CUDA ops, compiled for the host, under the CUDA tests of the Python stack.
+"""Runs the CUDA tests of ops and layers with the library of the CUDA ops, compiled for the host.
 
-They run in a process of their own, on the devices of emulated.py: see sample_for_the_host in
-tests/conftest.py for which cases. What emulated devices have to show by themselves is in
-emulated_cases.py.
+They run in a separate process on the devices of emulated.py; sample_for_the_host in
+tests/conftest.py selects the cases. Tests of the emulated devices alone are in emulated_cases.py.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from cuda_host.build import (
 from ops.test_nvrtc import KERNELS
 
 TESTS = HERE.parent
-# The CUDA tests, and how many cases of theirs run at least.
+# Files with CUDA tests, and the least number of cases that must run.
 FILES = {
     "ops/test_ddf.py": 30,
     "ops/test_up.py": 35,
@@ -44,12 +43,12 @@ FILES = {
 pytestmark = [
     *NEEDS_HOST,
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to run them"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA tests run on the GPU"),
 ]
 
 
 def run(library: Path, *arguments: str) -> dict[str, dict[str, str]]:
-    """Runs tests on emulated devices; for each file its tests and their errors, "" if none."""
+    """Runs tests on emulated devices; returns, for each file, the tests and their errors or ""."""
     report = library.with_name("report.xml")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= dict(DDF_MM_TEST_CUDA_ON_HOST=str(library), OMP_NUM_THREADS="1")
@@ -140,7 +139,7 @@ def test_cuda_tests_pass_on_emulated_devices(results, file):
 
 
 GUARD = "const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());"
-# In ops.cu; and words of the tests that are to find them, and of an error.
+# Changes of ops.cu, the tests that must fail, and text of the error.
 FAULTS = {
     "half the scratch": (
         "empty(like_, {elements}",

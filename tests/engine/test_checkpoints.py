@@ -28,7 +28,7 @@ def test_require_checkpoint(tmp_path):
 
 
 class _Program:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -40,8 +40,8 @@ class _Program:
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (torch.save, r"a.pth' was not loaded: it holds \w+.mkdir, which could"),
-        # As torch wrote before 1.6, and as pickle does.
+        (torch.save, r"a.pth' was not loaded: it contains \w+.mkdir, which could"),
+        # The format of torch before 1.6, and a plain pickle.
         (
             functools.partial(torch.save, _use_new_zipfile_serialization=False),
             r"a.pth' is not a checkpoint that torch can read: .* GLOBAL \w+.mkdir ",
@@ -78,7 +78,9 @@ def test_missing_checkpoint_stays_a_missing_file(tmp_path):
 @pytest.mark.parametrize("content", [[1], dict(state_dict=None), {1: torch.zeros(1)}])
 def test_no_weights_by_name(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a.pth' holds a (list|dict), but a checkpoint is a dict"):
+    with pytest.raises(
+        UserError, match=r"a.pth' contains a (list|dict), but a checkpoint is a dict"
+    ):
         checkpoints.load_from_local_file(str(tmp_path / "a.pth"))
 
 
@@ -112,7 +114,7 @@ def make_runner(tmp_path):
 
 
 def forms(weights: dict) -> dict[str, dict]:
-    """The forms that a checkpoint may have, the first is that of a Runner."""
+    """The formats that a checkpoint may have; the first is that of a Runner."""
     wrapped = {f"module.{name}": value for name, value in weights.items()}
     return dict(
         runner=dict(state_dict=weights, meta={}), bare=weights, wrapped=dict(state_dict=wrapped)
@@ -122,11 +124,11 @@ def forms(weights: dict) -> dict[str, dict]:
 @pytest.mark.parametrize("kind", [Runner, FlexibleRunner])
 @pytest.mark.parametrize("form", ["runner", "bare", "wrapped"])
 def test_a_head_of_other_classes_with_a_moving_average(make_runner, tmp_path, form, kind):
-    """As without EMAHook: what fits is loaded, into the averaged model too."""
+    """Like without EMAHook, weights that match are loaded, also into the averaged model."""
     source = Classifier()
     nn.init.constant_(source.norm.weight, 3)
     torch.save(forms(source.state_dict())[form], tmp_path / "a.pth")
-    hook = EMAHook(momentum=1e-9)  # the average stays where it started
+    hook = EMAHook(momentum=1e-9)  # the average stays at its initial value
     runner = make_runner(kind, 5, load_from=str(tmp_path / "a.pth"), custom_hooks=[hook])
     runner.train()
     average = hook.ema_model.module.norm.weight
@@ -164,7 +166,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_runner, tmp_path, kind, f
 
 
 class Particular(Classifier):
-    """Refuses weights for a reason of its own."""
+    """Rejects all weights with its own message."""
 
     def _load_from_state_dict(self, state_dict, prefix, meta, strict, missing, unexpected, errors):
         errors.append("the moon is not full")

@@ -48,7 +48,7 @@ def _raise(error: BaseException, cause: BaseException | None = None):
 
 
 def _last_line(function, capsys) -> str:
-    """What a tool that is ``function`` ends with; it has to end with status 1."""
+    """The stderr of a tool that runs ``function``, which must end with status 1."""
     with pytest.raises(SystemExit) as exit_info:
         cli.run(function, "tool.py")
     assert exit_info.value.code == 1
@@ -83,7 +83,7 @@ def test_an_error_within_a_phase_is_one_line(capsys, error, line):
     assert capsys.readouterr().err == expected
 
 
-def test_phases_leave_what_goes_well_and_what_users_are_told_alone(capsys):
+def test_phases_change_neither_success_nor_user_errors(capsys):
     def main():
         with cli.phase("building the model"):
             pass
@@ -93,7 +93,7 @@ def test_phases_leave_what_goes_well_and_what_users_are_told_alone(capsys):
     assert _last_line(main, capsys) == "tool.py: error: it is so"
 
 
-def test_what_an_error_came_from_is_told_unless_it_says_so_itself(capsys):
+def test_cause_of_an_error_is_reported_unless_its_text_includes_it(capsys):
     def load():
         with cli.phase("reading the config"):
             try:

@@ -15,7 +15,7 @@ from ddf_mm.engine.cli import UserError
 
 @pytest.fixture(autouse=True)
 def stand_ins():
-    """Hooks and metrics with the constructors of the three toolboxes', in the root registries."""
+    """Hooks and metrics in the root registries, with the arguments of those of the toolboxes."""
 
     class EnableHook(Hook):  # mmpretrain
         def __init__(self, enable=False, interval=5000, show=False, out_dir=None, **kwargs):
@@ -54,7 +54,7 @@ def _config(hook: str | None = None, **kwargs) -> Config:
     return Config(dict(default_hooks=hooks, **kwargs), filename="a.py", cfg_text="#")
 
 
-def test_show_dir_goes_where_the_hook_takes_it():
+def test_show_dir_sets_the_argument_of_the_hook():
     cfg = _config("EnableHook")
     evaluation.enable_visualization(cfg, show_dir="out", interval=3)
     assert cfg.default_hooks.visualization == dict(
@@ -93,7 +93,7 @@ def test_visualization_that_a_config_cannot_do():
     ("scope", "option"), [("mmpretrain", "out_dir"), ("mmdet", "test_out_dir"), ("mmseg", None)]
 )
 def test_show_dir_of_the_toolboxes(scope, option):
-    """With the hook of the scope where a config names none."""
+    """With the default hook of the scope if a config has none."""
     pytest.importorskip(scope)
     cfg = Config(dict(default_scope=scope, visualizer=dict(type="Visualizer")))
     evaluation.enable_visualization(cfg, show_dir="out")
@@ -151,7 +151,7 @@ def test_tta_by_default_flips(scope, model):
 
 
 def test_tta_reaches_every_dataset_that_reads_images():
-    """Each keeps its own steps before the flips."""
+    """Each keeps its own transforms before the flips."""
     parts = [dict(type="A", pipeline=[dict(type="LoadA"), *PIPELINE[1:]])]
     parts += [dict(type="ClassBalancedDataset", dataset=dict(type="B", pipeline=PIPELINE))]
     parts += [dict(type="ConcatDataset", datasets=[dict(type="C", pipeline=PIPELINE)] * 2)]
@@ -183,7 +183,7 @@ def test_tta_of_datasets_whose_pipeline_cannot_be_replaced(dataset, kind):
 def test_tta_of_masks(model):
     cfg = _tta_config(default_scope="mmdet")
     cfg.model.update(model)
-    with pytest.raises(UserError, match="--tta: mmdet's DetTTAModel merges boxes, no masks, which"):
+    with pytest.raises(UserError, match="--tta: mmdet's DetTTAModel merges boxes but not masks"):
         evaluation.enable_tta(cfg)
     cfg = _tta_config(default_scope="mmdet", tta_model=dict(type="MyTTA"))
     cfg.model.update(model)
@@ -192,7 +192,7 @@ def test_tta_of_masks(model):
 
 
 def test_toolbox_of_a_config_without_a_default_scope():
-    """Classes of mmpretrain and mmdet as `type`, their dotted names and their scoped ones."""
+    """With classes of mmpretrain and mmdet, their dotted names and their scoped names as `type`."""
 
     class Detector:
         __module__ = "mmdet.models.detectors.retinanet"
@@ -212,7 +212,7 @@ def test_toolbox_of_a_config_without_a_default_scope():
         (dict(tta_pipeline=[]), "tta_model"),
     ],
 )
-def test_tta_that_a_config_lacks(given, missing):
+def test_tta_of_a_config_without_its_fields(given, missing):
     with pytest.raises(UserError, match=f"--tta needs {missing} in a.py"):
         evaluation.enable_tta(_tta_config(default_scope="mmengine", **given))
 

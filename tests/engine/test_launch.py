@@ -184,7 +184,7 @@ def test_distributed_on_a_cpu_keeps_the_configs_wrapper(on_cpu):
 
 @pytest.mark.parametrize("launcher", ["none", "pytorch"])
 def test_a_gpu_and_a_single_process_keep_sync_bn(monkeypatch, launcher):
-    """mmengine reverts it itself in a single process."""
+    """In a single process mmengine itself converts it."""
     monkeypatch.setattr(launch, "get_device", lambda: "cpu" if launcher == "none" else "cuda")
     cfg = _distributed_config()
     cfg.launcher = launcher

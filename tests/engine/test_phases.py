@@ -1,4 +1,4 @@
-"""Runners of every kind name what they were doing when they failed."""
+"""Errors of every kind of runner name the step that failed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ddf_mm.engine.cli import describe
 
 
 class Custom(Runner):
-    """What a toolbox or a user may have."""
+    """A runner as a toolbox or a user may define it."""
 
 
 class Net(BaseModel):

@@ -1,4 +1,4 @@
-"""CARAFE on a CPU: the formula of the paper, and mmcv's layer around it."""
+"""CARAFE in the place of mmcv's layer; its numbers are in test_family.py."""
 
 from __future__ import annotations
 
@@ -8,49 +8,55 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("mmcv._ext")
+# Makes the import of mmcv's compiled ops fail, as where they were not compiled.
+WITHOUT_COMPILED_OPS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mmcv._ext":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+"""
 
 
-@pytest.fixture(scope="module")
-def pack_class():
-    """The class, with mmcv's own registration restored."""
+def run(code: str) -> list[str]:
+    """The words that a new process prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_fpn_carafe_of_mmdet_runs_and_loads_its_weights():
+    """On a CPU, for which mmcv has no kernel; with the initialization and names of mmcv's layer."""
+    pytest.importorskip("mmcv._ext")
+    fpn_carafe = pytest.importorskip("mmdet.models.necks.fpn_carafe")
     from mmcv.ops.carafe import CARAFEPack
     from mmengine.registry import MODELS
 
-    from ddf_mm.layers.carafe import PortableCARAFEPack
+    make = lambda: fpn_carafe.FPN_CARAFE([8, 16], 8, num_outs=3)  # noqa: E731
+    mmcvs = make()
+    try:
+        import ddf_mm.layers.carafe as portable
 
-    yield PortableCARAFEPack
-    MODELS.register_module("carafe", force=True, module=CARAFEPack)
-
-
-@pytest.mark.parametrize("kernel, groups, scale", [(5, 1, 2), (3, 2, 2), (3, 1, 3)])
-def test_reassembly_is_the_papers_formula(pack_class, kernel, groups, scale):
-    channels, height, width = 4, 5, 6
-    pack = pack_class(channels, scale, up_kernel=kernel, up_group=groups).double()
-    x = torch.randn(2, channels, height, width, dtype=torch.float64)
-    mask = torch.randn(2, groups * kernel**2, scale * height, scale * width, dtype=torch.float64)
-    out = pack.feature_reassemble(x, mask)
-    assert out.shape == (2, channels, scale * height, scale * width)
-    radius = kernel // 2
-    padded = torch.nn.functional.pad(x, [radius] * 4)
-    taps = mask.unflatten(1, (groups, kernel, kernel))
-    for c in range(channels):
-        weights = taps[:, c // (channels // groups)]
-        for i in range(out.shape[2]):
-            for j in range(out.shape[3]):
-                top, left = i // scale, j // scale
-                window = padded[:, c, top : top + kernel, left : left + kernel]
-                expected = (window * weights[:, :, :, i, j]).sum(dim=(1, 2))
-                torch.testing.assert_close(out[:, c, i, j], expected)
-
-
-def test_layer_trains_on_a_cpu(pack_class):
-    pack = pack_class(8, 2)
-    pack(torch.randn(1, 8, 5, 7)).square().mean().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in pack.parameters())
+        MODELS.register_module("carafe", force=True, module=portable.PortableCARAFEPack)
+        neck = make()
+    finally:
+        MODELS.register_module("carafe", force=True, module=CARAFEPack)
+    neck.init_weights()
+    for pack in neck.upsample_modules:
+        assert type(pack) is portable.PortableCARAFEPack
+        assert 0 < pack.content_encoder.weight.std() < 0.002  # by mmcv's init_weights: 0.001
+    neck.load_state_dict(mmcvs.state_dict())
+    outs = neck([torch.randn(1, 8, 12, 16), torch.randn(1, 16, 6, 8)])
+    assert [tuple(out.shape) for out in outs] == [(1, 8, 12, 16), (1, 8, 6, 8), (1, 8, 3, 4)]
+    sum(out.square().mean() for out in outs).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in neck.parameters())
 
 
 def test_it_takes_mmcvs_place_only_when_asked_for():
+    pytest.importorskip("mmcv._ext")
     code = (
         "from mmcv.cnn import build_upsample_layer\n"
         "import mmcv.ops, ddf_mm.layers\n"
@@ -59,6 +65,14 @@ def test_it_takes_mmcvs_place_only_when_asked_for():
         "import ddf_mm.layers.carafe\n"
         "print(type(build_upsample_layer(cfg)).__name__)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-2:] == ["CARAFEPack", "PortableCARAFEPack"]
+    assert run(code)[-2:] == ["CARAFEPack", "PortableCARAFEPack"]
+
+
+def test_it_needs_no_compiled_ops_of_mmcv():
+    code = WITHOUT_COMPILED_OPS + (
+        "import torch, ddf_mm.layers.carafe\n"
+        "from mmcv.cnn import build_upsample_layer\n"
+        "layer = build_upsample_layer(dict(type='carafe', channels=8, scale_factor=2))\n"
+        "print(type(layer).__name__, *layer(torch.randn(1, 8, 5, 7)).shape)\n"
+    )
+    assert run(code)[-5:] == ["PortableCARAFEPack", "1", "8", "10", "14"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ddf_cases import DEFINITIONS, make
+from ddf_cases import DEFINITIONS, by_unfold, make, value_and_gradients
 
 from ddf_mm.ops import backend_info, ddf, ddf_reference, ddf_up
 from ddf_mm.ops.checks import COMBINES
@@ -186,6 +186,30 @@ def test_16_bit_sums_are_kept_in_float32():
     assert got == torch.tensor(256.0 + 48).bfloat16()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (3, 2, 1), (5, 1, 1), (3, 1, 2)])
+def test_every_width_of_a_group_in_channels_last(k, dilation, stride, dtype, device):
+    """CPU kernels run along rows or along channels, by the number of channels of a group."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1e-2)
+    for channels, groups in [
+        *((c, 1) for c in (*range(1, 14), 15, 17, 24, 33, 41)),
+        (6, 3),
+        (9, 3),
+    ]:
+        tensors = make(1, channels, (9, 21), k, groups, stride, dtype=dtype, device=device)
+        x, cf, sf = tensors
+        x, sf = (t.contiguous(memory_format=torch.channels_last) for t in (x, sf))
+        options = (k, dilation, stride, "mul")
+        exact = [t.double() for t in tensors]
+        grad = torch.ones_like(by_unfold(*exact, *options)).cumsum(1).to(dtype)
+        want = value_and_gradients(by_unfold, exact, grad.double(), options)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        got = value_and_gradients(ddf, (x, cf, sf), grad, options)
+        for a, b in zip(got, want, strict=True):
+            error = (a.double() - b).abs().max() / b.abs().max()
+            assert error < tolerance, (channels, groups)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_empty_batch(stride):
     x, cf, sf = make(batch=0, stride=stride, requires_grad=True)
@@ -258,7 +282,11 @@ ERRORS = [
     (dict(features=X[:, :0]), ValueError, r"features must have at least one channel.*\[2, 0"),
     (dict(features=X[..., :0]), ValueError, r"features must have at least one .*\[2, 4, 5, 0"),
     (dict(channel_filter="ones"), TypeError, "channel_filter must be a torch.Tensor, got str"),
-    (dict(channel_filter=CF[:1]), ValueError, r"channel_filter must be .*\[2, 4, 3, 3\].*got \[1"),
+    (
+        dict(channel_filter=torch.cat([CF, CF[:1]])),
+        ValueError,
+        r"channel_filter must be .*\[2, 4, 3, 3\].*got \[3",
+    ),
     (dict(channel_filter=CF[:, :2]), ValueError, r"channel_filter must be .*got \[2, 2, 3, 3\]"),
     (dict(channel_filter=CF.flatten(2)), ValueError, r"channel_filter must be .*got \[2, 4, 9\]"),
     (dict(channel_filter=CF.double()), TypeError, "channel_filter .*float32, got torch.float64"),
@@ -266,7 +294,11 @@ ERRORS = [
     (dict(kernel_size=5), ValueError, r"channel_filter must be .*\[2, 4, 5, 5\]"),
     (dict(spatial_filter=3), TypeError, "spatial_filter must be a torch.Tensor, got int"),
     (dict(spatial_filter=SF[0]), ValueError, r"spatial_filter must be .*got shape \[9, 5, 6\]"),
-    (dict(spatial_filter=SF[:1]), ValueError, r"spatial_filter must be .*B = 2.*got shape \[1"),
+    (
+        dict(spatial_filter=torch.cat([SF, SF[:1]])),
+        ValueError,
+        r"spatial_filter must be .*B = 2.*got shape \[3",
+    ),
     (dict(spatial_filter=SF[:, :8]), ValueError, "spatial_filter .*multiple of 9 .*got 8"),
     (
         dict(spatial_filter=SF.repeat(1, 3, 1, 1)),
@@ -390,7 +422,7 @@ def test_autocast_names_the_float64_tensor_that_was_given(double):
     with torch.autocast("cpu"):
         assert ddf(**tensors).dtype == torch.bfloat16
         assert ddf(**{name: t.double() for name, t in tensors.items()}).dtype == torch.float64
-        with pytest.raises(TypeError, match="where none of them is float64") as error:
+        with pytest.raises(TypeError, match="only if none of them is float64") as error:
             ddf(**{**tensors, double: tensors[double].double()})
     message = str(error.value)
     assert "torch.float64" in message and "torch.float32" in message

@@ -1,4 +1,4 @@
-"""tools/benchmark.py runs, reports what it measured and refuses nonsense."""
+"""tools/benchmark.py: reports, measured calls and error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddf_mm.benchmark import operation, timing
+from ddf_mm.benchmark import family, operation, timing
 from ddf_mm.ops import backend_info
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_cost_per_pixel_of_reports(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch) -> Callable[..., None]:
-    """Runs the tool in this process, where the toolboxes are imported."""
+    """Runs the tool in this process, which has imported the toolboxes."""
 
     def run_tool(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
@@ -154,7 +154,7 @@ def run(monkeypatch) -> Callable[..., None]:
 
 
 def options(**given: object) -> argparse.Namespace:
-    """What the tool makes of its command line, as far as the functions read it."""
+    """The parsed arguments that the functions read."""
     common = dict(command="op", device="cpu", which="forward", peers=PEERS, repeats=1)
     return argparse.Namespace(**{**common, "make_calls": operation.make_calls, **given})
 
@@ -162,7 +162,7 @@ def options(**given: object) -> argparse.Namespace:
 @pytest.mark.parametrize(
     "which, elements, outputs",
     [
-        # 4 * 5 * 6 features and outputs, 4 * 9 taps of channels, 2 * 9 * 5 * 6 of pixels
+        # 4 * 5 * 6 features and outputs, 4 * 9 taps of channel and 2 * 9 * 5 * 6 of spatial filters
         ("forward", 2 * 120 + 576, 1),
         ("grad_features", 2 * 120 + 576, 1),
         ("grad_filters", 2 * 120 + 2 * 576, 2),
@@ -170,7 +170,7 @@ def options(**given: object) -> argparse.Namespace:
         ("forward+backward", 5 * 120 + 3 * 576, 4),
     ],
 )
-def test_what_a_pass_makes_and_moves(which, elements, outputs):
+def test_outputs_and_bytes_of_a_pass(which, elements, outputs):
     setting = operation.Setting("channels_last", "float64", 3, 1, 2)
     case = operation.Case(setting, (1, 4, 5, 6))
     assert case.bytes_moved(which) == 8 * elements
@@ -207,7 +207,7 @@ def test_a_pass_times_its_own_gradients_alone(which, needed):
     assert asked_for == [needed]
 
 
-def test_only_the_peers_asked_for_are_timed():
+def test_only_the_requested_peers_are_timed():
     case = operation.Case(operation.Setting("nchw", "float32", 3, 2, 1), (1, 4, 5, 6))
     row = operation.measure(case, options(peers=["copy", "depthwise conv"]))
     assert set(row["milliseconds"]) == {"ddf", "depthwise conv", "copy"}
@@ -256,7 +256,7 @@ def test_models_of_every_toolbox(run, tmp_path, capsys, names, mode):
         pytest.importorskip(f"{SMALL[name][1]}.structures")
     configs = []
     for name in names:
-        # A checkout's own configs by their path, as a user names them.
+        # Configs of the checkout by path.
         scope, path = SMALL[name][0].split("::")
         configs.append(str(ROOT / "configs" / path) if scope == "ddf_mm" else SMALL[name][0])
     out, picture = tmp_path / "report.json", tmp_path / "picture.png"
@@ -286,7 +286,7 @@ def test_models_of_every_toolbox(run, tmp_path, capsys, names, mode):
     if "digits" in names:
         assert report["rows"][0]["parameters"] == 589_918
     if "resnet" in names:
-        # The 3x3 convolutions of four stages at 64 x 64; a strided one takes half of the others.
+        # The 3x3 convolutions of four stages at 64 x 64; a strided one costs half of the others.
         full = 64 * 64 * 9 * 64**2
         stages = 4 * full + 3 * (3 * full + full // 2)
         first, shortcuts, classifier = 64 * 64 * 27 * 64, 3 * 64 * 64 * 64**2 // 2, 5120
@@ -294,7 +294,7 @@ def test_models_of_every_toolbox(run, tmp_path, capsys, names, mode):
         assert report["rows"][1]["gmac"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_training_step_trains_in_the_precision_asked_for():
+def test_a_training_step_uses_the_requested_precision():
     pytest.importorskip("mmpretrain.structures")
     from ddf_mm.benchmark import networks
 
@@ -314,7 +314,7 @@ def test_a_training_step_trains_in_the_precision_asked_for():
 
 
 @pytest.mark.parametrize("size", [10**5, 10**7, 10**9])
-def test_buffers_take_turns_on_a_gpu(monkeypatch, size):
+def test_sets_of_buffers_exceed_the_cache_of_a_gpu(monkeypatch, size):
     cache = 60_000_000
     properties = SimpleNamespace(L2_cache_size=cache)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
@@ -395,12 +395,47 @@ def test_networks_with_changes(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["+flat"], "no +flat"),
+        (["+flat"], "unknown change +flat"),
         (["+folded", "--mode", "train"], "has no norms to train"),
     ],
 )
-def test_changes_that_there_are_not(options, message):
+def test_unknown_changes(options, message):
     config = str(ROOT / "configs/classification/ddf-mul-resnet26_digits.py")
     result = benchmark("model", config + options[0], *options[1:])
     assert result.returncode != 0 and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+SMALL = {
+    "carafe": [(2, 4, 5, 6), (2, 25, 10, 12)],
+    "involution": [(2, 6, 5, 6), (2, 3, 7, 7, 5, 6)],
+    "adaptive_conv": [(2, 3, 9, 10), (2, 5, 6, 5, 5)],
+    "convex_upsample": [(2, 2, 5, 6), (2, 576, 5, 6)],
+    "cspn": [(2, 8, 5, 6), (2, 1, 5, 6)],
+    "apply_kernel": [(2, 49, 5, 6), (2, 3, 5, 6)],
+    "dynamic_upsampling": [(2, 3, 5, 6), (2, 25, 9, 5, 6)],
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_family_compares_what_computes_the_same(name):
+    member = family.MEMBERS[name]
+    inputs = [torch.rand(size) for size in SMALL[name]]
+    expected = member.ours(*inputs)
+    for function in (member.unfold, member.original or member.unfold):
+        torch.testing.assert_close(function(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_family_reports_every_member(tmp_path):
+    assert set(family.MEMBERS) == set(SMALL)
+    out = tmp_path / "report.json"
+    options = ["--members", "convex_upsample", "dynamic_upsampling", "--repeats", "1"]
+    result = benchmark("family", *options, "--threads", "1", "--backward", "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["convex_upsample", "dynamic_upsampling"]
+    assert "original" not in rows[0]["milliseconds"]  # it is by unfold
+    for row in rows:
+        names = {"ddf_mm", "unfold"} | ({"original"} if row is rows[1] else set())
+        assert set(row["milliseconds"]) == set(row["peak_extra_bytes"]) == names
+        assert 0 < row["error"] < 1e-5 and min(row["milliseconds"].values()) > 0

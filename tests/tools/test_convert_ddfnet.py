@@ -43,7 +43,7 @@ def run(monkeypatch, *arguments):
 
 @pytest.fixture
 def refuses(monkeypatch, capsys):
-    """Runs the tool, which has to end in one line that holds something."""
+    """Runs the tool, which must fail with one line that contains the message."""
 
     def check(message, *arguments):
         with pytest.raises(SystemExit):
@@ -100,7 +100,7 @@ def test_backbone_only(state_dict, tmp_path, monkeypatch):
 
 
 def test_training_checkpoint(state_dict, tmp_path):
-    """timm's, of a distributed training: prefixes, options, a running average."""
+    """A checkpoint of timm's distributed training: prefixes, options, a moving average."""
     averaged = {f"module.{name}": value + 1 for name, value in state_dict.items()}
     path = tmp_path / "model_best.pth.tar"
     torch.save(
@@ -141,7 +141,7 @@ def test_combine_of_name(name, combine):
     assert conversion.combine_of_name(name) == combine
 
 
-def test_the_combination_is_asked_for_where_no_name_tells(networks, tmp_path, refuses, monkeypatch):
+def test_combination_is_required_if_no_name_has_it(networks, tmp_path, refuses, monkeypatch):
     for combine, network in networks.items():
         src = tmp_path / f"{combine}.pth"
         torch.save(network.state_dict(), src)
@@ -150,7 +150,7 @@ def test_the_combination_is_asked_for_where_no_name_tells(networks, tmp_path, re
 
 
 def test_other_depths_and_sizes_are_found():
-    """The network's arguments come from the sizes of its weights."""
+    """The network's arguments are derived from the sizes of its weights."""
     for arguments in [
         dict(depth=101),
         dict(depth=152, in_channels=4),
@@ -197,9 +197,15 @@ def convert_again(weights):
         (drop, r"DDF-ResNet50: .*Missing key.*: \"layer3.2.bn2.weight\""),
         (add, r"Unexpected key.*: \"layer1.0.se.conv.weight\""),
         (resize, r"layer2.0.conv1.weight: .*\[3, 3\].*\[128, 256, 1, 1\]"),
-        (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet knows 26: \(2, 2, 2, 2\)"),
-        (plain, r"holds no DDF-ResNet: it lacks 'layer1.0.conv2.spatial_branch.0.weight'"),
-        (convert_again, r"is no official checkpoint: its names start with 'backbone.'"),
+        (shorten, r"stages of \(3, 4, 5, 3\) blocks; DDFResNet supports 26: \(2, 2, 2, 2\)"),
+        (
+            plain,
+            r"not the checkpoint of a DDF-ResNet: .* 'layer1.0.conv2.spatial_branch.0.weight'",
+        ),
+        (
+            convert_again,
+            r"is not an official checkpoint: its parameter names start with 'backbone.'",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -223,7 +229,7 @@ class Attack:
 def test_a_file_that_would_run_code_is_refused(tmp_path, refuses):
     src, made = tmp_path / "ddf_mul_resnet50.pth", tmp_path / "made"
     torch.save(dict(state_dict=dict(weight=Attack(str(made)))), src)
-    refuses("which could run code", src, tmp_path / "ddf.pth")
+    refuses("which could execute code", src, tmp_path / "ddf.pth")
     assert not made.exists()
 
 

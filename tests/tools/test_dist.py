@@ -14,7 +14,7 @@ from ddf_mm.engine import torchrun
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
-# No toolbox: mmengine alone starts faster, and is all that the scripts need.
+# Without a toolbox: the scripts need mmengine only, and it starts faster.
 CONFIG = """
 custom_imports = dict(imports=["parts"], allow_failed_imports=False)
 model = dict(type="TinyModel", norm_cfg=dict(type="SyncBN", requires_grad=True))
@@ -30,7 +30,7 @@ custom_hooks = [dict(type="RankRecorder")]
 """
 
 PARTS = '''
-"""A model, a dataset, a metric and a hook that writes down what each rank ended with."""
+"""A model, a dataset, a metric and a hook that records the final state of each rank."""
 import os
 import weakref
 from pathlib import Path
@@ -48,7 +48,7 @@ from torch.utils.data import Dataset
 class TinyModel(BaseModel):
     def __init__(self, norm_cfg):
         super().__init__()
-        # Without this the two ranks would start, and perhaps end, alike by their common seed.
+        # Different initial weights: with the common seed they would be equal even without DDP.
         torch.manual_seed(int(os.environ["RANK"]))
         self.conv = ConvModule(1, 2, 3, norm_cfg=norm_cfg)
 
@@ -81,7 +81,7 @@ class SampleIndices(BaseMetric):
 @HOOKS.register_module()
 class RankRecorder(Hook):
     def watch(self, model, path):
-        """Write down whether the model outlives the process group."""
+        """Record whether the model outlives the process group."""
         destroy = torch.distributed.destroy_process_group
 
         def destroy_():
@@ -164,7 +164,7 @@ def test_two_processes_train_one_model(trained):
         assert int(rank["threads"]) == max(1, cores // 2)
     for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
         assert torch.equal(a, b)
-    # They did see different data: shares of each epoch, and statistics that are not shared.
+    # The ranks had different data: a part of each epoch, and batch statistics that are not shared.
     for epoch in (slice(0, 4), slice(4, 8)):
         shares = [set(map(int, rank["indices"][epoch])) for rank in ranks]
         assert shares[0] | shares[1] == set(range(8))
@@ -172,7 +172,7 @@ def test_two_processes_train_one_model(trained):
 
 
 def test_the_model_is_gone_before_the_process_group(trained):
-    """DistributedDataParallel that is freed after its group may end a process by SIGABRT."""
+    """A DistributedDataParallel that is freed after its group may abort the process."""
     assert [(trained / f"alive{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
 

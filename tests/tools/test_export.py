@@ -1,4 +1,4 @@
-"""`tools/export.py`: what it writes computes what the model does, in standard operators alone."""
+"""`tools/export.py`: its files have only standard operators and compute the model's outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ model = dict(
 """
 
 DETECTOR = '''
-"""A model as the toolboxes have them, with weights that are not the trivial ones of a start."""
+"""A model like those of the toolboxes, with weights that differ from the initial ones."""
 import os
 
 import torch
@@ -93,7 +93,7 @@ import ddf_mm.models
 
 
 class EveryKind(torch.nn.Module):
-    """The op with every kind of argument that the translation tells apart."""
+    """The op with every kind of arguments that the translation distinguishes."""
 
     KINDS = (
         dict(kernel_size=3, stride=1, kernel_combine="add"),
@@ -173,7 +173,7 @@ def test_standard_operators_of_a_bounded_number(exported):
 
 
 @pytest.mark.parametrize("size", [Size(1, 96, 64), Size(5, 41, 129)], ids=str)
-def test_files_serve_sizes_that_the_tool_did_not_check(exported, size):
+def test_files_accept_sizes_that_the_tool_did_not_check(exported, size):
     images = size.images(3)
     got = export.load_onnx(exported / "model.onnx", 1)(images)
     want = export.load_program(exported / "model.pt2")(images)
@@ -183,7 +183,7 @@ def test_files_serve_sizes_that_the_tool_did_not_check(exported, size):
 
 
 def test_images_so_small_that_maps_have_one_pixel(run, folder):
-    """torch.export takes a size of 1 for a constant. The tool checks images of other sizes, too."""
+    """torch.export treats a size of 1 as a constant; the tool also checks other image sizes."""
     small = ["--size", "8", "8", "--out", "small"]
     result = run(*small)
     assert result.code == 0, result.stderr
@@ -191,7 +191,7 @@ def test_images_so_small_that_maps_have_one_pixel(run, folder):
     program = [*small, "--format", "torch.export"]
     result = run(*program)
     assert result.code == 1 and result.stderr.count("\n") == 1
-    assert "the file does not take images of 1 x 8 x 8: " in result.stderr
+    assert "the file does not run with images of 1 x 8 x 8: " in result.stderr
     assert "--static exports it for one size" in result.stderr
     assert not (folder / "here" / "small.pt2").exists()
     result = run(*program, "--static")
@@ -222,11 +222,11 @@ class Poolings(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.MaxPool2d(**given) for given in arguments)
 
     def forward(self, x):
-        # As the stock FPN makes its extra levels.
+        # Like the extra levels of the stock FPN.
         return *(layer(x) for layer in self.layers), torch.nn.functional.max_pool2d(x, 1, stride=2)
 
 
-def test_programs_with_strided_poolings_serve_sizes_of_any_parity():
+def test_programs_with_strided_poolings_accept_sizes_of_any_parity():
     model = Poolings(
         dict(kernel_size=3, stride=2, padding=1),
         dict(kernel_size=2),
@@ -243,7 +243,7 @@ def test_programs_with_strided_poolings_serve_sizes_of_any_parity():
 def test_a_file_that_fails_its_check_is_not_left(run, folder):
     result = run("--out", "wrong", "--static", WRONG="1")
     assert result.code == 1
-    assert "computes something else than the model" in result.stderr
+    assert "the results of the file differ from the model's" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not [path for path in (folder / "here").iterdir() if "wrong" in path.name]
 
@@ -257,7 +257,7 @@ ERRORS = {
         ["--cfg-options", "model.neck._delete_=True", "model.neck.type=OneSize",
          "model.backbone.type=OneSize", "model.backbone._delete_=True"],
         1,
-        "does not take images of every size",
+        "cannot be exported for images of every size",
     ),
 }  # fmt: skip
 
@@ -292,5 +292,5 @@ def test_every_kind_of_argument(tmp_path):
             assert str(want.dtype).removeprefix("torch.") == str(got.dtype)
             eps = torch.finfo(want.dtype).eps
             error = (torch.from_numpy(got) - want).abs().max()
-            # 25 products, and the last rounding of float16.
+            # 25 products, and the rounding of the result to float16.
             assert error < 20 * eps * want.abs().max()

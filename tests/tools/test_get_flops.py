@@ -31,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def rows(printed: str) -> dict[str, list[str]]:
-    """The table's cells after the first, by the first."""
+    """The rows of the table, by the cell of the first column."""
     lines = [line.strip("│ ").split("│") for line in printed.splitlines() if "│" in line]
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
 
@@ -75,7 +75,7 @@ data_preprocessor = dict(mean=[0.0] * 4, std=[1.0] * 4, to_rgb=False)
     assert done.returncode == 0, done.stderr
     table = rows(done.stdout)
     assert list(table) == ["four", "with ResNet-50", "resnet50_8xb32_in1k"]
-    # The 64 kernels of 7 x 7 of the stem that read the fourth channel.
+    # The stem's 64 kernels of 7 x 7 for the fourth channel.
     twin, three = (float(table[name][1].split()[0]) for name in ("with ResNet-50", list(table)[2]))
     assert twin >= three and float(table["four"][1].split()[0]) == pytest.approx(16.85, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""The stages of gpu_check.sh, with stand-ins for Python, which sees no GPU here, and sanitizer."""
+"""The stages of gpu_check.sh, with scripts that replace Python (for a GPU) and the sanitizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ABOUT = "2026-01-01  Some GPU  torch 2.11"
-# Logs each call; fails in those that have the word FAIL_AT in them; times like benchmark.py.
+# Logs each call; fails in calls that contain $FAIL_AT; writes times like benchmark.py.
 PYTHON = f"""#!/usr/bin/env bash
 case "$1" in
     -) echo "{ABOUT}"; echo 9.0; exit 0 ;;
@@ -37,7 +37,7 @@ shift 4
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """What benchmark.py writes, of one small shape."""
+    """A report of benchmark.py for one small shape."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     options = "--device cpu --shapes 1,8,4,4 --repeats 1 --peers copy --json"
     command = [sys.executable, TOOLS / "benchmark.py", "op", *options.split(), path]
@@ -47,7 +47,7 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def check(tmp_path, report):
-    """Runs gpu_check.sh with the stand-ins; returns the process, OUT and the calls of Python."""
+    """Runs gpu_check.sh with these scripts; returns the process, OUT and the calls of Python."""
     (tmp_path / "bin").mkdir()
     for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
         path = tmp_path / "bin" / name
@@ -115,23 +115,23 @@ def test_a_failure_is_reported_and_stops_nothing(check, word, failed, count):
 def test_what_is_missing_is_said_in_one_line(check, tmp_path):
     process, _, calls = check("test", "sanitize", NO_PYTEST="1")
     assert process.returncode == 1 and not calls
-    assert "test: pytest is not there: pip install pytest" in process.stderr
+    assert "test: pytest is not installed: pip install pytest" in process.stderr
     (tmp_path / "bin" / "compute-sanitizer").unlink()
     process, _, calls = check("sanitize", PATH="/usr/bin:/bin")
     assert process.returncode == 1 and not calls
-    assert "compute-sanitizer is not there" in process.stderr
+    assert "compute-sanitizer was not found" in process.stderr
 
 
 def test_no_gpu_is_an_error(tmp_path):
-    """With the real Python, on a machine without a GPU; with one there is nothing to see."""
+    """With the real Python; only on a machine without a GPU."""
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     command = ["bash", str(TOOLS / "gpu_check.sh"), "test", str(tmp_path)]
     process = subprocess.run(command, env=hidden, text=True, capture_output=True, check=False)
     assert process.returncode == 1
-    assert "torch sees no CUDA device" in process.stderr
+    assert "torch finds no CUDA device" in process.stderr
 
 
 def test_a_word_that_is_no_stage(tmp_path):
     command = ["bash", str(TOOLS / "gpu_check.sh"), str(tmp_path), "build"]
     process = subprocess.run(command, text=True, capture_output=True, check=False)
-    assert process.returncode == 2 and "one OUT at most" in process.stderr
+    assert process.returncode == 2 and "at most one OUT" in process.stderr

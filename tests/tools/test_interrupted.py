@@ -1,4 +1,4 @@
-"""A training that is killed and resumed ends with the very weights of one that was left alone."""
+"""A training that is killed and resumed ends with the weights of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ randomness = dict(seed=3, deterministic=True)
 """
 
 PARTS = '''
-"""Images, a network and a training full of random numbers, and a hook that kills the process."""
+"""Images, a network and a training that use random numbers, and a hook that kills the process."""
 import os
 import random
 import resource
@@ -71,7 +71,7 @@ class NoisyNet(BaseModel):
         self.layers = nn.Sequential(
             nn.Conv2d(3, 8, 1), DDFPack(8, stride=2), nn.BatchNorm2d(8), nn.Dropout(0.3),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-        # So that a checkpoint is much larger than anything else that the training writes.
+        # Makes checkpoints much larger than all other files of the training.
         self.register_buffer("ballast", torch.zeros(1 << 18))
 
     def forward(self, images, labels, mode="tensor"):
@@ -92,7 +92,8 @@ class Count(BaseMetric):
 
 @HOOKS.register_module()
 class Killer(Hook):
-    """KILL_AT=epoch,iteration kills before an iteration, KILL_WRITING=epoch in a checkpoint."""
+    """KILL_AT=epoch,iteration kills the process before an iteration, KILL_WRITING=epoch while it
+    writes a checkpoint."""
 
     def before_train_epoch(self, runner):
         with Path(runner.work_dir, "epochs.txt").open("a") as file:
@@ -104,7 +105,7 @@ class Killer(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint):
         if os.environ.get("KILL_WRITING") == str(runner.epoch):
-            # A kill in the middle of a write, at the same byte each time.
+            # Kills in the middle of a write, always at the same byte.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
@@ -116,13 +117,13 @@ from mmengine.utils.dl_utils import collect_env
 import ddf_mm.engine.launch
 import ddf_mm.layers
 
-collect_env()  # for what it imports
+collect_env()  # for the modules that it imports
 """
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Trains into the work folder of a name; returns that folder and what the script gave."""
+    """Trains in a work folder; returns the folder and the finished process."""
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "config.py").write_text(CONFIG)
     (folder / "noisy_parts.py").write_text(PARTS)
@@ -171,7 +172,7 @@ def test_killed_within_an_epoch(train, undisturbed):
 def test_killed_while_it_writes_a_checkpoint(train, undisturbed):
     work_dir, result = train("writing", KILL_WRITING="1")
     assert result.code == -signal.SIGXFSZ
-    # The only checkpoint that may be kept was not given up for one that is not whole.
+    # The only checkpoint that is kept was not removed before the new one was complete.
     whole = [path for path in work_dir.iterdir() if path.suffix == ".pth" and path.name[0] != "."]
     assert [path.name for path in whole] == ["epoch_1.pth"]
     assert (work_dir / "last_checkpoint").read_text() == str(whole[0])
@@ -203,6 +204,7 @@ def test_only_a_part_of_a_checkpoint_is_left(train):
     _, result = train("fresh", "--resume")
     assert result.code == 1
     assert (
-        "--resume found no whole checkpoint" in result.stderr and checkpoint.name in result.stderr
+        "--resume found no complete checkpoint" in result.stderr
+        and checkpoint.name in result.stderr
     )
     assert result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Our tools, and mmdet's and mmseg's own, on configs with a DDF backbone and neck."""
+"""The tools of this package, mmdet and mmseg with configs with a DDF backbone and neck."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ model = dict(
     neck=dict(type="ddf_mm.DDFUpFPN", in_channels=[32, 64, 128, 256], out_channels=16,
               guidance=True),
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
-    # Two iterations teach no confidence.
+    # After two iterations all scores are low.
     test_cfg=dict(score_thr=0.0),
 )
 tta_pipeline = [
@@ -103,7 +103,7 @@ default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of 97 x 65 pixels with a bright box, its COCO annotation and its mask."""
+    """Four images of 97 x 65 pixels with a bright rectangle, its COCO annotation and its mask."""
     folder = tmp_path_factory.mktemp("toolboxes")
     data = folder / "data"
     (data / "images").mkdir(parents=True)
@@ -155,7 +155,7 @@ def run(work: Path, tool: str, *arguments: str) -> str:
 
 def test_mmdet(work):
     pytest.importorskip("mmdet")
-    # Validates in float32 after an epoch in mixed precision.
+    # Validation is in float32 after an epoch in mixed precision.
     run(work, "train.py", "detection.py", "--work-dir", "det", "--amp")
     test = ["detection.py", "det/epoch_1.pth", "--work-dir", "det"]
     options = ["--out", "det/predictions.pkl", "--show-dir", "shown"]
@@ -163,7 +163,7 @@ def test_mmdet(work):
     assert len(load(work / "det" / "predictions.pkl")) == 4
     assert "coco/bbox_mAP" in run(work, "test.py", *test, "--tta")
     assert len(list((work / "det").glob("*/shown/*.png"))) == 4
-    # A sheet beside the config is all that is written there.
+    # Apart from the config, only the sheet is in this folder.
     there, text = set(work.iterdir()), (work / "detection.py").read_text()
     drawn = ["detection.py", "det/epoch_1.pth", "--out", "sheet.png", "--num", "2", "--score", "0"]
     run(work, "analysis/draw_predictions.py", *drawn)
@@ -176,7 +176,7 @@ def test_mmdet(work):
 
 
 def test_mmdet_on_several_datasets(work):
-    """Each with a metric of its own."""
+    """Each with its own metric."""
     pytest.importorskip("mmdet")
     (work / "several.py").write_text("""
 _base_ = "detection.py"
@@ -195,11 +195,11 @@ tta_pipeline = None
     said = run(work, "test.py", *test, "--out", "several.pkl", "--show-dir", "pictures")
     assert "one/coco/bbox_mAP" in said and "two/coco/bbox_mAP" in said
     assert len(load(work / "several.pkl")) == 8
-    assert len(list((work / "several").glob("*/pictures/*.png"))) == 4  # both sets name them alike
+    assert len(list((work / "several").glob("*/pictures/*.png"))) == 4  # equal names in both sets
 
 
 def test_mmdet_resumes_distributed(work):
-    """Two processes over gloo; what they resume has the averaged weights of EMAHook, too."""
+    """Two processes with gloo, and a checkpoint with the averaged weights of EMAHook."""
     pytest.importorskip("mmdet")
     work_dir = ["--work-dir", "ddp"]
     run(work, "train.py", "detection.py", *work_dir)
@@ -221,7 +221,7 @@ def test_mmdet_resumes_distributed(work):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = torch.load(work / "ddp" / "epoch_2.pth", weights_only=False)
-    # Four pictures, two in a batch, two processes: one iteration more.
+    # Four images in batches of two for two processes: one more iteration.
     assert resumed["meta"]["iter"] == saved["meta"]["iter"] + 1 == 3
     assert resumed["ema_state_dict"]["steps"] == 3
 
@@ -246,12 +246,9 @@ def test_mmseg(work):
     assert len(list((work / "seg" / "shown").rglob("*.png"))) == 4
 
 
-# ------------------------------------------------------------------ the toolboxes' own tools
-
-
 @pytest.fixture
 def run_theirs(work, monkeypatch, capfd):
-    """Runs a tool of a toolbox in this process, where the toolbox is imported already."""
+    """Runs a tool of a toolbox in this process, which has imported the toolbox."""
 
     def run_tool(toolbox: str, tool: str, *arguments: str) -> str:
         path = Path(get_installed_path(toolbox)) / ".mim" / "tools" / tool

@@ -72,7 +72,7 @@ def test_averaged_weights_and_what_inferencers_read(trained, monkeypatch, capsys
     assert "left out  ema_state_dict, message_hub, optimizer\n" in printed
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f"line-{digest[:8]}.pth" and digest in printed
-    # Tensors, numbers and text alone: anyone's torch reads it without being told to trust it.
+    # Only tensors, numbers and text, which torch loads by default.
     published = torch.load(path, weights_only=True)
     original = torch.load(trained, weights_only=False)
     assert set(published) == {"meta", "state_dict"}
@@ -104,8 +104,8 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "no.pth", out], "no.pth' is not a file"),
         ([state, tmp_path / "no" / "out.pth"], "is in a folder that does not exist"),
-        ([plain, out], "has no 'state_dict': it is no checkpoint of a Runner"),
-        ([state, out, "--no-ema"], "holds no moving average for --no-ema to leave out"),
+        ([plain, out], "has no 'state_dict': it is not a checkpoint of a Runner"),
+        ([state, out, "--no-ema"], "has no moving average, which --no-ema would omit"),
     ]:
         assert message in refused(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.glob("out*"))

@@ -20,7 +20,7 @@ TOOL = Path(mmpretrain.__file__).parent / ".mim/tools/model_converters/reparamet
 @pytest.mark.skipif(not TOOL.is_file(), reason="an mmpretrain without its tools")
 def test_the_deployed_checkpoint_gives_the_same_scores(tmp_path):
     model = init_model(str(CONFIG), device="cpu")
-    model.train()(torch.randn(8, 3, 32, 32))  # running statistics of something
+    model.train()(torch.randn(8, 3, 32, 32))  # non-initial running statistics
     torch.save({"state_dict": model.state_dict(), "meta": {}}, tmp_path / "model.pth")
     arguments = [CONFIG, tmp_path / "model.pth", tmp_path / "deployed.pth"]
     subprocess.run([sys.executable, TOOL, *arguments], check=True, cwd=ROOT, capture_output=True)

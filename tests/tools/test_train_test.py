@@ -131,13 +131,13 @@ from mmpretrain.utils import register_all_modules
 import ddf_mm.engine.evaluation
 
 register_all_modules(init_default_scope=False)
-collect_env()  # for what it imports
+collect_env()  # for the modules that it imports
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder, with a blank in its name, of images, a config and the module it imports."""
+    """A folder, with a space in its name, of images, a config and the module that it imports."""
     folder = tmp_path_factory.mktemp("a project")
     generator = np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):
@@ -156,14 +156,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Run a script from a working directory that holds neither the config nor the project."""
+    """Run a script in another folder than those of the config and of the project."""
     with ForkServer(folder, PRELOAD) as server:
         yield server.run
 
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """The work folder of two epochs, trained with options that must not get in each other's way."""
+    """The work folder of two epochs, trained with options that must not affect each other."""
     process = subprocess.run(
         [sys.executable, TRAIN, "../configs/tiny.py", "--seed", "7", "--deterministic"],
         cwd=folder / "here",
@@ -499,11 +499,11 @@ TEST_ERRORS = {
         ["while writing --out '../notes.txt/a.json': "],
     ),
     "no tensor": ([CFG, "../text.pth"], 1, ["head.fc.weight is str", "torch.float32"]),
-    "program": ([CFG, "../program.pth"], 1, ["'../program.pth' was not loaded", "could run code"]),
+    "program": ([CFG, "../program.pth"], 1, ["program.pth' was not loaded", "could execute code"]),
     "pictures of several views": (
         [CFG, "../garbage.pth", "--tta", "--show-dir", "shown"],
         2,
-        ["--tta does not go with --show, --show-dir", "VisualizationHook"],
+        ["--tta does not work with --show, --show-dir", "VisualizationHook"],
     ),
     "item without file": ([CFG, "../garbage.pth", "--out-item", "pred"], 2, ["--out"]),
     "format of the metrics": (
@@ -516,7 +516,7 @@ TEST_ERRORS = {
 
 
 class _Program:
-    """Unpickling it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: str):
         self.path = path
@@ -575,7 +575,7 @@ def _check_one_line(result, prog, code, mentions):
         assert mention in lines[0]
 
 
-# Where addresses that are not of this machine lead.
+# Proxy for all addresses that are not of this machine.
 NO_NETWORK = dict(http_proxy="http://localhost:9", https_proxy="http://localhost:9")
 
 
@@ -630,7 +630,7 @@ def test_fine_tune_an_average_to_other_classes(run, folder, runner, hook):
 
 
 def test_labels_beyond_the_classes(run, folder):
-    """The first step fails, where an error may be anybody's fault."""
+    """The first iteration fails, in which an error may be a bug of the code."""
     (folder / "classes.txt").write_text("cat/0.png 7\n" * 4)
     result = run(
         TRAIN, CFG, "--work-dir", "../labels", "--cfg-options",
@@ -754,8 +754,8 @@ custom_hooks = [dict(type=EMAHook)]
 
 
 def test_config_in_pure_python(run, folder):
-    """Classes in the place of names, without a default scope, and the scheduler that saves a
-    method; then from the config that the run has dumped."""
+    """Classes instead of names, without a default scope, and the scheduler that saves a method;
+    then from the config that the run has saved."""
     config, work_dir = folder / "configs" / "python.py", folder / "python"
     config.write_text(PYTHON_CONFIG)
     common = ["--work-dir", work_dir]
@@ -776,7 +776,7 @@ def test_config_in_pure_python(run, folder):
 
 
 def test_a_config_that_a_toolbox_ships(run, folder, trained):
-    """Reaches the data, which are not there."""
+    """Fails at the data, which do not exist, so the config was read."""
     result = run(
         TEST, "mmpretrain::resnet/resnet18_8xb16_cifar10.py", trained / "epoch_2.pth",
         "--work-dir", "../shipped", "--cfg-options", "test_dataloader.dataset.data_root=../none",

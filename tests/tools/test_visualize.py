@@ -1,4 +1,4 @@
-"""The pictures of tools/analysis: what they show is what the network computes."""
+"""The tools that draw: their pictures show the values that the network computes."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def checkpoint(model, tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a tool in this process, where the toolbox is imported."""
+    """Runs a tool in this process, which has imported the toolbox."""
 
     def run_tool(tool: str, *arguments: object) -> None:
         path = str(TOOLS / f"{tool}.py")
@@ -62,7 +62,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(run, capfd):
-    """Runs a tool on what it refuses; returns its one line of stderr."""
+    """Runs a tool with invalid arguments; returns its one line of stderr."""
 
     def run_tool(tool: str, *arguments: object) -> str:
         capfd.readouterr()
@@ -77,7 +77,7 @@ def refused(run, capfd):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Those that are saved, in turn."""
+    """The figures that are saved, in order."""
     saved: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: saved.append(f) or save(f, *a, **k))
@@ -297,9 +297,9 @@ class TestCurves:
 
     def test_bad_logs_and_arguments(self, refused, tmp_path):
         assert "'nowhere' is neither a file nor a folder" in refused("plot_curves", "nowhere")
-        assert "holds no */vis_data/scalars.json" in refused("plot_curves", tmp_path)
+        assert "has no */vis_data/scalars.json" in refused("plot_curves", tmp_path)
         log = write_log(tmp_path / "run", records(2, 10))
-        assert "--metrics mAP: not in the log, which holds accuracy/top1" in refused(
+        assert "--metrics mAP: not in the log, which has accuracy/top1" in refused(
             "plot_curves", log, "--metrics", "mAP"
         )
         log.write_text('{"loss": 1, "step": 1}\n{"loss"')
@@ -307,4 +307,4 @@ class TestCurves:
         log.write_text("[1]\n")
         assert "line 1 must be a JSON object" in refused("plot_curves", log)
         log.write_text('{"accuracy/top1": 3, "step": 1}\n')
-        assert "holds no record with a loss" in refused("plot_curves", log)
+        assert "has no record with a loss" in refused("plot_curves", log)

@@ -32,13 +32,13 @@ def parse_args() -> argparse.Namespace:
         "--enlarge",
         type=int,
         default=3,
-        help="times that images are enlarged; default: %(default)s",
+        help="factor by which images are enlarged; default: %(default)s",
     )
     parser.add_argument(
         "--score",
         type=float,
         default=0.5,
-        help="least score of what is drawn; default: %(default)s",
+        help="least score of the predictions to draw; default: %(default)s",
     )
     parser.add_argument("--cfg-options", nargs="+", action=cli.ConfigOptions, metavar="KEY=VALUE")
     args = parser.parse_args()
@@ -54,11 +54,11 @@ def enlarge_maps(maps: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def enlarge_predictions(sample: BaseDataElement, times: int) -> BaseDataElement:
-    """Enlarges what mmdet and mmseg predict, in place.
+    """Enlarges predictions of mmdet and mmseg, in place.
 
     Args:
         sample: a data sample with ``pred_instances`` or ``pred_sem_seg``.
-        times: how many times.
+        times: the factor.
 
     Returns:
         The sample.
@@ -102,7 +102,7 @@ def main() -> None:
     checkpoints.load_checkpoint(model, args.checkpoint)
     model.to(get_device())
     dataset = analysis.build_dataset(cfg, "test_dataloader")
-    # The sheet is all that this tool writes.
+    # Without backends, which would write further files.
     visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
     visualizer.dataset_meta = dataset.metainfo
 
@@ -121,7 +121,7 @@ def main() -> None:
                 np.ascontiguousarray(picture),
                 enlarge_predictions(sample.cpu(), args.enlarge),
                 draw_gt=False,
-                # The visualizers agree on what they write, not on what get_image() returns.
+                # The visualizers write the same format, but their get_image() differ.
                 out_file=str(drawn),
                 **options,
             )

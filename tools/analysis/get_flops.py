@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Count the parameters and multiply-adds of models, beside the same models with a ResNet.
+"""Count the parameters and multiply-adds of models and of the same models with a ResNet.
 
-One image goes through each model; what its convolutions, matrix products and dynamic filters cost
-is counted op by op. Pooling, norms, activations and the combination of the two filters of a DDF
-are not counted."""
+Each model is run with one image, and its convolutions, matrix products and dynamic filters are
+counted. Pooling, norms, activations and the combination of the two filters of a DDF are not
+counted."""
 
 import argparse
 import copy
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         help="height and width of the image, or one number for both; default: "
         + ", ".join(f"{h} {w} for {scope}" for scope, (h, w) in SHAPES.items()),
     )
-    parser.add_argument("--no-resnet", action="store_true", help="leave the ResNet twins out")
+    parser.add_argument("--no-resnet", action="store_true", help="omit the models with a ResNet")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -49,8 +49,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def with_resnet(cfg: Config) -> Config | None:
-    """The config with the ResNet of the same depth; None if it has no DDFResNet, or none of a
-    depth that ResNet comes in."""
+    """The config with the ResNet of the same depth; None if it has no DDFResNet, or one of a depth
+    that ResNet does not have."""
     backbone = cfg.model.get("backbone") or {}
     kind = launch.find_class(cfg, MODELS, backbone) if backbone else None
     if kind not in (DDFResNet, DDFResNet_CIFAR):
@@ -65,7 +65,7 @@ def with_resnet(cfg: Config) -> Config | None:
 
 
 def measure(cfg: Config, shape: tuple[int, int]) -> Cost:
-    """Count what one image of ``shape`` costs."""
+    """Count the parameters and operations for one image of ``shape``."""
     analysis.fit_to(cfg, shape)
     model = analysis.build_model(cfg)
     return analysis.count(model, analysis.example_batch(cfg, 1, shape))
@@ -96,7 +96,7 @@ def main() -> None:
                 f"{cost.taps / 1e9:.3f}",
                 ratio,
             )
-    # No wrapping where the output is a file, whose width is unknown.
+    # A file has no width to wrap the table to.
     console = Console()
     if not console.is_terminal:
         console.width = 160

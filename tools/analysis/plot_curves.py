@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from ddf_mm.engine import cli
 
-# What mmengine's LoggerHook writes beside the metrics of a validation.
+# Keys that mmengine's LoggerHook writes besides the metrics of a validation.
 TIMING_KEYS = ("data_time", "time", "step")
 LOSS_COLOR, METRIC_COLORS = "tab:orange", ("tab:blue", "tab:green", "tab:purple", "tab:brown")
 
@@ -24,27 +24,30 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "log",
         type=Path,
-        help="scalars.json of mmengine's LocalVisBackend, or a work folder, whose latest is taken",
+        help="scalars.json of mmengine's LocalVisBackend, or a work folder with such files, of "
+        "which the latest is used",
     )
-    parser.add_argument("--out", type=Path, help="PNG to write; default: curve.png beside the log")
+    parser.add_argument(
+        "--out", type=Path, help="PNG to write; default: curve.png in the log's folder"
+    )
     parser.add_argument(
         "--metrics",
         nargs="+",
         metavar="KEY",
-        help="metrics to draw, such as accuracy/top1; default: the first that the log holds",
+        help="metrics to draw, such as accuracy/top1; default: the first one in the log",
     )
     parser.add_argument("--title", help="default: the name of the log's folder")
     return parser.parse_args()
 
 
 def find_log(path: Path) -> Path:
-    """The log that a path stands for.
+    """Find the log to draw.
 
     Args:
         path: a log, or a work folder with logs in ``<timestamp>/vis_data``.
 
     Returns:
-        The path, or the latest log in the folder that holds records of training.
+        The path, or the latest log in the folder that has records of training.
 
     Raises:
         UserError: there is no such log.
@@ -53,13 +56,13 @@ def find_log(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise cli.UserError(f"log {str(path)!r} is neither a file nor a folder", exit_code=2)
-    # The folders are named after the time at which a run started.
+    # The folders are named after the start time of the run.
     for log in sorted(path.glob("**/vis_data/scalars.json"), reverse=True):
         if read_log(log)[0]:
             return log
     raise cli.UserError(
-        f"folder {str(path)!r} holds no */vis_data/scalars.json with records of training: give "
-        "the work folder of a run whose visualizer has LocalVisBackend"
+        f"folder {str(path)!r} has no */vis_data/scalars.json with records of training: it must "
+        "be the work folder of a run whose visualizer has LocalVisBackend"
     )
 
 
@@ -67,13 +70,13 @@ def read_log(path: Path) -> tuple[list[dict], list[dict]]:
     """The records of training, those with a loss, and of validation in a log.
 
     Args:
-        path: JSON records, one a line, as mmengine's LocalVisBackend writes them.
+        path: a file of mmengine's LocalVisBackend, with one JSON record per line.
 
     Returns:
         The two lists, in the order of the log.
 
     Raises:
-        UserError: the file is no such log.
+        UserError: the file is not such a log.
     """
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
@@ -99,10 +102,10 @@ def choose_metrics(validation: list[dict], wanted: list[str] | None) -> list[str
         wanted: names of metrics, or ``None`` for the first in the log.
 
     Returns:
-        Names that the log holds.
+        Names of metrics in the log.
 
     Raises:
-        UserError: a wanted one is not in the log.
+        UserError: a metric of ``wanted`` is not in the log.
     """
     known = []
     for record in validation:
@@ -114,7 +117,7 @@ def choose_metrics(validation: list[dict], wanted: list[str] | None) -> list[str
     missing = [key for key in wanted if key not in known]
     if missing:
         raise cli.UserError(
-            f"--metrics {' '.join(missing)}: not in the log, which holds "
+            f"--metrics {' '.join(missing)}: not in the log, which has "
             f"{', '.join(known) or 'none'}",
             exit_code=2,
         )
@@ -128,7 +131,7 @@ def plot(
 
     Args:
         training: records of training, at least one.
-        validation: records of validation, whose ``step`` counts what the x axis counts.
+        validation: records of validation, whose ``step`` is in units of the x axis.
         metrics: names of the metrics to draw.
         title: title of the figure.
 
@@ -138,8 +141,8 @@ def plot(
     by_epoch = "epoch" in training[-1]
     steps = [record["step"] for record in training]
     if by_epoch:
-        # The log does not hold the length of an epoch; the last record of a long run is within
-        # an epoch's end by less than the rounding.
+        # The log does not have the number of iterations per epoch. Records at the end of an epoch
+        # have the largest quotient, up to rounding.
         length = math.ceil(max(record["step"] / record["epoch"] for record in training))
         steps = [step / length for step in steps]
 
@@ -173,7 +176,7 @@ def plot(
                 label=f"held-out {metric}",
             )
             lines = [*lines, line]
-            # Above the last point and to its left, where a rising curve leaves room.
+            # Above and to the left of the last point, where a rising curve leaves space.
             metric_axis.annotate(
                 f"{points[-1][1]:.2f}",
                 points[-1],
@@ -197,7 +200,7 @@ def main() -> None:
     log = find_log(args.log)
     training, validation = read_log(log)
     if not training:
-        raise cli.UserError(f"{str(log)!r} holds no record with a loss")
+        raise cli.UserError(f"{str(log)!r} has no record with a loss")
     metrics = choose_metrics(validation, args.metrics)
     out = args.out or log.parent / "curve.png"
     title = args.title

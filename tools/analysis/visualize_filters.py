@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draw the spatial and channel filters that a DDF network generates for one image.
 
-Writes FILE.png (a row of panels for each layer), FILE_combined.png (the filters that are applied at
-a few points) and FILE.html, one page with both on which a click shows the filters of a pixel.
+Writes FILE.png (a row of panels for each layer), FILE_combined.png (the combined filters at a few
+points) and FILE.html, a page with both pictures on which a click shows the filters of a pixel.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ArgumentParser(prog="visualize_filters.py", description=__doc__)
     parser.add_argument("config", help="path of the config, or toolbox::path")
-    parser.add_argument("checkpoint", help="path or address of the checkpoint")
+    parser.add_argument("checkpoint", help="path or URL of the checkpoint")
     parser.add_argument(
         "image", help="path of an image, or dataset:INDEX for one of the config's test images"
     )
@@ -37,21 +37,21 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=Path("filters.png"),
         metavar="FILE.png",
-        help="picture to write, beside which the others go; default: %(default)s",
+        help="picture to write; the other files are put in the same folder; default: %(default)s",
     )
     parser.add_argument(
         "--stages",
         type=int,
         nargs="+",
         metavar="N",
-        help="stages of the ResNet to draw, the first is 1; of each, the last DDF layer",
+        help="stages of the ResNet, counted from 1, whose last DDF layer to draw",
     )
     parser.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="DDF layers to draw, as neck.upsample_modules.0; default without --stages: all stages "
-        "and every DDF layer outside them",
+        help="DDF layers to draw, such as neck.upsample_modules.0; default without --stages: all "
+        "stages and every DDF layer outside them",
     )
     parser.add_argument(
         "--points",
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def describe_prediction(prediction: object, classes: tuple[str, ...] | None) -> str:
-    """``"predicted 3 (98.7 %), true 3"``, as far as a prediction of mmpretrain says so."""
+    """``"predicted 3 (98.7 %), true 3"`` for a prediction of mmpretrain; empty for others."""
     label, score = getattr(prediction, "pred_label", None), getattr(prediction, "pred_score", None)
     if label is None or score is None or label.numel() != 1:
         return ""
@@ -85,8 +85,8 @@ def describe_prediction(prediction: object, classes: tuple[str, ...] | None) -> 
     return text if truth is None or truth.numel() != 1 else f"{text}, true {name(int(truth))}"
 
 
-def told(function: Callable, *arguments: object) -> Any:
-    """Call a function; what it has to say about its arguments is for the user."""
+def call_checked(function: Callable, *arguments: object) -> Any:
+    """Call a function; report a ValueError about its arguments as an error of the command line."""
     try:
         return function(*arguments)
     except ValueError as error:
@@ -100,12 +100,12 @@ def main() -> None:
     launch.require_fields(cfg, ("model", "test_dataloader"), "drawing filters")
     checkpoints.require_checkpoint(args.checkpoint, "checkpoint")
     model = analysis.build_model(cfg)
-    layers = told(visualization.find_layers, model, args.stages, args.layers)
+    layers = call_checked(visualization.find_layers, model, args.stages, args.layers)
     checkpoint = checkpoints.load_checkpoint(model, args.checkpoint)
     data = analysis.load_image(cfg, args.image)
-    image = told(visualization.network_image, model, data)
+    image = call_checked(visualization.network_image, model, data)
     size = image.shape[:2]
-    told(check_points, args.points or (), *size)
+    call_checked(check_points, args.points or (), *size)
     filters, prediction = visualization.capture_filters(model, data, layers)
     points = args.points or visualization.choose_points(next(iter(filters.values())), *size)
 

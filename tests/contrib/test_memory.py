@@ -1,0 +1,58 @@
+"""What keep_memory asks glibc for, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(),
+    reason="for glibc without a CUDA device",
+)
+
+# Page faults of 20 blocks of 64 MB, of which each page is written.
+FAULTS = """
+import resource
+import torch
+from ddf_mm.contrib.memory import keep_memory
+print(keep_memory())
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(**environment: str) -> tuple[str, int]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MALLOC_") and name != "LD_PRELOAD"
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, faults = result.stdout.split()
+    return kept, int(faults)
+
+
+@pytest.fixture(scope="module")
+def kept() -> tuple[str, int]:
+    return run()
+
+
+@pytest.mark.parametrize("name, value", [("DDF_MM_KEEP_MEMORY", "0"), ("MALLOC_ARENA_MAX", "2")])
+def test_large_blocks_are_used_again_unless_the_environment_turns_it_off(kept, name, value):
+    returned = run(**{name: value})
+    assert (kept[0], returned[0]) == ("True", "False")
+    assert kept[1] < returned[1] / 5
