@@ -8,8 +8,9 @@ formula in plain PyTorch.
 Environment variables:
     DDF_MM_WITH_OPS: 0 compiles nothing; 1 fails the installation if ops that the installed torch
         can use cannot be compiled; unset, the installation continues without them.
-    FORCE_CUDA: 0 does not compile CUDA ops; 1 fails the installation if they cannot be compiled;
-        unset, they are compiled if a toolkit matches torch. No GPU is needed.
+    FORCE_CUDA: 0 does not compile CUDA ops; 1 fails the installation if they cannot be compiled
+        with their kernels; unset, they are if a toolkit matches torch, and otherwise without: NVRTC
+        compiles the kernels when they are needed (csrc/README.md). No GPU is needed.
     TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``release`` for all GPUs that releases
         support.
     CUDA_HOME, CXX, MAX_JOBS: as for every torch extension.
@@ -177,6 +178,7 @@ def plan_ops() -> tuple[list[Extension], str]:
     if switch("DDF_MM_WITH_OPS") is False:
         raise NoOps("DDF_MM_WITH_OPS=0", "unset it to build them")
     cuda_sources = sources(".cu")
+    by_name_sources = [path for path in sources(".cpp") if "cuda" in Path(path).parts]
     cpu_sources = [path for path in sources(".cpp") if "cuda" not in Path(path).parts]
     if not cpu_sources:
         raise NoOps("csrc has no C++ sources", "restore the folder csrc to build them")
@@ -188,6 +190,7 @@ def plan_ops() -> tuple[list[Extension], str]:
     import torch
 
     toolkit = None
+    by_name = False
     remark = ""
     sanitize = os.environ.get("DDF_MM_SANITIZE", "")
     if sanitize:
@@ -199,9 +202,12 @@ def plan_ops() -> tuple[list[Extension], str]:
             toolkit = find_cuda(torch.version.cuda)
         except NoOps as no_cuda:
             # A CPU build of torch could not use them.
-            if switch("FORCE_CUDA") or (switch("DDF_MM_WITH_OPS") and torch.version.cuda):
+            by_name = bool(by_name_sources and torch.version.cuda)
+            demanded = switch("DDF_MM_WITH_OPS") and torch.version.cuda and not by_name
+            if switch("FORCE_CUDA") or demanded:
                 raise
-            remark = f"; no CUDA ops: {no_cuda}"
+            without = "CUDA ops without kernels, which NVRTC compiles" if by_name else "no CUDA ops"
+            remark = f"; {without}: {no_cuda}"
 
     # torch reads these variables when its build tools are imported.
     os.environ["CXX"] = compiler
@@ -239,12 +245,22 @@ def plan_ops() -> tuple[list[Extension], str]:
         )
     ]
     used = f"torch {torch.__version__}, {compiler}"
+    # torch's stable headers declare the getter of the current stream only with USE_CUDA.
+    cuda = {**common, "define_macros": [*common["define_macros"], ("USE_CUDA", None)]}
+    if by_name:
+        libraries.append(
+            CppExtension(
+                "ddf_mm._C_cuda",
+                by_name_sources,
+                extra_compile_args={"cxx": cxx},
+                libraries=["torch_cuda"],
+                **cuda,
+            )
+        )
     if toolkit is None:
         return libraries, f"compiling CPU ops ({used}){remark}"
     # A separate library, so that a CPU-only torch can load the CPU ops of the same wheel.
     flags = {"cxx": cxx, "nvcc": ["-O3"]}
-    # torch's stable headers declare the getter of the current stream only with USE_CUDA.
-    cuda = {**common, "define_macros": [*common["define_macros"], ("USE_CUDA", None)]}
     libraries.append(
         CUDAExtension("ddf_mm._C_cuda", cuda_sources, extra_compile_args=flags, **cuda)
     )
@@ -309,7 +325,8 @@ def build_command() -> type:
             else:
                 log.unlink()
                 library = Path(self.get_ext_fullpath(ext.name))
-                kernels = f", {count_kernels(library)} kernels" if "cuda" in ext.name else ""
+                count = count_kernels(library) if "cuda" in ext.name else 0
+                kernels = f", {count} kernels" if count else ""
                 seconds = time.monotonic() - start
                 say(f"compiled {ext.name} in {seconds:.0f} s{kernels}")
 

@@ -15,9 +15,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config.utils import MODULE2PACKAGE
 
 import ddf_mm
+from ddf_mm.ops import nvrtc
 
 ROOT = Path(__file__).resolve().parents[1]
 # Includes what other tests write and delete at the same time.
@@ -87,8 +89,8 @@ def installed(wheel: Path) -> Path:
 
 
 def package_files(project: Path) -> set[str]:
-    """What a wheel must hold: modules, HTML template, marker of annotations, and what .mim links
-    to."""
+    """What a wheel must hold: modules, HTML template, marker of annotations, headers of the CUDA
+    kernels, and what .mim links to."""
     modules = {
         str(path.relative_to(project))
         for path in (project / "ddf_mm").rglob("*")
@@ -100,7 +102,12 @@ def package_files(project: Path) -> set[str]:
         for path in (project / folder).rglob("*")
         if path.suffix in MIM_SUFFIXES and path.name not in CHECKOUT_ONLY
     }
-    return modules | linked | {"ddf_mm/.mim/model-index.yml", "ddf_mm/py.typed"}
+    headers = {
+        f"ddf_mm/{path.relative_to(project)}"
+        for pattern in ["csrc/*.h", "csrc/cuda/*.cuh"]
+        for path in project.glob(pattern)
+    }
+    return modules | linked | headers | {"ddf_mm/.mim/model-index.yml", "ddf_mm/py.typed"}
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -119,6 +126,7 @@ def test_wheel_holds_the_package_and_nothing_else(project, wheel):
         "ddf_mm/.mim/configs/classification/metafile.yml",
         "ddf_mm/.mim/tools/train.py",
         "ddf_mm/.mim/tools/dist_train.sh",
+        "ddf_mm/csrc/cuda/kernels.cuh",
     } <= names
 
 
@@ -134,7 +142,7 @@ def test_wheel_metadata(wheel):
     assert len(always) == 1
     assert re.fullmatch(r"torch>=[\d.]+", always[0])
     extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata, flags=re.MULTILINE))
-    assert extras == {"classification", "detection"}
+    assert extras == {"classification", "cuda", "detection"}
 
 
 def test_extras_allow_what_the_tests_run_on():
@@ -183,6 +191,22 @@ def test_installed_wheel_works_from_another_folder(installed, tmp_path):
     assert version == ddf_mm.__version__
     # mmengine finds the configs of this package, not those of another installation.
     assert Path(config).is_relative_to(installed)
+
+
+CHECK_NVRTC = """
+from ddf_mm.ops import nvrtc
+print(nvrtc.HEADERS)
+print(nvrtc.compile_kernel("ddf::cuda::reduce_partials<float>", 90).code[:4])
+"""
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or not nvrtc.is_installed(), reason="no NVRTC or no cuda-bindings"
+)
+def test_installed_wheel_has_the_kernels_for_nvrtc(installed, tmp_path):
+    headers, code = run_python(CHECK_NVRTC, tmp_path, installed)
+    assert Path(headers) == installed / "ddf_mm" / "csrc"
+    assert code == r"b'\x7fELF'"
 
 
 CHECK_ECOSYSTEM = """
@@ -269,3 +293,4 @@ def test_mim_links_lead_to_the_top_level():
         link = ROOT / "ddf_mm" / ".mim" / name
         assert os.readlink(link) == f"../../{name}"
         assert link.exists()
+    assert os.readlink(ROOT / "ddf_mm" / "csrc") == "../csrc"

@@ -348,6 +348,19 @@ class TestCudaMismatch:
         assert f"no CUDA ops: {self.reason(home)}, set CUDA_HOME to a CUDA" in line
         assert libraries_in(wheel_of(project)) == ["ddf_mm/_C.abi3.so"]
 
+    def test_cuda_ops_are_compiled_without_kernels(self, project, tmp_path):
+        """Where there are sources for that."""
+        add_source(project, "csrc/cuda/by_name.cpp", TRIVIAL)
+        home = fake_toolkit(tmp_path / "cuda", "9.0")
+        result = build(project, CUDA_HOME=home, DDF_MM_WITH_OPS="1")
+        decision, compiled = lines_of(result)
+        assert f"; CUDA ops without kernels, which NVRTC compiles: {self.reason(home)}" in decision
+        assert re.fullmatch(r"ddf_mm: compiled ddf_mm\._C_cuda in \d+ s", compiled)
+        wheel = wheel_of(project)
+        assert libraries_in(wheel) == ["ddf_mm/_C.abi3.so", "ddf_mm/_C_cuda.abi3.so"]
+        result = build(project, CUDA_HOME=home, FORCE_CUDA="1")
+        assert f"ddf_mm: {self.reason(home)}, but FORCE_CUDA=1; " in result.stdout
+
     @pytest.mark.parametrize("wish", ["FORCE_CUDA", "DDF_MM_WITH_OPS"])
     def test_demanded_ops_are_an_error(self, project, tmp_path, wish):
         home = fake_toolkit(tmp_path / "cuda", "9.0")

@@ -8,14 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "backward_3x3.cuh"
-#include "filter_norm.cuh"
-#include "forward_3x3.cuh"
-#include "forward_3x3_channels_last.cuh"
-#include "forward_tiled.cuh"
-#include "generic.cuh"
-#include "grad_filters.cuh"
-#include "grad_filters_channels_last.cuh"
+#include "kernels.cuh"
 
 namespace ddf::cuda {
 
@@ -108,8 +101,8 @@ bool launch_forward_3x3(const Arguments<T>& a, const char* name, Launch&& launch
     const size_t shared = sizeof(float) * kTapStride * tiling.block_channels;
     const auto kernel = with_combine(a.combine, [&](auto combine) {
       using Combine = decltype(combine);
-      return vector ? &forward_3x3<T, Combine, Mirrored, true, Pack>
-                    : &forward_3x3<T, Combine, Mirrored, false, Pack>;
+      return vector ? DDF_HANDLE(forward_3x3<T, Combine, Mirrored, true, Pack>)
+                    : DDF_HANDLE(forward_3x3<T, Combine, Mirrored, false, Pack>);
     });
     launch(name, kernel, blocks, kForward3x3Threads, shared, a, tiling);
     return true;
@@ -145,7 +138,7 @@ bool launch_forward_3x3_channels_last(const Arguments<T>& a, const char* name, L
     const int64_t blocks = ceil_div(count, grid.per_block) * grid.channel_blocks;
     if (blocks > kMaxBlocks) return false;
     const auto kernel = with_combine(a.combine, [](auto combine) {
-      return &forward_3x3_channels_last<T, decltype(combine), Mirrored, Pack>;
+      return DDF_HANDLE(forward_3x3_channels_last<T, decltype(combine), Mirrored, Pack>);
     });
     launch(name, kernel, blocks, kStripThreads, sizeof(float) * kStripFloats * grid.per_block, a,
            grid);
@@ -180,8 +173,10 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
                             has_aligned_rows(a.result);
         const auto kernel = with_combine(a.combine, [&](auto combine) {
           using Combine = decltype(combine);
-          return rows ? &forward_tiled<T, kKernel, kStride, Combine, Mirrored, false, Pack>
-                      : &forward_tiled<T, kKernel, kStride, Combine, Mirrored, true, Pack>;
+          return rows ? DDF_HANDLE(
+                            forward_tiled<T, kKernel, kStride, Combine, Mirrored, false, Pack>)
+                      : DDF_HANDLE(
+                            forward_tiled<T, kKernel, kStride, Combine, Mirrored, true, Pack>);
         });
         launch(name, kernel, blocks, kTiledThreads, sizeof(float) * forward_tiled_floats(kKernel),
                a, tiles, channel_blocks, vector);
@@ -194,7 +189,8 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
 template <typename T, typename Launch>
 void launch_forward_generic(const Arguments<T>& a, const char* name, Launch&& launch) {
   const Geometry& g = a.geometry;
-  launch_slices(a, name, forward_generic<T>, g.channels, g.out_height, g.out_width, launch);
+  launch_slices(a, name, DDF_HANDLE(forward_generic<T>), g.channels, g.out_height, g.out_width,
+                launch);
 }
 
 template <typename T, typename Launch>
@@ -248,8 +244,8 @@ void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
   }
   if (launch_forward_tiled<true, false>(a, "ddf grad_features, tiled", launch)) return;
   const Geometry& g = a.geometry;
-  launch_slices(a, "ddf grad_features", grad_features_generic<T>, g.channels, g.height, g.width,
-                launch);
+  launch_slices(a, "ddf grad_features", DDF_HANDLE(grad_features_generic<T>), g.channels, g.height,
+                g.width, launch);
 }
 
 // Splits the channels of a group if a large GPU would have too few blocks.
@@ -282,7 +278,7 @@ void launch_with_partials(PartialSums<T> partials, const Geometry& g, const Grad
   const auto sum = [&](const char* name, const View<T>& result, const float* partial,
                        int64_t values, int64_t channels, int64_t rows, int64_t columns, int count) {
     if (partial == nullptr) return;
-    launch(name, reduce_partials<T>, ceil_div(values, kLanes), kReduceThreads,
+    launch(name, DDF_HANDLE(reduce_partials<T>), ceil_div(values, kLanes), kReduceThreads,
            sizeof(float) * kReduceThreads, result, partial, values, static_cast<int>(channels),
            static_cast<int>(rows), static_cast<int>(columns), count);
   };
@@ -316,7 +312,8 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
         sizeof(float) * std::max(kBackwardTapStride * partials.block_channels, kBackwardSumFloats);
     const auto kernel = with_combine(a.combine, [&](auto combine) {
       using Combine = decltype(combine);
-      return vector ? &backward_3x3<T, Combine, true> : &backward_3x3<T, Combine, false>;
+      return vector ? DDF_HANDLE(backward_3x3<T, Combine, true>)
+                    : DDF_HANDLE(backward_3x3<T, Combine, false>);
     });
     launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
       launch("ddf backward, 3x3", kernel, blocks, kBackwardThreads, shared, a, ready);
@@ -349,8 +346,8 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
                           has_aligned_rows(a.spatial_filter);
       const auto kernel = with_combine(a.combine, [&](auto combine) {
         using Combine = decltype(combine);
-        return vector ? &grad_filters<T, kKernel, kStride, Combine, true>
-                      : &grad_filters<T, kKernel, kStride, Combine, false>;
+        return vector ? DDF_HANDLE(grad_filters<T, kKernel, kStride, Combine, true>)
+                      : DDF_HANDLE(grad_filters<T, kKernel, kStride, Combine, false>);
       });
       launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
         launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
@@ -396,7 +393,7 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
       const int64_t blocks = ceil_div(warps, tile_warps(kKernel)) * partials.channel_blocks;
       if (blocks > kMaxBlocks) return false;
       const auto kernel = with_combine(a.combine, [](auto combine) {
-        return &grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>;
+        return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
       });
       launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
         launch("ddf grad_filters, channels_last", kernel, blocks,
@@ -418,13 +415,13 @@ void launch_grad_filters(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
     a.result = to.channel_filter;
     const int channel_lanes = is_channels_last(a.features) ? kChannelLanes : 1;
     const int64_t blocks = g.batch * ceil_div(g.channels, channel_lanes) * g.kernel * g.kernel;
-    launch("ddf grad_channel", grad_channel_generic<T>, blocks, kGenericThreads,
+    launch("ddf grad_channel", DDF_HANDLE(grad_channel_generic<T>), blocks, kGenericThreads,
            sizeof(Accumulate<T>) * kGenericThreads, a, channel_lanes);
   }
   if (to.spatial_filter.data != nullptr) {
     a.result = to.spatial_filter;
-    launch_slices(a, "ddf grad_spatial", grad_spatial_generic<T>, g.groups * g.kernel * g.kernel,
-                  g.out_height, g.out_width, launch);
+    launch_slices(a, "ddf grad_spatial", DDF_HANDLE(grad_spatial_generic<T>),
+                  g.groups * g.kernel * g.kernel, g.out_height, g.out_width, launch);
   }
 }
 

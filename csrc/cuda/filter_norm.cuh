@@ -199,20 +199,21 @@ int64_t filter_norm_blocks(const FilterNormArguments<T>& a) {
 
 template <typename T, typename Launch>
 void launch_filter_norm(const FilterNormArguments<T>& a, Launch&& launch) {
-  launch("filter_norm", filter_norm_forward<T>, filter_norm_blocks(a), kFilterNormThreads,
-         size_t{0}, a);
+  launch("filter_norm", DDF_HANDLE(filter_norm_forward<T>), filter_norm_blocks(a),
+         kFilterNormThreads, size_t{0}, a);
 }
 
 // Computes the gradients that are needed.
 template <typename T, typename Launch>
 void launch_filter_norm_backward(const FilterNormArguments<T>& a, Launch&& launch) {
   if (a.result != nullptr) {
-    launch("filter_norm grad_x", filter_norm_grad_x<T>, filter_norm_blocks(a), kFilterNormThreads,
-           size_t{0}, a);
+    launch("filter_norm grad_x", DDF_HANDLE(filter_norm_grad_x<T>), filter_norm_blocks(a),
+           kFilterNormThreads, size_t{0}, a);
   }
   if (a.grad_std != nullptr || a.grad_mean != nullptr) {
-    launch("filter_norm grad_parameters", filter_norm_grad_parameters<T>, a.filters * a.taps,
-           kFilterNormThreads, 2 * sizeof(Accumulate<T>) * kFilterNormThreads, a);
+    launch("filter_norm grad_parameters", DDF_HANDLE(filter_norm_grad_parameters<T>),
+           a.filters * a.taps, kFilterNormThreads, 2 * sizeof(Accumulate<T>) * kFilterNormThreads,
+           a);
   }
 }
 

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <exception>
 #include <functional>
 #include <optional>
 #include <string>
@@ -20,10 +19,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-cudaStream_t current_stream(const Tensor& tensor) {
+Stream current_stream(const Tensor& tensor) {
+  const int device = tensor.get_device_index();
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return {device, static_cast<cudaStream_t>(stream)};
 }
 
 // Calls function(T{}) with the kernels' type for `type`.
@@ -259,7 +259,7 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
   const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
   if (out.numel() == 0) return out;
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
-  const cudaStream_t stream = current_stream(features);
+  const Stream stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
                            need_channel, need_spatial);
   if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
-  const cudaStream_t stream = current_stream(features);
+  const Stream stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
@@ -311,33 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
 
 }  // namespace
 
-// Compiled for the same devices as the other kernels.
-DDF_KERNEL(1) any_kernel() {}
-
 }  // namespace ddf::cuda
-
-// Why a device cannot run the compiled kernels, or null if it can. Other errors are reported by the
-// calls that cause them.
-extern "C" __attribute__((visibility("default"))) const char* ddf_mm_why_not_on(int device) {
-  try {
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, ddf::cuda::any_kernel);
-    if (error != cudaSuccess) cudaGetLastError();
-    switch (error) {
-      case cudaErrorInvalidDeviceFunction:
-      case cudaErrorInvalidPtx:
-      case cudaErrorJitCompilerNotFound:
-      case cudaErrorNoKernelImageForDevice:
-      case cudaErrorUnsupportedPtxVersion:
-        return cudaGetErrorString(error);
-      default:
-        return nullptr;
-    }
-  } catch (const std::exception&) {
-    return nullptr;
-  }
-}
 
 STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
   m.impl("ddf", TORCH_BOX(&ddf::cuda::ddf));

@@ -106,6 +106,13 @@ DDF_DEVICE void store_shared4(float* p, const float* from) {
 
 }  // namespace ddf::cuda
 
+#elif defined(DDF_KERNELS_BY_NAME)
+#include "by_name.cuh"
 #else
 #include "cuda_on_host.h"
+#endif
+
+// A kernel, as it is given to a launcher.
+#if !defined(DDF_HANDLE)
+#define DDF_HANDLE(...) (&__VA_ARGS__)
 #endif

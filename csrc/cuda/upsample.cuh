@@ -167,8 +167,8 @@ bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, 
     if (blocks > kMaxBlocks) return false;
     const int channels =
         static_cast<int>(std::min<int64_t>(kUpsampleBlockChannels, g.group_channels));
-    const auto kernel =
-        with_combine(a.combine, [](auto combine) { return &upsample_3x3<T, decltype(combine)>; });
+    const auto kernel = with_combine(
+        a.combine, [](auto combine) { return DDF_HANDLE(upsample_3x3<T, decltype(combine)>); });
     launch("ddf_up forward, 3x3", kernel, blocks, kUpsampleThreads,
            sizeof(float) * kUpsampleTaps * channels, a, strides, static_cast<int>(pixel_blocks),
            static_cast<int>(channel_blocks));
@@ -187,8 +187,9 @@ template <typename T, typename Launch>
 void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
                                    Launch&& launch) {
   const Geometry& g = a.geometry;
-  launch_slices(a, "ddf_up grad_features", upsample_grad_features_generic<T>, g.channels, g.height,
-                g.width, [&](const auto&... given) { launch(given..., strides); });
+  launch_slices(a, "ddf_up grad_features", DDF_HANDLE(upsample_grad_features_generic<T>),
+                g.channels, g.height, g.width,
+                [&](const auto&... given) { launch(given..., strides); });
 }
 
 // The filter gradients of subpixel r; `to` has those of the first subpixel.

@@ -264,6 +264,7 @@ class DDFPack(BaseModule):
             return channel_norm, spatial_norm
         return None
 
+    @library.with_formula
     def _filter_by_raw(
         self,
         x: Tensor,
@@ -283,6 +284,7 @@ class DDFPack(BaseModule):
             and channel.shape[:2] == (shape[0], math.prod(shape[1:]))
             and channel.numel() == math.prod(shape)
             and spatial.dim() == 4
+            and library.serves(features)
         ):  # a layer before a norm was replaced
             channel = channel_norm(raw_channel).reshape(-1, *shape[1:])
             return self.output(

@@ -20,6 +20,7 @@ from ddf_mm.ops.checks import (
 from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
 
 
+@library.with_formula
 def ddf(
     features: Tensor,
     channel_filter: Tensor | None,
@@ -165,6 +166,7 @@ def _ddf_padded(
     return out[:, :, first : first + out_h, first : first + out_w]
 
 
+@library.with_formula
 def ddf_up(
     features: Tensor,
     channel_filter: Tensor | None,

@@ -14,6 +14,7 @@ FILTER_TYPES = ("spatial", "channel")
 EPS = 1e-10  # of the official layer
 
 
+@library.with_formula
 def filter_norm(
     x: Tensor,
     in_channels: int,

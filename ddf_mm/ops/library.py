@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import filecmp
+import functools
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ddf_mm.ops import nvrtc
 
 # Oldest torch with the stable ABI that the libraries are built against (see setup.py).
 MIN_TORCH = (2, 10)
@@ -27,6 +32,10 @@ REINSTALL = (
     "reinstall ddf_mm with `pip install -v --no-build-isolation .` in its source folder, which "
     "prints what it compiles"
 )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Missing(Exception):
@@ -112,6 +121,11 @@ def _load_all() -> tuple[frozenset[str], str]:
             _cuda = _load(
                 "_C_cuda", package, f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}"
             )
+            if library_by_name() and not nvrtc.is_installed():
+                raise _Missing(
+                    "this install compiles its CUDA kernels when they are needed, by NVRTC and "
+                    "cuda-bindings, which is not installed; pip install 'ddf-mm[cuda]'"
+                )
             compiled.add("cuda")
     except _Missing as missing:
         return frozenset(compiled), str(missing)
@@ -122,32 +136,90 @@ def backend_info() -> dict[str, str]:
     """The implementation of :func:`ddf_mm.ops.ddf` that is used on each type of device.
 
     Returns:
-        A dict from device type to ``'compiled'`` or ``'reference'`` (the formula in plain PyTorch).
+        A dict from device type to ``'compiled'``, ``'compiled on this machine'`` (CUDA kernels that
+        NVRTC compiles when they are needed) or ``'reference'`` (the formula in plain PyTorch).
         ``'default'`` is for all device types that are not listed; ``'cuda'`` is the current CUDA
         device. If a listed device type uses the reference, ``'why'`` has the reason and a remedy.
     """
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
     why = _WHY
-    if "cuda" in COMPILED and torch.cuda.is_available():
-        why = _why_not_on(torch.cuda.current_device())
-        info["cuda"] = "reference" if why else "compiled"
+    if "cuda" in COMPILED:
+        why = _why_not_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+        served = "compiled on this machine" if library_by_name() else "compiled"
+        info["cuda"] = "reference" if why else served
     return {**info, "why": why} if why else info
 
 
 def _why_not_on(index: int) -> str:
     """Reason and remedy if a CUDA device cannot run the kernels of this install, otherwise ""."""
+    if library_by_name():
+        return _why_not_compiled_for(index)
+    assert _cuda is not None
     ask = _cuda.ddf_mm_why_not_on
     ask.restype = ctypes.c_char_p
     why = ask(index)
     if why is None:
         return ""
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
     return (
-        f"cuda:{index}, {torch.cuda.get_device_name(index)} of compute capability {capability}, "
-        f"cannot run the kernels of this install ({why.decode()}); set "
-        f"TORCH_CUDA_ARCH_LIST={capability} and {REINSTALL}"
+        f"{_described(index)} cannot run the kernels of this install ({why.decode()}); set "
+        f"TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
     )
+
+
+def _capability(index: int) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(index))
+
+
+def _described(index: int) -> str:
+    name = torch.cuda.get_device_name(index)
+    return f"cuda:{index}, {name} of compute capability {_capability(index)},"
+
+
+def library_by_name() -> ctypes.CDLL | None:
+    """The library of the CUDA ops if it was built without kernels, which NVRTC compiles."""
+    return _cuda if _cuda is not None and hasattr(_cuda, "ddf_mm_set_driver") else None
+
+
+def _why_not_compiled_for(index: int) -> str:
+    """Why the kernels cannot be compiled for a CUDA device; "" if they can.
+
+    Whether they can is seen by computing with one, once, and by what was called since.
+    """
+    global _kernels
+    if index not in _reasons:
+        try:
+            if _kernels is None and _cuda is not None:
+                _kernels = nvrtc.Kernels(_cuda)
+            _check_against_formula(torch.device("cuda", index))
+            _reasons[index] = ""
+        except torch.OutOfMemoryError:
+            raise  # as any call may
+        except Exception as error:  # whatever it is, the formula serves
+            _reasons[index] = str(error).split("\n")[0]
+    why = (_kernels.failures.get(index) if _kernels else None) or _reasons[index]
+    return (
+        f"{_described(index)} does not run kernels compiled on this machine ({why})" if why else ""
+    )
+
+
+def _check_against_formula(device: torch.device) -> None:
+    """Computes a small ddf by the compiled op.
+
+    Raises:
+        RuntimeError: that fails, or the result is not that of the formula.
+    """
+    from ddf_mm.ops.reference import ddf_reference
+
+    # Not a part of what the caller records, differentiates or draws at random.
+    with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        shapes = (2, 4, 5, 8), (2, 4, 3, 3), (2, 9, 5, 8)
+        tensors = [torch.arange(math.prod(shape)).cos().reshape(shape) for shape in shapes]
+        expected = ddf_reference(*tensors)
+        there = [t.to(device) for t in tensors]
+        got = torch.ops.ddf_mm.ddf(*there, 3, 1, 1, "mul").cpu()
+    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+        raise RuntimeError("a result of theirs is not that of the formula")
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -157,14 +229,19 @@ def _runs_on(device: torch.device) -> bool:
     create.
     """
     index = device.index
+    if _kernels is not None and index in _kernels.failures and _runs_on_device.get(index):
+        del _runs_on_device[index]
     if index not in _runs_on_device:
         # A compiler records the op, possibly for another machine.
         if torch.compiler.is_compiling() or not torch.cuda.is_available():
             return True
+        # The check needs results, which there are none of in a capture.
+        if library_by_name() and index not in _reasons and torch.cuda.is_current_stream_capturing():
+            return True
         why = _why_not_on(index)
         _runs_on_device[index] = not why
         if why:
-            _warn(f"cuda:{index}", why, stacklevel=5)
+            _warn(f"cuda:{index}", why, stacklevel=6)
     return _runs_on_device[index]
 
 
@@ -183,6 +260,22 @@ def serves(features: Tensor) -> bool:
         and forward_ad._current_level < 0
         and (_traces_ops or not torch.jit.is_tracing())
     )
+
+
+def with_formula(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that asks :func:`serves`, called again if a kernel could not be compiled in it:
+    the formula serves then."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError:
+            if _kernels is None or not _kernels.failures:
+                raise
+        return function(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -217,7 +310,7 @@ def warn_about_reference(device_type: str) -> None:
     if FORCED or _warned or not could_have or torch.compiler.is_compiling():
         return
     _warned = True
-    _warn(device_type, _WHY, stacklevel=4)
+    _warn(device_type, _WHY, stacklevel=5)
 
 
 def _warn(device: str, why: str, stacklevel: int) -> None:
@@ -253,6 +346,9 @@ _warned = False
 _traces_ops = False
 # The library of the CUDA ops, if there is one; and whether each device that had a call can run its
 # kernels.
-_cuda: ctypes.CDLL
+_cuda: ctypes.CDLL | None = None
+# What compiles its kernels if it has none; and why it could not for a device, "" if it could.
+_kernels: nvrtc.Kernels | None = None
+_reasons: dict[int, str] = {}
 _runs_on_device: dict[int, bool] = {}
 COMPILED, _WHY = _load_all()

@@ -216,6 +216,7 @@ def _derivative_of(
 ) -> Callable[..., tuple]:
     """The derivative of ddf or ddf_up."""
 
+    @library.with_formula
     def differentiate(ctx: Any, grad: Tensor) -> tuple:
         tensors, options, needed = ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:3]
         if _uses_op(grad):
@@ -239,6 +240,7 @@ def _filter_norm_formula(
     return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
 
 
+@library.with_formula
 def _differentiate_filter_norm(ctx: Any, grad: Tensor) -> tuple:
     (x, std, mean), (filters, scale, eps) = ctx.saved_tensors, ctx.options
     need_x, _, need_std, need_mean, _, _ = ctx.needs_input_grad
@@ -264,6 +266,7 @@ def _save_ddf_pack(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.scales, ctx.relu, ctx.options = scales, relu, inputs[9:]
 
 
+@library.with_formula
 def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
     needs = ctx.needs_input_grad
     needed = *needs[:4], needs[7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,11 +36,16 @@ def compile_for_host(source: Path, output: Path, csrc: Path, *options: str | Pat
 
 
 def compile_kernels_for_host(output: Path, csrc: Path = CSRC) -> None:
-    """Compiles all CUDA sources except ops.cu."""
+    """Compiles all CUDA sources except ops.cu and ahead.cu."""
     together = output.with_suffix(".cpp")
-    files = [file for file in sorted(csrc.glob("cuda/*.cu")) if file.name != "ops.cu"]
+    others = ("ops.cu", "ahead.cu")
+    files = [file for file in sorted(csrc.glob("cuda/*.cu")) if file.name not in others]
     together.write_text("".join(f'#include "{file}"\n' for file in files))
     compile_for_host(together, output, csrc)
+
+
+MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+LIBRARIES = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def compile_ops_for_host(
@@ -47,7 +53,25 @@ def compile_ops_for_host(
 ) -> None:
     """Compiles ops.cu and the emulation of devices, and links them with the kernels."""
     together = library.with_suffix(".cpp")
-    together.write_text("".join(f'#include "{file}"\n' for file in (ops, HERE / "ops_on_host.cpp")))
-    macros = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    compile_for_host(together, library, csrc, *macros, "-Wl,-Bsymbolic", kernels, *libraries)
+    files = ops, csrc / "cuda" / "ahead.cu", HERE / "ops_on_host.cpp"
+    together.write_text("".join(f'#include "{file}"\n' for file in files))
+    compile_for_host(together, library, csrc, *MACROS, kernels, *LIBRARIES)
+
+
+def names_of_kernels(compiled: Path) -> list[str]:
+    """The kernels that a compiled by_name.cpp can launch."""
+    symbols = subprocess.run(["nm", "-C", compiled], check=True, capture_output=True, text=True)
+    return sorted(set(re.findall(r"Named<&\(void ([^(]+)\(", symbols.stdout)))
+
+
+def compile_ops_by_name_for_host(library: Path, csrc: Path = CSRC) -> None:
+    """What an install compiles without nvcc, with what emulates devices and the driver for it."""
+    ops = library.with_name("by_name.o")
+    compile_for_host(csrc / "cuda" / "by_name.cpp", ops, csrc, *MACROS)
+    kernels = [f'{{"{n}", &Run<&{n}>::run}}' for n in names_of_kernels(ops)]
+    together = library.with_suffix(".cpp")
+    together.write_text(
+        f"#define DDF_HOST_KERNELS {', '.join(kernels)}\n"
+        f'#include "{HERE / "driver_on_host.h"}"\n#include "{HERE / "ops_on_host.cpp"}"\n'
+    )
+    compile_for_host(together, library, csrc, *MACROS, ops, *LIBRARIES)

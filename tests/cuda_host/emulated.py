@@ -191,11 +191,51 @@ class _Autocast(torch.amp.autocast_mode.autocast):
             self._of_cpu.__exit__(*exception)
 
 
+class Driver:
+    """``cuda.bindings.driver`` of a library that was built without kernels."""
+
+    @staticmethod
+    def cuGetProcAddress(symbol, version, flags):
+        assert symbol == b"cuLaunchKernel"
+        return 0, ctypes.cast(library.ddf_host_launch, ctypes.c_void_p).value, 0
+
+    @staticmethod
+    def cuLibraryLoadData(code, *options):
+        return 0, code
+
+    @staticmethod
+    def cuLibraryGetKernel(loaded, symbol):
+        found = library.ddf_host_kernel
+        found.restype = ctypes.c_void_p
+        kernel = found(symbol)
+        assert kernel, f"no kernel {symbol.decode()}"
+        return 0, kernel
+
+    @staticmethod
+    def cuDeviceGet(index):
+        return 0, index
+
+    @staticmethod
+    def cuDevicePrimaryCtxRetain(device):
+        return 0, device
+
+    @staticmethod
+    def cuCtxSetCurrent(context):
+        library.ddf_host_set_kernel_error(context, 0)
+        return (0,)
+
+
 def install(path: Path) -> None:
     """Emulates the devices in this process, with the library of the ops in ``path``."""
     global library, _registered
     from ddf_mm.layers import pack, unmodified
     from ddf_mm.ops import library as ops
+    from ddf_mm.ops import nvrtc
+
+    # The library has the kernels, by the names that are compiled.
+    nvrtc._nvrtc = lambda: None
+    nvrtc.architecture_for = lambda major, minor: 10 * major + minor
+    nvrtc.cached_kernel = lambda name, arch: nvrtc.Binary(name.encode(), b"")
 
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
@@ -203,6 +243,8 @@ def install(path: Path) -> None:
     library.ddf_host_place.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.ddf_host_end.argtypes = [ctypes.c_bool]
     library.ddf_host_end.restype = library.ddf_host_launches.restype = ctypes.c_char_p
+    if ops.library_by_name():
+        ops._kernels = nvrtc.Kernels(library, Driver)
     ops.COMPILED, ops._WHY = ops.COMPILED | {"cuda"}, ""
     ops.COMPILABLE = ("cpu", "cuda")
     # These modules test whether a tensor is of exactly this class.
@@ -215,6 +257,7 @@ def install(path: Path) -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.device_count = lambda: DEVICES
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: (7, 5)

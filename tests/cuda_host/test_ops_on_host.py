@@ -19,8 +19,11 @@ from cuda_host.build import (
     HERE,
     NEEDS_HOST,
     compile_kernels_for_host,
+    compile_ops_by_name_for_host,
     compile_ops_for_host,
+    names_of_kernels,
 )
+from ops.test_nvrtc import KERNELS
 
 TESTS = HERE.parent
 # Files with CUDA tests, and the least number of cases that must run.
@@ -81,11 +84,58 @@ def results(kernels: Path) -> dict[str, dict[str, str]]:
     return run(library, *(f"tests/{file}" for file in FILES))
 
 
+@pytest.fixture(scope="module")
+def library_by_name(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that is built without nvcc: it finds kernels by name and gives their grids and
+    parameters to the driver, in whose place the kernels run on the host."""
+    library = tmp_path_factory.mktemp("by_name") / "ops_on_host.so"
+    compile_ops_by_name_for_host(library)
+    return library
+
+
+@pytest.fixture(scope="module")
+def results_by_name(library_by_name: Path) -> dict[str, dict[str, str]]:
+    return run(library_by_name, *(f"tests/{file}" for file in FILES))
+
+
+def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
+    """By the tests of NVRTC; and all that they compile are instantiations that calls use."""
+    names = names_of_kernels(library_by_name.with_name("by_name.o"))
+    tested = [f"ddf::cuda::{name}" for name in KERNELS]
+    assert set(tested) <= set(names)
+    assert {name.split("<")[0] for name in tested} == {name.split("<")[0] for name in names}
+    assert len(names) > 200
+    # What the library says itself; in another process, since it registers its ops.
+    code = (
+        "import ctypes, sys; from ddf_mm.ops import nvrtc; "
+        "print(nvrtc.names(ctypes.CDLL(sys.argv[1])))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(library_by_name)],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == str(names)
+
+
+def check(results: dict[str, str], least: int) -> None:
+    # Some are about one of the two libraries.
+    ran = {n: error for n, error in results.items() if not error.startswith("not of this library")}
+    for name, error in ran.items():
+        assert not error, f"{name}: {error}"
+    assert len(ran) >= least
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_cuda_tests_pass_with_kernels_by_name(results_by_name, file):
+    check(results_by_name[file], FILES[file])
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_cuda_tests_pass_on_emulated_devices(results, file):
-    for name, error in results[file].items():
-        assert not error, f"{name}: {error}"
-    assert len(results[file]) >= FILES[file]
+    check(results[file], FILES[file])
 
 
 GUARD = "const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());"

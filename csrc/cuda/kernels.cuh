@@ -1,0 +1,11 @@
+// All kernels: what NVRTC compiles one instantiation of.
+#pragma once
+#include "backward_3x3.cuh"
+#include "filter_norm.cuh"
+#include "forward_3x3.cuh"
+#include "forward_3x3_channels_last.cuh"
+#include "forward_tiled.cuh"
+#include "generic.cuh"
+#include "grad_filters.cuh"
+#include "grad_filters_channels_last.cuh"
+#include "upsample.cuh"

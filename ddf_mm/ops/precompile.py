@@ -1,0 +1,71 @@
+"""Compiles all CUDA kernels for the cache, on a machine with a GPU or without.
+
+    python -m ddf_mm.ops.precompile --arch 75 90 120 [--jobs N]
+
+For containers and clusters, whose processes would compile each kernel at its first use. The cache
+is that of the user, or the folder DDF_MM_KERNEL_CACHE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import torch
+from torch.hub import tqdm
+
+from ddf_mm.ops import library, nvrtc
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddf_mm.ops.precompile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        type=int,
+        help="compute capabilities without the dot; by default those of the GPUs present",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at once")
+    args = parser.parse_args(arguments)
+    host = library.library_by_name()
+    if host is None:
+        parser.error(f"this install compiles no kernels when they are needed: {backend()}")
+    try:
+        archs = args.arch or sorted(
+            {
+                nvrtc.architecture_for(*torch.cuda.get_device_capability(index))
+                for index in range(torch.cuda.device_count())
+            }
+        )
+        if not archs:
+            parser.error("there is no GPU; --arch says for which ones to compile")
+        work = [(name, arch) for arch in archs for name in nvrtc.names(host)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = [pool.submit(nvrtc.keep_kernel, *of) for of in work]
+            try:
+                for run in tqdm(as_completed(runs), total=len(runs), unit="kernel"):
+                    run.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except (nvrtc.NoKernel, OSError) as error:
+        raise SystemExit(f"ddf_mm.ops.precompile: error: {error}") from error
+    print(
+        f"{len(work)} kernels for {', '.join(f'sm_{a}' for a in archs)} are in "
+        f"{nvrtc.cache_folder()}"
+    )
+    return 0
+
+
+def backend() -> str:
+    info = library.backend_info()
+    return info.get("why") or f"its CUDA ops are {info.get('cuda', 'for another torch')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
