@@ -48,8 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(nvrtc.keep_kernel, *of) for of in work]
             try:
-                for run in tqdm(as_completed(runs), total=len(runs), unit="kernel"):
-                    run.result()
+                # torch.hub has its own bar if tqdm is not installed, which takes no iterable.
+                with tqdm(total=len(runs), unit="kernel") as bar:
+                    for run in as_completed(runs):
+                        run.result()
+                        bar.update(1)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
