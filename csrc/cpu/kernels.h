@@ -1,7 +1,6 @@
 // All CPU kernels for the instruction set DDF_ISA, whose vectors have DDF_VECTOR_BYTES; included
 // once by each kernels_*.cpp.
 #pragma once
-
 #include "cpu/channels_last.h"
 #include "cpu/filter_norm.h"
 #include "cpu/nchw.h"

@@ -41,6 +41,7 @@ class Launcher {
  private:
   Stream on_;
 };
+
 // Allocates scratch memory of so many elements, valid until the kernels are done.
 template <typename T>
 using Allocate = std::function<T*(int64_t)>;

@@ -102,19 +102,20 @@ def _for_batch(
     features: Tensor, channel_filter: Tensor | None, spatial_filter: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Expands filters of batch 1 to the batch of the features. The checks come later."""
-
-    def is_usual(tensor: Tensor | None) -> bool:  # the checks refuse others
-        return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
-
-    def expanded(filters: Tensor | None) -> Tensor | None:
-        if filters is None or not is_usual(filters) or shape_of(filters)[0] != 1:
-            return filters
-        return filters.expand(features.shape[0], *filters.shape[1:])
-
-    if not is_usual(features) or shape_of(features)[0] == 1:
+    if not _is_usual(features) or shape_of(features)[0] == 1:
         return features, channel_filter, spatial_filter
+    return features, _expand(channel_filter, features), _expand(spatial_filter, features)
 
-    return features, expanded(channel_filter), expanded(spatial_filter)
+
+def _expand(filters: Tensor | None, features: Tensor) -> Tensor | None:
+    if filters is None or not _is_usual(filters) or shape_of(filters)[0] != 1:
+        return filters
+    return filters.expand(features.shape[0], *filters.shape[1:])
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Whether a tensor has a batch; the checks refuse others."""
+    return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
 
 
 def _ddf_padded(
