@@ -7,6 +7,8 @@
 #   make test     the full test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
 #                 test source archive and wheel with other versions of torch than the compiler's
+#   make test-floor-torch
+#                 test the source archive with a torch that is too old for the compiled ops
 #   make wheel    the release wheel: ops for the CPU and for every GPU since Turing
 #   make sdist    the source archive
 #   make lint     check the code         make format   format it
@@ -21,7 +23,7 @@ WORKERS ?= $(or $(shell nproc 2> /dev/null),2)
 export WORKERS
 
 STAMPS := $(VENV)/.stamps
-OTHER_TORCHES := oldest-torch newest-torch
+OTHER_TORCHES := floor-torch oldest-torch newest-torch
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 

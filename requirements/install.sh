@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack, for the Makefile.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
-# parts: venv toolchain build classification package detection dev oldest-torch newest-torch
+# parts: venv toolchain build classification package detection dev
+#        floor-torch oldest-torch newest-torch
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -51,11 +52,11 @@ use_loadable_opencv() {
   "$py" -c 'import cv2'
 }
 
-install_classification() {
+install_classification() { # with the versions of $1
   # mmcv without its ops, since pip's isolated build has no torch; mmpretrain does not need them.
   # Not from pip's cache, which may have a build for another torch under the same name.
   pip_install --no-cache-dir --no-deps -c "$here/classification.txt" onedl-mmcv
-  pip_install -c "$here/build.txt" -r "$here/classification.txt"
+  pip_install -c "$here/$1.txt" -r "$here/classification.txt"
   use_loadable_opencv
 }
 
@@ -156,16 +157,17 @@ install_detection() {
 install_other_torch() { # of the requirements $1
   make_venv
   pip_install -r "$here/$1.txt" -c "$here/dev.txt" pytest pytest-xdist hypothesis
+  if [ "$1" = floor-torch ]; then install_classification "$1"; fi
 }
 
 case ${1:-} in
   venv) make_venv ;;
   toolchain) check_toolchain ;;
   build) pip_install -r "$here/build.txt" ;;
-  classification) install_classification ;;
+  classification) install_classification build ;;
   package) install_package ;;
   detection) install_detection ;;
   dev) pip_install -c "$here/build.txt" -r "$here/dev.txt" -r "$here/docs.txt" ;;
-  oldest-torch | newest-torch) install_other_torch "$1" ;;
+  floor-torch | oldest-torch | newest-torch) install_other_torch "$1" ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac

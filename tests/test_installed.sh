@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs ddf_mm as a user does, with the oldest or the newest torch, and tests it from elsewhere.
-# usage: VENV=.venv test_installed.sh oldest-torch|newest-torch [ARGUMENT OF PYTEST]...
+# usage: VENV=.venv test_installed.sh floor-torch|oldest-torch|newest-torch [ARGUMENT OF PYTEST]...
 #
 # First the source archive, without a compiler, which has to work on the formula; then the wheel,
-# compiled in VENV with its torch, which has to pass the tests of the ops. VENV-oldest-torch and
-# VENV-newest-torch hold nothing of VENV; install.sh makes them.
+# compiled in VENV with its torch, which has to pass the tests of the ops. With floor-torch, which
+# loads no wheel, the source archive has to pass the tests of the formula, of the layers and of the
+# engine. VENV-floor-torch and its like hold nothing of VENV; install.sh makes them.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,8 +26,6 @@ install() {
 cd "$root"
 "$build" -c "from setuptools import build_meta; build_meta.build_sdist('$folder')" &> "$folder/log" ||
   { cat "$folder/log"; exit 1; }
-# build/temp.* keeps what is compiled here for the next wheel. No test here uses a GPU.
-FORCE_CUDA=0 DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .
 cd "$folder"
 
 CXX=no-such-compiler install "$folder"/ddf_mm-*.tar.gz
@@ -39,6 +38,20 @@ x, channel, spatial = torch.randn(1, 4, 5, 6), torch.randn(1, 4, 3, 3), torch.ra
 assert torch.equal(ddf(x, channel, spatial), ddf_reference(x, channel, spatial))
 END
 
+# A worker computes with one thread, as in `make test`.
+run_tests() {
+  OMP_NUM_THREADS=1 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider \
+    -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "not kernels" "$@"
+}
+
+if [ "$torch" = floor-torch ]; then
+  run_tests "$root"/tests/{ops,layers,contrib,engine} "$@"
+  exit
+fi
+
+# build/temp.* keeps what is compiled here for the next wheel. No test here uses a GPU.
+(cd "$root" &&
+  FORCE_CUDA=0 DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .)
 install "$folder"/ddf_mm-*.whl
 "$python" - << 'END'
 import platform
@@ -52,9 +65,6 @@ assert backend_info()["cpu"] == "compiled", backend_info()
 END
 # Another torch calls the same library, so these tests look for what it does otherwise: dispatch,
 # autograd, the compiler, and what of PyTorch the formula uses, with every dtype, layout and
-# direction. The file left out looks at the library in the checkout. A worker computes with one
-# thread, as in `make test`.
-DDF_MM_REQUIRE_OPS=1 OMP_NUM_THREADS=1 "$python" -m pytest -c "$root/pyproject.toml" \
-  -p no:cacheprovider -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
-  "$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py" \
-  -m "not kernels" "$@"
+# direction. The file left out looks at the library in the checkout.
+DDF_MM_REQUIRE_OPS=1 run_tests "$root/tests/ops" \
+  --ignore="$root/tests/ops/test_instruction_sets.py" "$@"

@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from ddf_mm.layers.filter_norm import FilterNorm
@@ -49,7 +49,11 @@ def is_observed() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or _has_any_global_hook()
+        # What torch's own _has_any_global_hook reads, which torch 2.6 lacks.
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
         or torch._C._len_torch_dispatch_stack()
         or any(
             type(torch._C._get_function_stack_at(i)) is not DeviceContext

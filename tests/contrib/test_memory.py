@@ -15,16 +15,17 @@ pytestmark = pytest.mark.skipif(
     reason="for glibc without a CUDA device",
 )
 
-# Page faults of 20 blocks of 64 MB, of which each page is written.
+# Page faults of 5 blocks of 40 MB, of which each page is written, once the heap has grown.
 FAULTS = """
 import resource
 import torch
 from ddf_mm.contrib.memory import keep_memory
 print(keep_memory())
-torch.ones(2**24)
+for _ in range(6):
+    torch.ones(10**7)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(2**24)
+for _ in range(5):
+    torch.ones(10**7)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
