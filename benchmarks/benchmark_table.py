@@ -18,6 +18,7 @@ def network_of(row: dict) -> dict[str, str]:
     """The row of a network."""
     extra = row.get("peak_extra_bytes")
     config, plus, changes = row["config"].partition("+")
+    parts = {f"{name} ms": f"{times['least']:.1f}" for name, times in row.get("parts", {}).items()}
     return {
         "config": Path(config).stem + plus + changes,
         **{name: str(row[name]) for name in ("mode", "precision", "layout", "batch_size")},
@@ -26,6 +27,7 @@ def network_of(row: dict) -> dict[str, str]:
         "GMAC": f"{row['gmac']:.3g}",
         "ms": f"{row['milliseconds']['median']:.1f}",
         "least ms": f"{row['milliseconds']['least']:.1f}",
+        **parts,
         "images/s": f"{row['images_per_s']:.2f}",
         "MB": "" if extra is None else f"{extra / 1e6:.0f}",
         "speed": f"{row['speed']:.2f}",

@@ -28,7 +28,8 @@ torch.nn.functional.unfold and each original's own formulation in PyTorch.
 
 ``benchmark.py model`` times the networks of configs, files or ``mmpretrain::path``: inference from
 images to the head's outputs, or training steps from images to updated weights. It supports all
-models of mmpretrain, mmdet and mmseg.
+models of mmpretrain, mmdet and mmseg. Two-stage detectors get the same proposals, whatever their
+weights. Backbone and neck are also timed alone.
 
 The bytes that ddf moves are those of every input, read once, and of every output, written once;
 a pass with several gradients is counted as one kernel.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
+from mmengine.structures import InstanceData
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddf_mm import analysis
 from ddf_mm.about import machine
@@ -52,6 +57,7 @@ class Network:
     """A config's network, ready to run."""
 
     call: Call
+    parts: Callable[[], dict[str, Call]]  # makes the calls of the backbone and the neck
     shape: tuple[int, int]
     parameters: int
     gmac: float
@@ -80,8 +86,88 @@ def fold_norms(model: torch.nn.Module) -> None:
     switch_to_deploy(model.eval())
 
 
+# Columns of the table.
+PARTS = ("backbone", "neck", "rest")
 # Changes of a network, requested by +NAME after its config.
 CHANGES = {"skeleton": make_skeleton, "folded": fold_norms}
+
+
+def fix_proposals(model: torch.nn.Module) -> None:
+    """Gives a two-stage detector the same proposals as every other one.
+
+    With random weights, the number of proposals that survive the RPN's suppression is arbitrary,
+    and decides the time of the RoI head. Instead there are always as many as the config allows, of
+    16 pixels to the size of the image. Their selection is not timed.
+    """
+    for head in getattr(model, "rpn_head", torch.nn.Module()).modules():
+        if hasattr(head, "predict_by_feat"):
+
+            def predict(
+                scores: list[Tensor],
+                *outputs: Any,
+                batch_img_metas: list[dict],
+                cfg: Any = None,
+                head: Any = head,
+                **options: Any,
+            ) -> list[InstanceData]:
+                count = (cfg or head.test_cfg).max_per_img
+                device = scores[0].device
+                return [proposals(meta["img_shape"], count, device) for meta in batch_img_metas]
+
+            head.predict_by_feat = predict
+
+
+def proposals(image: tuple[int, int], count: int, device: torch.device) -> InstanceData:
+    """Boxes whose areas and aspect ratios are uniform in their logarithms."""
+    height, width, *_ = image
+    area, aspect, x, y, score = torch.rand(5, count, generator=torch.Generator().manual_seed(0))
+    side = 16 * (max(height * width, 257) ** 0.5 / 16) ** area
+    half_width, half_height = side * 2 ** (aspect - 0.5) / 2, side / 2 ** (aspect - 0.5) / 2
+    x, y = x * width, y * height
+    boxes = torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], 1)
+    boxes[:, 0::2].clamp_(0, width)
+    boxes[:, 1::2].clamp_(0, height)
+    labels = torch.zeros(count, dtype=torch.long)
+    return InstanceData(bboxes=boxes, scores=score, labels=labels).to(device)
+
+
+def part_calls(
+    model: torch.nn.Module, call: Call, context: Callable[[], AbstractContextManager], train: bool
+) -> dict[str, Call]:
+    """Calls of the backbone and the neck alone, with the inputs that they have in ``call``.
+
+    In training with the backward pass, from gradients of ones.
+    """
+    inputs: dict[str, tuple] = {}
+    parts = {name: getattr(model, name, None) for name in ("backbone", "neck")}
+    parts = {name: part for name, part in parts.items() if part is not None}
+
+    def record(name: str, module: object, args: tuple, kwargs: dict) -> None:
+        inputs.setdefault(name, tree_map_only(Tensor, leaf, (args, kwargs)))
+
+    def leaf(x: Tensor) -> Tensor:  # where the backward pass of a part ends
+        return x.detach().requires_grad_(x.requires_grad)
+
+    hooks = [
+        part.register_forward_pre_hook(functools.partial(record, name), with_kwargs=True)
+        for name, part in parts.items()
+    ]
+    call()
+    for hook in hooks:
+        hook.remove()
+
+    def run(part: torch.nn.Module, args: tuple, kwargs: dict) -> object:
+        with context():
+            outputs = part(*args, **kwargs)
+        if not train:
+            return outputs
+        part.zero_grad()
+        outputs = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        return None
+
+    return {name: functools.partial(run, parts[name], *inputs[name]) for name in inputs}
 
 
 def split_changes(name: str) -> tuple[str, list[str]]:
@@ -109,6 +195,7 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
     torch.manual_seed(0)
     model = analysis.build_model(cfg)
     model.init_weights()
+    fix_proposals(model)
     for change in changes:
         CHANGES[change](model)
     # Counted for one image on the CPU, where the compiled ops are available.
@@ -135,17 +222,28 @@ def make_network(name: str, setting: ModelSetting, args: argparse.Namespace) -> 
         def call() -> None:
             model.train_step(dict(batch), optim_wrapper)
 
+        def context() -> AbstractContextManager:
+            return optim_wrapper.optim_context(model)
+
     else:
         inputs, samples = analysis.preprocessed(model, batch)
         inputs = inputs.contiguous(memory_format=LAYOUTS[setting.layout])
         amp = setting.precision == "amp"
         dtype = torch.float16 if args.device == "cuda" else torch.bfloat16
 
-        def call() -> object:
+        @contextmanager
+        def context() -> Iterator[None]:
             with torch.no_grad(), torch.autocast(args.device, dtype, enabled=amp):
+                yield
+
+        def call() -> object:
+            with context():
                 return model(inputs, samples, mode="tensor")
 
-    return Network(call, shape, cost.parameters, cost.total / 1e9)
+    parts = functools.partial(part_calls, model, call, context, setting.mode == "train")
+    if args.compile:  # what is compiled together is not timed apart
+        parts = dict
+    return Network(call, parts, shape, cost.parameters, cost.total / 1e9)
 
 
 def quiet_libraries() -> None:
@@ -171,7 +269,9 @@ def model_peaks(settings: list[ModelSetting], args: argparse.Namespace) -> Itera
 def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict[str, object]]:
     """Measures the networks; one row of the report for each."""
     networks = {name: make_network(name, setting, args) for name in args.configs}
-    calls = {name: network.call for name, network in networks.items()}
+    calls = {(name, "all"): network.call for name, network in networks.items()}
+    for name, network in networks.items():
+        calls |= {(name, part): call for part, call in network.parts().items()}
     times = time_calls(calls, args.repeats, args.device, cached=False)
     return [
         {
@@ -180,21 +280,24 @@ def measure_models(setting: ModelSetting, args: argparse.Namespace) -> list[dict
             "shape": network.shape,
             "parameters": network.parameters,
             "gmac": network.gmac,
-            "milliseconds": asdict(times[name]),
-            "images_per_s": 1e3 * setting.batch_size / times[name].median,
+            "milliseconds": asdict(times[name, "all"]),
+            "parts": {p: asdict(times[name, p]) for p in PARTS if (name, p) in times},
+            "images_per_s": 1e3 * setting.batch_size / times[name, "all"].median,
             # Relative to the network of the first config.
-            "speed": times[args.configs[0]].least / times[name].least,
+            "speed": times[args.configs[0], "all"].least / times[name, "all"].least,
         }
         for name, network in networks.items()
     ]
 
 
 def model_table(setting: ModelSetting, rows: list[dict], labels: list[str]) -> list[list[str]]:
-    head = ["M params", "GMAC", "ms", "least ms", "images/s", "MB", "speed"]
+    head = ["M params", "GMAC", "ms", "least ms", *PARTS, "images/s", "MB", "speed"]
     table = [[str(setting), "image", *head]]
     for label, row in zip(labels, rows, strict=True):
         times = row["milliseconds"]
         size = row.get("peak_extra_bytes")
+        parts = {part: least["least"] for part, least in row["parts"].items()}
+        parts["rest"] = times["least"] - sum(parts.values())
         table.append(
             [
                 label,
@@ -203,6 +306,7 @@ def model_table(setting: ModelSetting, rows: list[dict], labels: list[str]) -> l
                 f"{row['gmac']:.3g}",
                 f"{times['median']:.1f}",
                 f"{times['least']:.1f}",
+                *(f"{parts[part]:.1f}" if part in parts else "" for part in PARTS),
                 f"{row['images_per_s']:.2f}",
                 "" if size is None else f"{size / 1e6:.0f}",
                 f"{row['speed']:.2f}",
@@ -262,7 +366,8 @@ def benchmark_models(args: argparse.Namespace) -> None:
         print()
     print(
         "ms: median and least of all runs; GMAC: of one image; MB: peak memory besides the "
-        "weights; speed: least time of the first config over the least of this"
+        "weights; speed: least time of the first config over the least of this; backbone, neck, "
+        "rest: of the least ms, measured alone, and what remains"
     )
     write_json(args, about, [row for rows in groups.values() for row in rows])
     if args.plot:

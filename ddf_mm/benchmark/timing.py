@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 SHORTEST = 0.005
 
 Call = Callable[[], object]
+Key = TypeVar("Key")
 
 
 def seconds(call: Call, count: int, device: str) -> list[float]:
@@ -54,8 +56,8 @@ class Milliseconds:
 
 
 def time_calls(
-    calls: dict[str, Call], repeats: int, device: str, cached: bool = True
-) -> dict[str, Milliseconds]:
+    calls: dict[Key, Call], repeats: int, device: str, cached: bool = True
+) -> dict[Key, Milliseconds]:
     """Times each call in ``repeats`` rounds; in a round the calls are interleaved.
 
     ``cached``: whether a call's data should be in the caches, as in repeated calls. It is
@@ -65,7 +67,7 @@ def time_calls(
     for name, call in calls.items():
         call()
         counts[name] = math.ceil(SHORTEST / min(seconds(call, 2 if cached else 1, device)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             if cached:

@@ -271,6 +271,8 @@ def test_models_of_every_toolbox(run, tmp_path, capsys, names, mode):
     for row, config in zip(report["rows"], configs, strict=True):
         assert (row["mode"], row["batch_size"], row["shape"]) == (mode, 2, [64, 64])
         assert 0 < row["milliseconds"]["least"] <= row["milliseconds"]["median"]
+        assert set(row["parts"]) == {"backbone", "neck"}
+        assert all(0 < times["least"] <= times["median"] for times in row["parts"].values())
         assert row["images_per_s"] == pytest.approx(2000 / row["milliseconds"]["median"])
         assert Path(config).stem in printed
     table = subprocess.run(
@@ -311,6 +313,36 @@ def test_a_training_step_uses_the_requested_precision():
             network.call()
         assert timing.peak_extra_bytes(network.call, "cpu") >= 0
     assert torch.bfloat16 in seen["amp"] and torch.bfloat16 not in seen["fp32"]
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_detectors_get_the_same_proposals(monkeypatch, mode):
+    heads = pytest.importorskip("mmdet.models.roi_heads")
+    from ddf_mm.benchmark import networks
+
+    seen, proposals, roi_head = [], [], heads.StandardRoIHead
+    for name, place in (("forward", 1), ("loss", 1)):
+        method = getattr(roi_head, name)
+
+        def record(self, *args, method=method, place=place, **kwargs):
+            seen[:] = [results.bboxes.clone() for results in args[place]]
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(roi_head, name, record)
+    setting = networks.ModelSetting(mode, "fp32", "nchw", 2, (96, 64))
+    for neck in ("fpn", "ddfup-fpn"):
+        config = f"configs/detection/mask-rcnn_ddf-mul-r26_{neck}_digit-scenes.py"
+        args = options(cfg_options=None, compile=False)
+        network = networks.make_network(str(ROOT / config), setting, args)
+        network.call()
+        proposals.append(list(seen))
+    first, second = proposals
+    assert len(first) == 2 and len(first[0]) >= 50
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    for boxes in first:
+        left, top, right, bottom = boxes.unbind(1)
+        assert (left >= 0).all() and (left < right).all() and (right <= 64).all()
+        assert (top >= 0).all() and (top < bottom).all() and (bottom <= 96).all()
 
 
 @pytest.mark.parametrize("size", [10**5, 10**7, 10**9])
