@@ -3,13 +3,14 @@
 // part of CUDA to be built or loaded.
 #pragma once
 #include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
 
-#include "by_name.cuh"
+#include "handle.cuh"
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -28,6 +29,10 @@ struct Driver {
 
 // Set by Python.
 inline Driver driver{};
+
+// Devices for which the kernels of this library were not compiled, if it has some. Torch counts
+// devices in 8 bits. Set by Python.
+inline std::array<std::atomic<bool>, 128> by_name_on{};
 
 // Kernels that were found, by name and device.
 inline std::map<std::pair<const std::string*, int>, void*> found_kernels;
@@ -51,8 +56,9 @@ inline void* find_kernel(const std::string& name, int device) {
 
 // Returns what went wrong, or an empty string.
 template <typename... Parameters, typename... Given>
-std::string start(const Handle<Parameters...>& kernel, int device, cudaStream_t stream,
-                  unsigned blocks, unsigned threads, size_t shared_bytes, const Given&... given) {
+std::string start_by_name(const Handle<Parameters...>& kernel, int device, cudaStream_t stream,
+                          unsigned blocks, unsigned threads, size_t shared_bytes,
+                          const Given&... given) {
   constexpr int kInvalidContext = 201;
   void* const function = find_kernel(*kernel.name, device);
   if (function == nullptr) return "it was not compiled; ddf_mm.ops.backend_info() says why";

@@ -139,31 +139,47 @@ def backend_info() -> dict[str, str]:
         A dict from device type to ``'compiled'``, ``'compiled on this machine'`` (CUDA kernels that
         NVRTC compiles when they are needed) or ``'reference'`` (the formula in plain PyTorch).
         ``'default'`` is for all device types that are not listed; ``'cuda'`` is the current CUDA
-        device. If a listed device type uses the reference, ``'why'`` has the reason and a remedy.
+        device. ``'why'`` has the reason and a remedy if a listed device type uses the reference, or
+        a device does not run the kernels that were compiled ahead for other GPUs.
     """
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
     why = _WHY
     if "cuda" in COMPILED:
-        why = _why_not_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
-        served = "compiled on this machine" if library_by_name() else "compiled"
+        why = ahead = ""
+        if torch.cuda.is_available():
+            index = torch.cuda.current_device()
+            why, ahead = _why_not_on(index), _why_not_ahead(index)
+        served = "compiled on this machine" if ahead or library_by_name() else "compiled"
         info["cuda"] = "reference" if why else served
+        why = why or ahead
     return {**info, "why": why} if why else info
 
 
 def _why_not_on(index: int) -> str:
-    """Reason and remedy if a CUDA device cannot run the kernels of this install, otherwise ""."""
-    if library_by_name():
-        return _why_not_compiled_for(index)
-    assert _cuda is not None
+    """Reason and remedy if a CUDA device cannot run the kernels of this install, neither those
+    that were compiled ahead nor those that are compiled on this machine; otherwise ""."""
+    ahead = _why_not_ahead(index)
+    if not ahead and not library_by_name():
+        return ""
+    why = _why_not_compiled_for(index)
+    return f"{why}; {ahead}" if why and ahead else why
+
+
+def _why_not_ahead(index: int) -> str:
+    """Reason and remedy if this install has kernels that were compiled ahead, but not for a CUDA
+    device; otherwise "". The library then finds kernels by name there."""
+    if _cuda is None or library_by_name():
+        return ""
     ask = _cuda.ddf_mm_why_not_on
     ask.restype = ctypes.c_char_p
     why = ask(index)
+    _cuda.ddf_mm_set_by_name(index, why is not None)
     if why is None:
         return ""
     return (
-        f"{_described(index)} cannot run the kernels of this install ({why.decode()}); set "
-        f"TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
+        f"{_described(index)} cannot run the kernels that were compiled ahead ({why.decode()}); "
+        f"set TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
     )
 
 
@@ -176,9 +192,14 @@ def _described(index: int) -> str:
     return f"cuda:{index}, {name} of compute capability {_capability(index)},"
 
 
+def cuda_library() -> ctypes.CDLL | None:
+    """The library of the CUDA ops, if it is loaded."""
+    return _cuda
+
+
 def library_by_name() -> ctypes.CDLL | None:
     """The library of the CUDA ops if it was built without kernels, which NVRTC compiles."""
-    return _cuda if _cuda is not None and hasattr(_cuda, "ddf_mm_set_driver") else None
+    return None if _cuda is None or hasattr(_cuda, "ddf_mm_why_not_on") else _cuda
 
 
 def _why_not_compiled_for(index: int) -> str:
@@ -236,7 +257,8 @@ def _runs_on(device: torch.device) -> bool:
         if torch.compiler.is_compiling() or not torch.cuda.is_available():
             return True
         # The check needs results, which there are none of in a capture.
-        if library_by_name() and index not in _reasons and torch.cuda.is_current_stream_capturing():
+        by_name = library_by_name() or _why_not_ahead(index)
+        if by_name and index not in _reasons and torch.cuda.is_current_stream_capturing():
             return True
         why = _why_not_on(index)
         _runs_on_device[index] = not why
@@ -347,7 +369,7 @@ _traces_ops = False
 # The library of the CUDA ops, if there is one; and whether each device that had a call can run its
 # kernels.
 _cuda: ctypes.CDLL | None = None
-# What compiles its kernels if it has none; and why it could not for a device, "" if it could.
+# What compiles kernels that it lacks; and why it could not for a device, "" if it could.
 _kernels: nvrtc.Kernels | None = None
 _reasons: dict[int, str] = {}
 _runs_on_device: dict[int, bool] = {}

@@ -249,13 +249,14 @@ class _Driver(ctypes.Structure):
 
 
 def names(library: ctypes.CDLL) -> list[str]:
-    """All kernels that a library of the CUDA ops can launch, if it was built without them."""
+    """All kernels that a library of the CUDA ops can launch."""
     library.ddf_mm_kernels.restype = ctypes.c_char_p
-    return sorted(library.ddf_mm_kernels().decode().split("\n")[:-1])
+    # nvcc may compile a kernel in several files.
+    return sorted(set(library.ddf_mm_kernels().decode().split("\n")[:-1]))
 
 
 class Kernels:
-    """Compiles and loads kernels for a library of the CUDA ops that was built without them.
+    """Compiles and loads kernels for a library of the CUDA ops.
 
     Args:
         library: the library; it is given CUDA's driver.

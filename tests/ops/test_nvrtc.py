@@ -259,7 +259,7 @@ def test_precompile_says_why_it_cannot(host, cache, compiled, monkeypatch, capsy
     monkeypatch.setattr(library, "_cuda", None)
     with pytest.raises(SystemExit):
         precompile.main(["--arch", "75"])
-    assert "this install compiles no kernels when they are needed" in capsys.readouterr().err
+    assert "this install has no CUDA ops" in capsys.readouterr().err
 
 
 def test_without_a_driver_the_formula_serves_with_one_warning(host, monkeypatch):
