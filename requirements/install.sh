@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack, for the Makefile.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
-# parts: venv toolchain build classification package detection dev oldest-torch newest-torch
+# parts: venv toolchain build classification package detection dev release oldest-torch newest-torch
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -166,6 +166,7 @@ case ${1:-} in
   package) install_package ;;
   detection) install_detection ;;
   dev) pip_install -c "$here/build.txt" -r "$here/dev.txt" -r "$here/docs.txt" ;;
+  release) pip_install -c "$here/build.txt" -r "$here/release.txt" ;;
   oldest-torch | newest-torch) install_other_torch "$1" ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac
