@@ -21,8 +21,8 @@ struct Driver {
   bool (*find)(const char* name, int device, void** kernel);
   // Makes the context of a device the current one of this thread; returns whether it did.
   bool (*use)(int device);
-  // cuLaunchKernel: kernel, grid, block, shared bytes, stream, parameters, nullptr; returns an
-  // error.
+  // cuLaunchKernel, known once a kernel is: kernel, grid, block, shared bytes, stream, parameters,
+  // nullptr; returns an error.
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                 cudaStream_t, void**, void**);
 };
@@ -34,12 +34,13 @@ inline Driver driver{};
 // devices in 8 bits. Set by Python.
 inline std::array<std::atomic<bool>, 128> by_name_on{};
 
-// Kernels that were found, by name and device.
+// Kernels that were found, by name and device, and what protects them.
 inline std::map<std::pair<const std::string*, int>, void*> found_kernels;
+inline std::mutex found_kernels_mutex;
 
 // The kernel for a device, or null if there is none.
 inline void* find_kernel(const std::string& name, int device) {
-  static std::mutex mutex;
+  auto& mutex = found_kernels_mutex;
   auto& found = found_kernels;
   const std::pair key{&name, device};
   {

@@ -327,6 +327,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
 
 // What compiles kernels when they are needed (ddf_mm/ops/nvrtc.py).
 DDF_EXPORT void ddf_mm_set_driver(const ddf::cuda::Driver* driver) {
+  const std::lock_guard<std::mutex> lock(ddf::cuda::found_kernels_mutex);
   ddf::cuda::driver = *driver;
   ddf::cuda::found_kernels.clear();
 }

@@ -104,7 +104,7 @@ def _load(name: str, package: Path, remedy: str) -> ctypes.CDLL:
 
 def _load_all() -> tuple[frozenset[str], str]:
     """Device types with compiled kernels, and the reason if one that could have them has none."""
-    global _cuda
+    global _cuda, _kernels
     compiled: set[str] = set()
     if FORCED:
         return frozenset(), "DDF_MM_FORCE_REFERENCE is set"
@@ -121,6 +121,7 @@ def _load_all() -> tuple[frozenset[str], str]:
             _cuda = _load(
                 "_C_cuda", package, f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}"
             )
+            _kernels = nvrtc.Kernels(_cuda)
             if library_by_name() and not nvrtc.is_installed():
                 raise _Missing(
                     "this install compiles its CUDA kernels when they are needed, by NVRTC and "
@@ -207,11 +208,8 @@ def _why_not_compiled_for(index: int) -> str:
 
     Whether they can is seen by computing with one, once, and by what was called since.
     """
-    global _kernels
     if index not in _reasons:
         try:
-            if _kernels is None and _cuda is not None:
-                _kernels = nvrtc.Kernels(_cuda)
             _check_against_formula(torch.device("cuda", index))
             _reasons[index] = ""
         except torch.OutOfMemoryError:
@@ -253,18 +251,25 @@ def _runs_on(device: torch.device) -> bool:
     if _kernels is not None and index in _kernels.failures and _runs_on_device.get(index):
         del _runs_on_device[index]
     if index not in _runs_on_device:
-        # A compiler records the op, possibly for another machine.
-        if torch.compiler.is_compiling() or not torch.cuda.is_available():
-            return True
-        # The check needs results, which there are none of in a capture.
-        by_name = library_by_name() or _why_not_ahead(index)
-        if by_name and index not in _reasons and torch.cuda.is_current_stream_capturing():
-            return True
-        why = _why_not_on(index)
-        _runs_on_device[index] = not why
-        if why:
-            _warn(f"cuda:{index}", why, stacklevel=6)
+        return _determine_runs_on(index)
     return _runs_on_device[index]
+
+
+# torch.compile calls this instead of tracing it: its graphs could not fall back on the formula.
+@torch.compiler.assume_constant_result
+def _determine_runs_on(index: int) -> bool:
+    # torch.export records the op, for another machine.
+    if torch.compiler.is_exporting() or not torch.cuda.is_available():
+        return True
+    # The check needs results, which there are none of in a capture.
+    by_name = library_by_name() or _why_not_ahead(index)
+    if by_name and index not in _reasons and torch.cuda.is_current_stream_capturing():
+        return True
+    why = _why_not_on(index)
+    _runs_on_device[index] = not why
+    if why:
+        _warn(f"cuda:{index}", why, stacklevel=7)
+    return not why
 
 
 def serves(features: Tensor) -> bool:

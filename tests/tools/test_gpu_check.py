@@ -15,7 +15,9 @@ ABOUT = "2026-01-01  Some GPU  torch 2.11"
 PYTHON = f"""#!/usr/bin/env bash
 case "$1" in
     -) echo "{ABOUT}"; echo 9.0; exit 0 ;;
-    -c) [[ "$2" != *backend_info* ]] || echo "backend" >> "$CALLS"; [[ "$2" != *xdist* && ! ( -n "${{NO_PYTEST:-}}" && "$2" == *pytest* ) ]]; exit ;;
+    -c)
+        [[ "$2" != *backend_info* ]] || echo "backend" >> "$CALLS"
+        [[ "$2" != *xdist* && ! ( -n "${{NO_PYTEST:-}}" && "$2" == *pytest* ) ]]; exit ;;
     */benchmark_table.py) exec "{sys.executable}" "$@" ;;
 esac
 echo "$TORCH_CUDA_ARCH_LIST $*" >> "$CALLS"
