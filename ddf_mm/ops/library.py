@@ -111,9 +111,7 @@ def _load_all() -> tuple[frozenset[str], str]:
     try:
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
             oldest = ".".join(map(str, MIN_TORCH))
-            raise _Missing(
-                f"torch {torch.__version__} is older than {oldest}; upgrade torch and {REINSTALL}"
-            )
+            raise _Missing(f"torch {torch.__version__} is older than {oldest}; upgrade torch")
         package = _package_with_libraries()
         _load("_C", package, f"install a C++ compiler and ninja and {REINSTALL}")
         compiled.add("cpu")
