@@ -9,7 +9,9 @@
 #                 test source archive and wheel with other versions of torch than the compiler's
 #   make test-floor-torch
 #                 test the source archive with a torch that is too old for the compiled ops
-#   make wheel    the release wheel: ops for the CPU and for every GPU since Turing
+#   make compare-nvrtc
+#                 compile every CUDA kernel by nvcc and by NVRTC (ARCH="75 90 120"), and compare
+#   make wheel    the release wheel: ops for the CPU and every GPU that torch's NVRTC knows
 #   make sdist    the source archive
 #   make lint     check the code         make format   format it
 #   make docs     build the site of docs/ in build/docs
@@ -28,8 +30,8 @@ INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" bash requirements/install.sh
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 SCENE_DEMOS := demo-detection demo-segmentation
-.PHONY: demo $(SCENE_DEMOS) test test-fast $(OTHER_TORCHES:%=test-%) wheel sdist check-tag docs \
-	lint format clean
+.PHONY: demo $(SCENE_DEMOS) test test-fast $(OTHER_TORCHES:%=test-%) compare-nvrtc wheel sdist \
+	check-tag docs lint format clean
 # Two pip runs in one environment must not overlap.
 .NOTPARALLEL:
 
@@ -55,9 +57,21 @@ test-fast: $(STAMPS)/package $(STAMPS)/dev
 $(OTHER_TORCHES:%=test-%): test-%: $(STAMPS)/package $(VENV)-%/.stamps/torch
 	VENV="$(VENV)" bash tests/test_installed.sh $* $(ARGS)
 
-wheel: $(STAMPS)/build
-	DDF_MM_WITH_OPS=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=release \
-		"$(VENV)/bin/python" -m pip wheel -v --no-build-isolation --no-deps -w dist .
+# Needs nvcc, but no GPU. The library by name lists the kernels.
+ARCH ?= 75 90 120
+compare-nvrtc: $(STAMPS)/package
+	"$(VENV)/bin/python" benchmarks/compare_nvrtc.py --arch $(ARCH)
+
+# auditwheel finds the oldest glibc that will do and tags the wheel with it. torch brings its
+# libraries; the audit fails unless all of it that these use is stable and both are there.
+wheel: $(STAMPS)/build $(STAMPS)/release
+	rm -rf build/wheel
+	DDF_MM_WITH_OPS=1 TORCH_CUDA_ARCH_LIST=none \
+		"$(VENV)/bin/python" -m pip wheel -v --no-build-isolation --no-deps -w build/wheel .
+	"$(VENV)/bin/python" -m zipfile -e build/wheel/*.whl build/wheel
+	"$(VENV)/bin/torch-abi-audit" -v --check both \
+		build/wheel/ddf_mm/_C.abi3.so build/wheel/ddf_mm/_C_cuda.abi3.so
+	PATH="$$PATH:$(abspath $(VENV)/bin)" "$(VENV)/bin/auditwheel" repair -w dist --exclude 'libtorch*.so' --exclude libc10.so build/wheel/*.whl
 
 sdist: $(STAMPS)/build
 	"$(VENV)/bin/python" -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
@@ -102,6 +116,10 @@ $(STAMPS)/dev: requirements/dev.txt requirements/docs.txt | $(STAMPS)/venv
 
 $(STAMPS)/build: requirements/build.txt | $(STAMPS)/venv
 	$(INSTALL) build
+	@touch $@
+
+$(STAMPS)/release: requirements/release.txt $(STAMPS)/build
+	$(INSTALL) release
 	@touch $@
 
 $(STAMPS)/classification: requirements/classification.txt $(STAMPS)/build

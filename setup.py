@@ -8,11 +8,12 @@ formula in plain PyTorch.
 Environment variables:
     DDF_MM_WITH_OPS: 0 compiles nothing; 1 fails the installation if ops that the installed torch
         can use cannot be compiled; unset, the installation continues without them.
-    FORCE_CUDA: 0 does not compile CUDA ops; 1 fails the installation if they cannot be compiled
-        with their kernels; unset, they are if a toolkit matches torch, and otherwise without: NVRTC
-        compiles the kernels when they are needed (csrc/README.md). No GPU is needed.
-    TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``release`` for all GPUs that releases
-        support.
+    FORCE_CUDA: 0 does not compile CUDA ops; 1 compiles their kernels, and fails the installation if
+        that is impossible; unset, the kernels are compiled if a toolkit matches torch and a GPU is
+        present or TORCH_CUDA_ARCH_LIST names some. Otherwise NVRTC compiles them when they are
+        needed (csrc/README.md).
+    TORCH_CUDA_ARCH_LIST: as for every torch extension, or ``none`` to leave the kernels to NVRTC,
+        as releases do.
     CUDA_HOME, CXX, MAX_JOBS: as for every torch extension.
     DDF_MM_SANITIZE: argument of -fsanitize= for the CPU ops, such as ``address,undefined``; builds
         no CUDA ops. tests/test_sanitizers.py shows how to load such a library.
@@ -42,10 +43,8 @@ ROOT = Path(__file__).resolve().parent
 # torch.
 TORCH_TARGET = (2, 10)
 PYTHON_TARGET = "cp310"
-# If no GPU is visible: recent data-centre GPUs, and PTX for later ones.
+# With FORCE_CUDA=1 if no GPU is visible: recent data-centre GPUs, and PTX for later ones.
 DEFAULT_ARCHS = "8.0;9.0+PTX"
-# Turing to Blackwell, and PTX for later ones.
-RELEASE_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The other commands (metadata, sdist) compile nothing, and importing torch takes seconds.
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
@@ -164,6 +163,24 @@ def find_cuda(version: str | None) -> CudaToolkit:
     raise NoOps(f"no CUDA toolkit in {given}" if given else "no CUDA toolkit was found", remedy)
 
 
+def toolkit_for_kernels(version: str | None) -> CudaToolkit:
+    """The CUDA toolkit that compiles the kernels.
+
+    Raises:
+        NoOps: there is none, or no GPU to compile for.
+    """
+    import torch
+
+    forced = switch("FORCE_CUDA")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    toolkit = find_cuda(version)
+    if archs == "none":
+        raise NoOps("TORCH_CUDA_ARCH_LIST=none", "set it to GPUs to compile their kernels")
+    if not (forced or archs or torch.cuda.is_available()):
+        raise NoOps("no GPU is visible", "set FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST to compile them")
+    return toolkit
+
+
 def sources(suffix: str) -> list[str]:
     # setuptools needs paths relative to setup.py; sorted for reproducible builds.
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/**/*{suffix}"))
@@ -199,7 +216,7 @@ def plan_ops() -> tuple[list[Extension], str]:
         remark = "; no CUDA ops: FORCE_CUDA=0, unset it to build them"
     elif cuda_sources:
         try:
-            toolkit = find_cuda(torch.version.cuda)
+            toolkit = toolkit_for_kernels(torch.version.cuda)
         except NoOps as no_cuda:
             # A CPU build of torch could not use them.
             by_name = bool(by_name_sources and torch.version.cuda)
@@ -213,9 +230,7 @@ def plan_ops() -> tuple[list[Extension], str]:
     os.environ["CXX"] = compiler
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit.home)
-        if os.environ.get("TORCH_CUDA_ARCH_LIST") == "release":
-            os.environ["TORCH_CUDA_ARCH_LIST"] = RELEASE_ARCHS
-        elif not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 

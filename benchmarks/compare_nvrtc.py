@@ -2,9 +2,10 @@
 
     python benchmarks/compare_nvrtc.py [--arch 75 90 120] [--source forward_float.cu ...]
 
-Needs nvcc with cuobjdump and cuda-bindings; no GPU. Prints the kernels that differ. The exit status
-is 1 if NVRTC takes more than a tenth more of either. All kernels of one architecture take about ten
-minutes on one core.
+Needs nvcc with cuobjdump, cuda-bindings and the compiled CUDA ops; no GPU. Prints the kernels that
+differ. The exit status is 1 if NVRTC takes more than a tenth more of either, or if nvcc's kernels
+are not those that calls can choose. All kernels of one architecture take about ten minutes on one
+core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from check_cuda_build import CSRC, Kernel, compile_for, find_cuobjdump, find_nvcc, readable, usages
 from torch.hub import tqdm
 
-from ddf_mm.ops import nvrtc
+from ddf_mm.ops import library, nvrtc
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,31 @@ def by_nvcc(nvcc: str, cuobjdump: str, arch: str, sources: list[Path]) -> dict[s
     return sizes
 
 
+def expressions(names: list[str]) -> dict[str, str]:
+    """Mangled name of each kernel to what C++ writes."""
+    filtered = subprocess.run(["c++filt", *names], text=True, capture_output=True, check=True)
+    # void NAME(PARAMETERS)
+    demangled = (text.removeprefix("void ").split("(")[0] for text in filtered.stdout.splitlines())
+    return dict(zip(names, demangled, strict=True))
+
+
+def missing(names: list[str]) -> list[str]:
+    """What the ops can launch but is not in ``names``, and the reverse."""
+    host = library.cuda_library()
+    if host is None:
+        raise SystemExit(f"compare_nvrtc.py: error: no CUDA ops: {library.backend_info()}")
+    types = {"ddf::cuda::Half": "__half", "ddf::cuda::BFloat16": "__nv_bfloat16"}
+    listed = {re.sub("|".join(types), lambda m: types[m[0]], n) for n in nvrtc.names(host)}
+    return sorted(listed ^ set(expressions(names).values()))
+
+
 def by_nvrtc(cuobjdump: str, arch: str, names: list[str]) -> dict[str, Size]:
     """Of kernels with these mangled names."""
     sizes = {}
-    filtered = subprocess.run(["c++filt", *names], text=True, capture_output=True, check=True)
-    demangled = dict(zip(names, filtered.stdout.splitlines(), strict=True))
+    written = expressions(names)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         for name in tqdm(names, desc=f"NVRTC, sm_{arch}"):
-            # void NAME(PARAMETERS)
-            expression = demangled[name].removeprefix("void ").split("(")[0]
-            symbol, code = nvrtc.compile_kernel(expression, int(arch))
+            symbol, code = nvrtc.compile_kernel(written[name], int(arch))
             if symbol.decode() != name:
                 raise SystemExit(f"compare_nvrtc.py: error: {name} is {symbol.decode()}")
             Path(file.name).write_bytes(code)
@@ -86,6 +102,9 @@ def main() -> int:
     faults = 0
     for arch in args.arch:
         ours = by_nvcc(nvcc, cuobjdump, arch, files)
+        if not args.source and (unequal := missing(sorted(ours))):
+            print(f"sm_{arch}: of nvcc or of the ops alone: {', '.join(unequal)} FAULT")
+            faults += 1
         theirs = by_nvrtc(cuobjdump, arch, sorted(ours))
         differing = [(readable(n), ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]]
         print(f"sm_{arch}: {len(ours)} kernels, {len(ours) - len(differing)} the same")

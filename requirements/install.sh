@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs one part of the pinned stack, for the Makefile.
 # usage: VENV=.venv PYTHON=python3 install.sh PART
-# parts: venv toolchain build classification package detection dev
+# parts: venv toolchain build classification package detection dev release
 #        floor-torch oldest-torch newest-torch
 set -euo pipefail
 
@@ -168,6 +168,7 @@ case ${1:-} in
   package) install_package ;;
   detection) install_detection ;;
   dev) pip_install -c "$here/build.txt" -r "$here/dev.txt" -r "$here/docs.txt" ;;
+  release) pip_install -c "$here/build.txt" -r "$here/release.txt" ;;
   floor-torch | oldest-torch | newest-torch) install_other_torch "$1" ;;
   *) die "install.sh: unknown part '${1:-}'; its first lines list them" ;;
 esac

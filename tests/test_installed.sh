@@ -49,19 +49,29 @@ if [ "$torch" = floor-torch ]; then
   exit
 fi
 
-# build/temp.* keeps what is compiled here for the next wheel. No test here uses a GPU.
+# As `make wheel` compiles it. build/temp.* keeps what is compiled here for the next wheel.
 (cd "$root" &&
-  FORCE_CUDA=0 DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .)
+  TORCH_CUDA_ARCH_LIST=none DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .)
 install "$folder"/ddf_mm-*.whl
 "$python" - << 'END'
 import platform
+from pathlib import Path
 
 import torch
 import ddf_mm
-from ddf_mm.ops import backend_info
+from ddf_mm.ops import backend_info, library, nvrtc
 
 print(f"ddf_mm: {ddf_mm.__file__}, Python {platform.python_version()}, torch {torch.__version__}")
-assert backend_info()["cpu"] == "compiled", backend_info()
+info = backend_info()
+print(f"ddf_mm: {info}")
+assert info["cpu"] == "compiled", info
+# A CPU build of torch in VENV compiles no CUDA ops, one here does not load them.
+if list(Path(ddf_mm.__file__).parent.glob("_C_cuda*")) and torch.version.cuda:
+    assert info["cuda"] == "compiled on this machine", info
+    name = next(n for n in nvrtc.names(library.cuda_library()) if "::forward_3x3<" in n)
+    for arch in (75, 90, 120):
+        assert nvrtc.compile_kernel(name, arch).code.startswith(b"\x7fELF")
+    print(f"ddf_mm: NVRTC {nvrtc.version()} compiles {name} for sm_75, sm_90 and sm_120")
 END
 # Another torch calls the same library, so these tests look for what it does otherwise: dispatch,
 # autograd, the compiler, and what of PyTorch the formula uses, with every dtype, layout and

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDER = """
 echo "$1" >> calls
 mkdir -p "$VENV/bin"
-for tool in python ruff clang-format mypy; do
+for tool in python ruff clang-format mypy torch-abi-audit auditwheel; do
   printf '#!/bin/sh\\n' > "$VENV/bin/$tool"
   chmod +x "$VENV/bin/$tool"
 done
@@ -77,7 +77,8 @@ TEST = ["venv", "toolchain", "build", "classification", "package", "detection", 
         ("test-floor-torch", [*PACKAGE, "floor-torch"]),
         ("test-oldest-torch", [*PACKAGE, "oldest-torch"]),
         ("test-newest-torch", [*PACKAGE, "newest-torch"]),
-        ("wheel", ["venv", "build"]),
+        ("compare-nvrtc", PACKAGE),
+        ("wheel", ["venv", "build", "release"]),
         ("docs", [*DEMO, "dev"]),
         ("lint", ["venv", "dev"]),
         ("format", ["venv", "dev"]),

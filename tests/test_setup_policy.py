@@ -307,20 +307,53 @@ class TestCudaToolkit:
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
-@pytest.mark.parametrize(
-    "given, chosen",
-    [("8.6;8.9+PTX", "8.6;8.9+PTX"), ("release", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")],
-)
-def test_gpus_that_the_environment_names(
-    setup_module, project, monkeypatch, tmp_path, given, chosen
-):
-    add_source(project, "csrc/cuda/a.cu", TRIVIAL)
-    add_source(project, "csrc/cuda/b/c.cu", TRIVIAL)
-    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", torch.version.cuda)))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
-    (_, cuda), sentence = setup_module.plan_ops()
-    assert sentence.endswith(f" for {chosen})") and os.environ["TORCH_CUDA_ARCH_LIST"] == chosen
-    assert cuda.sources == ["csrc/cuda/a.cu", "csrc/cuda/b/c.cu"]
+class TestKernels:
+    """With a toolkit: whether nvcc compiles the kernels, and for which GPUs."""
+
+    @pytest.fixture(autouse=True)
+    def sources(self, project, monkeypatch, tmp_path):
+        for name in ("a.cu", "b/c.cu", "by_name.cpp"):
+            add_source(project, f"csrc/cuda/{name}", TRIVIAL)
+        monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", torch.version.cuda)))
+
+    def visible(self, monkeypatch, gpu: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    @pytest.mark.parametrize(
+        "gpu, variables, chosen",
+        [
+            (True, {}, "the GPUs present"),
+            (True, {"TORCH_CUDA_ARCH_LIST": "8.6;8.9+PTX"}, "8.6;8.9+PTX"),
+            (False, {"TORCH_CUDA_ARCH_LIST": "8.6;8.9+PTX"}, "8.6;8.9+PTX"),
+            (False, {"FORCE_CUDA": "1"}, "8.0;9.0+PTX"),
+        ],
+    )
+    def test_compiled_ahead(self, setup_module, monkeypatch, gpu, variables, chosen):
+        self.visible(monkeypatch, gpu)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        (_, cuda), sentence = setup_module.plan_ops()
+        assert sentence.endswith(f" for {chosen})")
+        assert os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs present") == chosen
+        assert cuda.sources == ["csrc/cuda/a.cu", "csrc/cuda/b/c.cu"]
+
+    @pytest.mark.parametrize(
+        "gpu, archs, reason",
+        [(False, "", "no GPU is visible, set FORCE_CUDA=1"), (True, "none", "ARCH_LIST=none, ")],
+    )
+    def test_left_to_nvrtc(self, setup_module, monkeypatch, gpu, archs, reason):
+        self.visible(monkeypatch, gpu)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        (_, cuda), sentence = setup_module.plan_ops()
+        assert "; CUDA ops without kernels, which NVRTC compiles: " in sentence
+        assert reason in sentence
+        assert cuda.sources == ["csrc/cuda/by_name.cpp"]
+
+    def test_demanded_kernels_for_no_gpu_are_an_error(self, setup_module, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "none")
+        monkeypatch.setenv("FORCE_CUDA", "1")
+        with pytest.raises(setup_module.NoOps, match="TORCH_CUDA_ARCH_LIST=none, set it to GPUs"):
+            setup_module.plan_ops()
 
 
 def test_instrumented_build(setup_module, project, monkeypatch):

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# All checks that need a CUDA device: gpu_check.sh [build] [test] [sanitize] [bench] [OUT]
+# All checks that need a CUDA device: gpu_check.sh [nvrtc] [build] [test] [sanitize] [bench] [OUT]
 #
+#   nvrtc     compiles the ops without kernels, as releases are, and the kernels by NVRTC, and runs
+#             every CUDA test
 #   build     compiles the ops for the GPU present, with all cores
 #   test      runs every CUDA test: the cases of the CPU, strided and huge tensors, streams,
 #             autocast, graph capture, gradcheck
@@ -18,11 +20,11 @@ ROOT=$(dirname -- "$TOOLS")
 PYTHON=${PYTHON:-python}
 
 stages=()
-while [[ "${1:-}" =~ ^(build|test|sanitize|bench)$ ]]; do
+while [[ "${1:-}" =~ ^(nvrtc|build|test|sanitize|bench)$ ]]; do
     stages+=("$1")
     shift
 done
-[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize bench)
+[ ${#stages[@]} -gt 0 ] || stages=(nvrtc build test sanitize bench)
 if [ $# -gt 1 ]; then
     echo "gpu_check.sh: error: at most one OUT after the stages, got: $*" >&2
     exit 2
@@ -57,6 +59,16 @@ attempt() {
     shift
     echo "== $name: $*" | tee -a "$report"
     "$@" 2>&1 | tee -a "$report" || failures+=("$stage: $name")
+}
+
+nvrtc() {
+    DDF_MM_WITH_OPS=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}" TORCH_CUDA_ARCH_LIST=none \
+        attempt "compiling" "$PYTHON" setup.py -q build_ext --inplace
+    attempt "kernels" "$PYTHON" -m ddf_mm.ops.precompile --jobs "$(nproc)"
+    # Whether a small call has the result of the formula is seen here, too.
+    attempt "backend" "$PYTHON" -c 'import ddf_mm.ops; info = ddf_mm.ops.backend_info(); print(info)
+assert info["cuda"] == "compiled on this machine"'
+    test_
 }
 
 build() {

@@ -16,13 +16,3 @@ DDF_INSTANTIATE_FORWARD(BFloat16);
 DDF_INSTANTIATE_BACKWARD(BFloat16);
 
 }  // namespace ddf::cuda
-
-#define DDF_EXPORT extern "C" __attribute__((visibility("default")))
-
-DDF_EXPORT void ddf_mm_set_driver(const ddf::cuda::Driver* driver) {
-  ddf::cuda::driver = *driver;
-  ddf::cuda::found_kernels.clear();
-}
-
-// The names of all kernels, one a line.
-DDF_EXPORT const char* ddf_mm_kernels() { return ddf::cuda::kernel_names().c_str(); }

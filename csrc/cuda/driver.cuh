@@ -3,13 +3,14 @@
 // part of CUDA to be built or loaded.
 #pragma once
 #include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
 
-#include "by_name.cuh"
+#include "handle.cuh"
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -20,8 +21,8 @@ struct Driver {
   bool (*find)(const char* name, int device, void** kernel);
   // Makes the context of a device the current one of this thread; returns whether it did.
   bool (*use)(int device);
-  // cuLaunchKernel: kernel, grid, block, shared bytes, stream, parameters, nullptr; returns an
-  // error.
+  // cuLaunchKernel, known once a kernel is: kernel, grid, block, shared bytes, stream, parameters,
+  // nullptr; returns an error.
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                 cudaStream_t, void**, void**);
 };
@@ -29,12 +30,17 @@ struct Driver {
 // Set by Python.
 inline Driver driver{};
 
-// Kernels that were found, by name and device.
+// Devices for which the kernels of this library were not compiled, if it has some. Torch counts
+// devices in 8 bits. Set by Python.
+inline std::array<std::atomic<bool>, 128> by_name_on{};
+
+// Kernels that were found, by name and device, and what protects them.
 inline std::map<std::pair<const std::string*, int>, void*> found_kernels;
+inline std::mutex found_kernels_mutex;
 
 // The kernel for a device, or null if there is none.
 inline void* find_kernel(const std::string& name, int device) {
-  static std::mutex mutex;
+  auto& mutex = found_kernels_mutex;
   auto& found = found_kernels;
   const std::pair key{&name, device};
   {
@@ -51,8 +57,9 @@ inline void* find_kernel(const std::string& name, int device) {
 
 // Returns what went wrong, or an empty string.
 template <typename... Parameters, typename... Given>
-std::string start(const Handle<Parameters...>& kernel, int device, cudaStream_t stream,
-                  unsigned blocks, unsigned threads, size_t shared_bytes, const Given&... given) {
+std::string start_by_name(const Handle<Parameters...>& kernel, int device, cudaStream_t stream,
+                          unsigned blocks, unsigned threads, size_t shared_bytes,
+                          const Given&... given) {
   constexpr int kInvalidContext = 201;
   void* const function = find_kernel(*kernel.name, device);
   if (function == nullptr) return "it was not compiled; ddf_mm.ops.backend_info() says why";

@@ -7,12 +7,10 @@
 #include <string>
 
 #include "arguments.cuh"
+#include "driver.cuh"
 #include "filter_norm.cuh"
 #include "upsample.cuh"
-
-#if defined(DDF_KERNELS_BY_NAME)
-#include "driver.cuh"
-#else
+#if !defined(DDF_KERNELS_BY_NAME)
 #include "runtime.cuh"
 #endif
 
@@ -28,17 +26,28 @@ class Launcher {
  public:
   explicit Launcher(const Stream& on) : on_(on) {}
 
-  template <typename Kernel, typename... Given>
-  void operator()(const char* name, Kernel kernel, int64_t blocks, int threads, size_t shared_bytes,
-                  const Given&... given) const {
+  template <typename... Parameters, typename... Given>
+  void operator()(const char* name, const Handle<Parameters...>& kernel, int64_t blocks,
+                  int threads, size_t shared_bytes, const Given&... given) const {
     STD_TORCH_CHECK(blocks <= kMaxBlocks, name, ": the tensors need ", blocks,
                     " blocks, CUDA allows ", kMaxBlocks);
-    const std::string error = start(kernel, on_.device, on_.stream, static_cast<unsigned>(blocks),
-                                    threads, shared_bytes, given...);
+    const std::string error = start(kernel, blocks, threads, shared_bytes, given...);
     STD_TORCH_CHECK(error.empty(), name, ": the kernel did not start: ", error);
   }
 
  private:
+  // Returns what went wrong, or an empty string.
+  template <typename... Parameters, typename... Given>
+  std::string start(const Handle<Parameters...>& kernel, unsigned blocks, int threads,
+                    size_t shared_bytes, const Given&... given) const {
+#if !defined(DDF_KERNELS_BY_NAME)
+    if (!by_name_on[on_.device]) {
+      return start_compiled(kernel.compiled, on_.stream, blocks, threads, shared_bytes, given...);
+    }
+#endif
+    return start_by_name(kernel, on_.device, on_.stream, blocks, threads, shared_bytes, given...);
+  }
+
   Stream on_;
 };
 

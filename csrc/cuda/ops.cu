@@ -322,3 +322,20 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CUDA, m) {
   m.impl("ddf_up", TORCH_BOX(&ddf::cuda::ddf_up));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cuda::ddf_up_backward));
 }
+
+#define DDF_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What compiles kernels when they are needed (ddf_mm/ops/nvrtc.py).
+DDF_EXPORT void ddf_mm_set_driver(const ddf::cuda::Driver* driver) {
+  const std::lock_guard<std::mutex> lock(ddf::cuda::found_kernels_mutex);
+  ddf::cuda::driver = *driver;
+  ddf::cuda::found_kernels.clear();
+}
+
+// Whether a device runs such kernels, in a library that also has kernels compiled ahead of time.
+DDF_EXPORT void ddf_mm_set_by_name(int device, bool by_name) {
+  ddf::cuda::by_name_on.at(device) = by_name;
+}
+
+// The names of all kernels, one a line.
+DDF_EXPORT const char* ddf_mm_kernels() { return ddf::cuda::kernel_names().c_str(); }

@@ -112,7 +112,9 @@ DDF_DEVICE void store_shared4(float* p, const float* from) {
 #include "cuda_on_host.h"
 #endif
 
-// A kernel, as it is given to a launcher.
-#if !defined(DDF_HANDLE)
+// NVRTC, which compiles no launches, only parses them.
+#if defined(__CUDACC_RTC__)
 #define DDF_HANDLE(...) (&__VA_ARGS__)
+#else
+#include "handle.cuh"
 #endif

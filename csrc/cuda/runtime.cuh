@@ -8,8 +8,8 @@ namespace ddf::cuda {
 
 // Returns what went wrong, or an empty string.
 template <typename... Parameters, typename... Given>
-std::string start(void (*kernel)(Parameters...), int, cudaStream_t stream, unsigned blocks,
-                  int threads, size_t shared_bytes, const Given&... given) {
+std::string start_compiled(void (*kernel)(Parameters...), cudaStream_t stream, unsigned blocks,
+                           int threads, size_t shared_bytes, const Given&... given) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);

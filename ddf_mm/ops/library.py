@@ -104,16 +104,14 @@ def _load(name: str, package: Path, remedy: str) -> ctypes.CDLL:
 
 def _load_all() -> tuple[frozenset[str], str]:
     """Device types with compiled kernels, and the reason if one that could have them has none."""
-    global _cuda
+    global _cuda, _kernels
     compiled: set[str] = set()
     if FORCED:
         return frozenset(), "DDF_MM_FORCE_REFERENCE is set"
     try:
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
             oldest = ".".join(map(str, MIN_TORCH))
-            raise _Missing(
-                f"torch {torch.__version__} is older than {oldest}; upgrade torch and {REINSTALL}"
-            )
+            raise _Missing(f"torch {torch.__version__} is older than {oldest}; upgrade torch")
         package = _package_with_libraries()
         _load("_C", package, f"install a C++ compiler and ninja and {REINSTALL}")
         compiled.add("cpu")
@@ -121,6 +119,7 @@ def _load_all() -> tuple[frozenset[str], str]:
             _cuda = _load(
                 "_C_cuda", package, f"install a CUDA {torch.version.cuda} toolkit and {REINSTALL}"
             )
+            _kernels = nvrtc.Kernels(_cuda)
             if library_by_name() and not nvrtc.is_installed():
                 raise _Missing(
                     "this install compiles its CUDA kernels when they are needed, by NVRTC and "
@@ -139,31 +138,47 @@ def backend_info() -> dict[str, str]:
         A dict from device type to ``'compiled'``, ``'compiled on this machine'`` (CUDA kernels that
         NVRTC compiles when they are needed) or ``'reference'`` (the formula in plain PyTorch).
         ``'default'`` is for all device types that are not listed; ``'cuda'`` is the current CUDA
-        device. If a listed device type uses the reference, ``'why'`` has the reason and a remedy.
+        device. ``'why'`` has the reason and a remedy if a listed device type uses the reference, or
+        a device does not run the kernels that were compiled ahead for other GPUs.
     """
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
     why = _WHY
     if "cuda" in COMPILED:
-        why = _why_not_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
-        served = "compiled on this machine" if library_by_name() else "compiled"
+        why = ahead = ""
+        if torch.cuda.is_available():
+            index = torch.cuda.current_device()
+            why, ahead = _why_not_on(index), _why_not_ahead(index)
+        served = "compiled on this machine" if ahead or library_by_name() else "compiled"
         info["cuda"] = "reference" if why else served
+        why = why or ahead
     return {**info, "why": why} if why else info
 
 
 def _why_not_on(index: int) -> str:
-    """Reason and remedy if a CUDA device cannot run the kernels of this install, otherwise ""."""
-    if library_by_name():
-        return _why_not_compiled_for(index)
-    assert _cuda is not None
+    """Reason and remedy if a CUDA device cannot run the kernels of this install, neither those
+    that were compiled ahead nor those that are compiled on this machine; otherwise ""."""
+    ahead = _why_not_ahead(index)
+    if not ahead and not library_by_name():
+        return ""
+    why = _why_not_compiled_for(index)
+    return f"{why}; {ahead}" if why and ahead else why
+
+
+def _why_not_ahead(index: int) -> str:
+    """Reason and remedy if this install has kernels that were compiled ahead, but not for a CUDA
+    device; otherwise "". The library then finds kernels by name there."""
+    if _cuda is None or library_by_name():
+        return ""
     ask = _cuda.ddf_mm_why_not_on
     ask.restype = ctypes.c_char_p
     why = ask(index)
+    _cuda.ddf_mm_set_by_name(index, why is not None)
     if why is None:
         return ""
     return (
-        f"{_described(index)} cannot run the kernels of this install ({why.decode()}); set "
-        f"TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
+        f"{_described(index)} cannot run the kernels that were compiled ahead ({why.decode()}); "
+        f"set TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
     )
 
 
@@ -176,9 +191,14 @@ def _described(index: int) -> str:
     return f"cuda:{index}, {name} of compute capability {_capability(index)},"
 
 
+def cuda_library() -> ctypes.CDLL | None:
+    """The library of the CUDA ops, if it is loaded."""
+    return _cuda
+
+
 def library_by_name() -> ctypes.CDLL | None:
     """The library of the CUDA ops if it was built without kernels, which NVRTC compiles."""
-    return _cuda if _cuda is not None and hasattr(_cuda, "ddf_mm_set_driver") else None
+    return None if _cuda is None or hasattr(_cuda, "ddf_mm_why_not_on") else _cuda
 
 
 def _why_not_compiled_for(index: int) -> str:
@@ -186,11 +206,8 @@ def _why_not_compiled_for(index: int) -> str:
 
     Whether they can is seen by computing with one, once, and by what was called since.
     """
-    global _kernels
     if index not in _reasons:
         try:
-            if _kernels is None and _cuda is not None:
-                _kernels = nvrtc.Kernels(_cuda)
             _check_against_formula(torch.device("cuda", index))
             _reasons[index] = ""
         except torch.OutOfMemoryError:
@@ -232,17 +249,25 @@ def _runs_on(device: torch.device) -> bool:
     if _kernels is not None and index in _kernels.failures and _runs_on_device.get(index):
         del _runs_on_device[index]
     if index not in _runs_on_device:
-        # A compiler records the op, possibly for another machine.
-        if torch.compiler.is_compiling() or not torch.cuda.is_available():
-            return True
-        # The check needs results, which there are none of in a capture.
-        if library_by_name() and index not in _reasons and torch.cuda.is_current_stream_capturing():
-            return True
-        why = _why_not_on(index)
-        _runs_on_device[index] = not why
-        if why:
-            _warn(f"cuda:{index}", why, stacklevel=6)
+        return _determine_runs_on(index)
     return _runs_on_device[index]
+
+
+# torch.compile calls this instead of tracing it: its graphs could not fall back on the formula.
+@torch.compiler.assume_constant_result
+def _determine_runs_on(index: int) -> bool:
+    # torch.export records the op, for another machine.
+    if torch.compiler.is_exporting() or not torch.cuda.is_available():
+        return True
+    # The check needs results, which there are none of in a capture.
+    by_name = library_by_name() or _why_not_ahead(index)
+    if by_name and index not in _reasons and torch.cuda.is_current_stream_capturing():
+        return True
+    why = _why_not_on(index)
+    _runs_on_device[index] = not why
+    if why:
+        _warn(f"cuda:{index}", why, stacklevel=7)
+    return not why
 
 
 def serves(features: Tensor) -> bool:
@@ -347,7 +372,7 @@ _traces_ops = False
 # The library of the CUDA ops, if there is one; and whether each device that had a call can run its
 # kernels.
 _cuda: ctypes.CDLL | None = None
-# What compiles its kernels if it has none; and why it could not for a device, "" if it could.
+# What compiles kernels that it lacks; and why it could not for a device, "" if it could.
 _kernels: nvrtc.Kernels | None = None
 _reasons: dict[int, str] = {}
 _runs_on_device: dict[int, bool] = {}

@@ -249,41 +249,51 @@ class _Driver(ctypes.Structure):
 
 
 def names(library: ctypes.CDLL) -> list[str]:
-    """All kernels that a library of the CUDA ops can launch, if it was built without them."""
+    """All kernels that a library of the CUDA ops can launch."""
     library.ddf_mm_kernels.restype = ctypes.c_char_p
-    return sorted(library.ddf_mm_kernels().decode().split("\n")[:-1])
+    # nvcc may compile a kernel in several files.
+    return sorted(set(library.ddf_mm_kernels().decode().split("\n")[:-1]))
 
 
 class Kernels:
-    """Compiles and loads kernels for a library of the CUDA ops that was built without them.
+    """Compiles and loads kernels for a library of the CUDA ops.
+
+    NVRTC and CUDA's driver are loaded when the library asks for a kernel.
 
     Args:
-        library: the library; it is given CUDA's driver.
+        library: the library.
         driver: the module ``cuda.bindings.driver``, unless a test has another.
-
-    Raises:
-        NoKernel: there is no NVRTC, or no driver.
     """
 
     def __init__(self, library: ctypes.CDLL, driver: Any = None) -> None:
-        _nvrtc()
-        if driver is None:
-            driver = importlib.import_module("cuda.bindings.driver")
+        self._library = library
         self._driver = driver
         # Device to the context that torch uses.
         self._contexts: dict[int, Any] = {}
         # Device to why a kernel of it was not found.
         self.failures: dict[int, str] = {}
+        # Referred to as long as the library may call them.
+        self._functions = _Driver(_Driver.Find(self._find), _Driver.Use(self._use), None)
+        library.ddf_mm_set_driver(ctypes.byref(self._functions))
+
+    def _load_driver(self) -> None:
+        """Gives the library the driver's function that launches.
+
+        Raises:
+            NoKernel: there is no NVRTC, or no driver.
+        """
+        _nvrtc()
+        if self._driver is None:
+            self._driver = importlib.import_module("cuda.bindings.driver")
         try:
             # The version of its present signature.
-            launch, _ = _checked(driver.cuGetProcAddress(b"cuLaunchKernel", 12000, 0))
+            launch, _ = _checked(self._driver.cuGetProcAddress(b"cuLaunchKernel", 12000, 0))
         except NoKernel:
             raise
         except Exception as error:  # cuda-bindings has several for a library that is not there
             raise NoKernel(f"CUDA's driver does not load ({error})") from error
-        # Referred to as long as the library may call them.
-        self._functions = _Driver(_Driver.Find(self._find), _Driver.Use(self._use), int(launch))
-        library.ddf_mm_set_driver(ctypes.byref(self._functions))
+        self._functions.launch = int(launch)
+        self._library.ddf_mm_set_driver(ctypes.byref(self._functions))
 
     def _find(self, name: bytes, device: int, found: Any) -> bool:
         try:
@@ -299,6 +309,8 @@ class Kernels:
         Raises:
             NoKernel: that is not possible.
         """
+        if self._functions.launch is None:
+            self._load_driver()
         capability = torch.cuda.get_device_capability(device)
         binary = cached_kernel(name, architecture_for(*capability))
         options: tuple[Any, ...] = ([], [], 0)

@@ -32,9 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at once")
     args = parser.parse_args(arguments)
-    host = library.library_by_name()
+    host = library.cuda_library()
     if host is None:
-        parser.error(f"this install compiles no kernels when they are needed: {backend()}")
+        why = library.backend_info().get("why", "torch is a CPU build")
+        parser.error(f"this install has no CUDA ops: {why}")
     try:
         archs = args.arch or sorted(
             {
@@ -63,11 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"{nvrtc.cache_folder()}"
     )
     return 0
-
-
-def backend() -> str:
-    info = library.backend_info()
-    return info.get("why") or f"its CUDA ops are {info.get('cuda', 'for another torch')}"
 
 
 if __name__ == "__main__":

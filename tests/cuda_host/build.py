@@ -48,13 +48,23 @@ MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 LIBRARIES = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
+def _kernels_of_driver(names: list[str]) -> str:
+    kernels = [f'{{"{name}", &Run<&{name}>::run}}' for name in names]
+    return f"#define DDF_HOST_KERNELS {', '.join(kernels)}\n"
+
+
 def compile_ops_for_host(
     library: Path, kernels: Path, ops: Path = CSRC / "cuda" / "ops.cu", csrc: Path = CSRC
 ) -> None:
-    """Compiles ops.cu and the emulation of devices, and links them with the kernels."""
+    """Compiles ops.cu and the emulation of devices, and links them with the kernels.
+
+    The driver has only the kernels of a forward pass: the others are compiled ahead.
+    """
+    flags = ("false, true, false", "false, false, false")
+    names = [f"ddf::cuda::forward_3x3<float, ddf::Mul, {f}>" for f in flags]
+    files = ops, csrc / "cuda" / "ahead.cu", HERE / "driver_on_host.h", HERE / "ops_on_host.cpp"
     together = library.with_suffix(".cpp")
-    files = ops, csrc / "cuda" / "ahead.cu", HERE / "ops_on_host.cpp"
-    together.write_text("".join(f'#include "{file}"\n' for file in files))
+    together.write_text(_kernels_of_driver(names) + "".join(f'#include "{f}"\n' for f in files))
     compile_for_host(together, library, csrc, *MACROS, kernels, *LIBRARIES)
 
 
@@ -68,10 +78,9 @@ def compile_ops_by_name_for_host(library: Path, csrc: Path = CSRC) -> None:
     """What an install compiles without nvcc, with what emulates devices and the driver for it."""
     ops = library.with_name("by_name.o")
     compile_for_host(csrc / "cuda" / "by_name.cpp", ops, csrc, *MACROS)
-    kernels = [f'{{"{n}", &Run<&{n}>::run}}' for n in names_of_kernels(ops)]
     together = library.with_suffix(".cpp")
     together.write_text(
-        f"#define DDF_HOST_KERNELS {', '.join(kernels)}\n"
-        f'#include "{HERE / "driver_on_host.h"}"\n#include "{HERE / "ops_on_host.cpp"}"\n'
+        _kernels_of_driver(names_of_kernels(ops))
+        + f'#include "{HERE / "driver_on_host.h"}"\n#include "{HERE / "ops_on_host.cpp"}"\n'
     )
     compile_for_host(together, library, csrc, *MACROS, ops, *LIBRARIES)

@@ -243,8 +243,7 @@ def install(path: Path) -> None:
     library.ddf_host_place.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.ddf_host_end.argtypes = [ctypes.c_bool]
     library.ddf_host_end.restype = library.ddf_host_launches.restype = ctypes.c_char_p
-    if ops.library_by_name():
-        ops._kernels = nvrtc.Kernels(library, Driver)
+    ops._kernels = nvrtc.Kernels(library, Driver)
     ops.COMPILED, ops._WHY = ops.COMPILED | {"cuda"}, ""
     ops.COMPILABLE = ("cpu", "cuda")
     # These modules test whether a tensor is of exactly this class.

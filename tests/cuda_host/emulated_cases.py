@@ -20,9 +20,10 @@ OPS = [name for name in good_calls() if name not in ONLY_CPU]
 # Whether the library was built without kernels, and finds them by name.
 BY_NAME = library.library_by_name() is not None
 SERVED = "compiled on this machine" if BY_NAME else "compiled"
-only_ahead = pytest.mark.skipif(BY_NAME, reason="not of this library: a check meets them")
+only_ahead = pytest.mark.skipif(BY_NAME, reason="not of this library: it has no kernels")
 needs_names = pytest.mark.skipif(not BY_NAME, reason="not of this library: it has its kernels")
 NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+INVALID_IMAGE = 200  # CUDA_ERROR_INVALID_IMAGE
 NO_MEMORY = 2  # cudaErrorMemoryAllocation
 NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -88,30 +89,52 @@ def ask_again():
     """Forgets which devices run the kernels."""
     library._runs_on_device.clear()
     library._reasons.clear()
-    if BY_NAME:
-        library._kernels.failures.clear()
+    library._kernels.failures.clear()
 
 
 @pytest.fixture
 def without_kernels():
     """The kernels are not compiled for device 1."""
-    emulated.library.ddf_host_set_kernel_error(1, NO_IMAGE)
+    emulated.library.ddf_host_set_kernel_error(1, INVALID_IMAGE if BY_NAME else NO_IMAGE)
     ask_again()
     yield
     emulated.library.ddf_host_set_kernel_error(1, 0)
     ask_again()
+    # Asks the library once, which finds kernels by name where it has none.
+    assert library._why_not_ahead(1) == ""
+
+
+@only_ahead
+def test_a_device_without_kernels_compiled_ahead_finds_them_by_name(without_kernels, monkeypatch):
+    tensors = [torch.randn(2, *shape) for shape in ((4, 5, 6), (4, 3, 3), (9, 5, 6))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = ddf(*(t.to("cuda:1") for t in tensors))
+    assert launches() == {"1:0"}
+    assert library._kernels.failures == {}
+    torch.testing.assert_close(got.cpu(), ddf_reference(*tensors))
+    assert backend_info() == {"cpu": "compiled", "cuda": "compiled", "default": "reference"}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    info = backend_info()
+    assert info["cuda"] == "compiled on this machine"
+    assert "cannot run the kernels that were compiled ahead (no kernel image" in info["why"]
+    assert "set TORCH_CUDA_ARCH_LIST=7.5 and reinstall" in info["why"]
 
 
 def test_a_device_without_kernels_has_the_formula_and_one_warning(without_kernels, monkeypatch):
+    if not BY_NAME:
+        forget_kernels()
+        monkeypatch.setattr(nvrtc, "cached_kernel", compiles_no(""))
     tensors = [torch.randn(2, *shape) for shape in ((4, 5, 6), (4, 3, 3), (9, 5, 6))]
     there = [t.to("cuda:1").requires_grad_() for t in tensors]
     with pytest.warns(RuntimeWarning, match="no compiled ops for cuda:1") as caught:
         got = ddf(*there)
     assert "compute capability 7.5" in str(caught[0].message)
     helps = (
-        "error 209 of CUDA's driver" if BY_NAME else "set TORCH_CUDA_ARCH_LIST=7.5 and reinstall"
+        "error 200 of CUDA's driver" if BY_NAME else "set TORCH_CUDA_ARCH_LIST=7.5 and reinstall"
     )
     assert helps in str(caught[0].message)
+    assert BY_NAME or "(no ddf::cuda::forward_3x3<" in str(caught[0].message)
     assert caught[0].filename == __file__
     torch.testing.assert_close(got.cpu(), ddf_reference(*tensors))
     with warnings.catch_warnings():
@@ -126,7 +149,7 @@ def test_a_device_without_kernels_has_the_formula_and_one_warning(without_kernel
     info = backend_info()
     assert info["cuda"] == "reference" and helps in info["why"]
     # A direct call of the op.
-    with pytest.raises(RuntimeError, match="did not start: (no kernel image|error 209)"):
+    with pytest.raises(RuntimeError, match="did not start: (it was not compiled|error 200)"):
         call("ddf", good_calls("cuda:1")["ddf"])
 
 

@@ -1,9 +1,5 @@
 // A library for ctypes that runs one pass of an operation through the CUDA kernels on the host.
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <array>
-#include <cstdlib>
 #include <string>
 
 #include "dispatch.cuh"
@@ -48,26 +44,14 @@ struct NormCall {
   double scale, eps;
 };
 
-std::string message, kernel_names;
-
-template <typename Function>
-std::string symbol_of(Function* function) {
-  Dl_info info{};
-  if (dladdr(reinterpret_cast<void*>(function), &info) == 0 || info.dli_sname == nullptr) {
-    fail("the kernel has no symbol");
-  }
-  char* const demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
-  const std::string name = demangled;
-  std::free(demangled);
-  return name;
-}
+std::string message, launched;
 
 struct Launch {
   template <typename... Parameters, typename... Given>
-  void operator()(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads,
-                  size_t shared_bytes, const Given&... given) const {
-    kernel_names += symbol_of(kernel) + '\n';
-    machine().launch([&] { kernel(given...); }, blocks, threads, shared_bytes,
+  void operator()(const char*, const ddf::cuda::Handle<Parameters...>& kernel, int64_t blocks,
+                  int threads, size_t shared_bytes, const Given&... given) const {
+    launched += *kernel.name + '\n';
+    machine().launch([&] { kernel.compiled(given...); }, blocks, threads, shared_bytes,
                      (sizeof(Parameters) + ...));
   }
 };
@@ -222,7 +206,7 @@ void run(const std::string& pass, const Call& call) {
 template <typename Call>
 const char* run_dtype(const char* pass, const char* dtype, const Call& call) {
   message.clear();
-  kernel_names.clear();
+  launched.clear();
   const std::string type = dtype;
   try {
     if (type == "float32") run<float>(pass, call);
@@ -252,5 +236,5 @@ extern "C" const char* ddf_norm_on_host(const char* pass, const char* dtype, con
   return run_dtype(pass, dtype, *call);
 }
 
-// Demangled names of the kernels of the last call, in each order of the threads.
-extern "C" const char* ddf_last_kernels() { return kernel_names.c_str(); }
+// Names of the kernels of the last call, in each order of the threads.
+extern "C" const char* ddf_last_kernels() { return launched.c_str(); }

@@ -212,7 +212,7 @@ class Host:
 
     @property
     def last_kernels(self) -> str:
-        """Demangled names of the kernels of the last run, one per line."""
+        """Names of the kernels of the last run, one per line."""
         return self.library.ddf_last_kernels().decode()
 
 
@@ -320,8 +320,8 @@ def test_generic_kernels_of_every_dtype(host, name, dtype, layout):
 
 
 def template_arguments(combine: str, *flags: bool) -> str:
-    """The last template arguments of a kernel, as in its demangled name."""
-    return ", ".join([f", ddf::{combine.capitalize()}", *(str(f).lower() for f in flags)]) + ">("
+    """The last template arguments of a kernel, as its name ends."""
+    return ", ".join([f", ddf::{combine.capitalize()}", *(str(f).lower() for f in flags)]) + ">\n"
 
 
 SIZES_3X3 = [(5, 8), (6, 7), (1, 1), (2, 9), (20, 36)]

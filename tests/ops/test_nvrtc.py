@@ -5,6 +5,7 @@ What the library of the ops does with them is tested on emulated devices (tests/
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -222,7 +223,8 @@ def test_eight_processes_at_once(cache):
 class HostLibrary:
     """A library that was built without kernels."""
 
-    ddf_mm_set_driver = None
+    def ddf_mm_set_driver(self, driver):
+        self.driver = driver._obj
 
     class ddf_mm_kernels:
         def __new__(cls):
@@ -231,9 +233,11 @@ class HostLibrary:
 
 @pytest.fixture
 def host(monkeypatch):
-    monkeypatch.setattr(library, "_cuda", HostLibrary())
-    monkeypatch.setattr(library, "_kernels", None)
+    loaded = HostLibrary()
+    monkeypatch.setattr(library, "_cuda", loaded)
+    monkeypatch.setattr(library, "_kernels", nvrtc.Kernels(loaded))
     monkeypatch.setattr(library, "_reasons", {})
+    return loaded
 
 
 def test_precompile_fills_the_cache(host, cache, compiled, capsys):
@@ -259,16 +263,16 @@ def test_precompile_says_why_it_cannot(host, cache, compiled, monkeypatch, capsy
     monkeypatch.setattr(library, "_cuda", None)
     with pytest.raises(SystemExit):
         precompile.main(["--arch", "75"])
-    assert "this install compiles no kernels when they are needed" in capsys.readouterr().err
+    assert "this install has no CUDA ops" in capsys.readouterr().err
 
 
-def test_without_a_driver_the_formula_serves_with_one_warning(host, monkeypatch):
-    """The answer for a device where anything is missing."""
+@pytest.fixture
+def without_driver(host, monkeypatch):
+    """A GPU for which no kernel can be compiled."""
     monkeypatch.setattr(library, "COMPILED", frozenset({"cuda"}))
     monkeypatch.setattr(library, "COMPILABLE", ("cuda",))
     monkeypatch.setattr(library, "_runs_on_device", {})
     for name, value in {
-        "is_available": True,
         "current_device": 0,
         "is_current_stream_capturing": False,
         "get_device_name": "a GPU",
@@ -276,10 +280,25 @@ def test_without_a_driver_the_formula_serves_with_one_warning(host, monkeypatch)
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
-    def none(*_):
+    # Not for torch.compile, which would call the driver.
+    def is_available():
+        return sys._getframe(1).f_globals["__name__"] == library.__name__
+
+    def none():
         raise nvrtc.NoKernel("there is no driver")
 
-    monkeypatch.setattr(nvrtc, "Kernels", none)
+    def check(device):
+        found = ctypes.c_void_p()
+        assert not host.driver.find(b"a<float>", device.index, ctypes.byref(found))
+        raise RuntimeError("the kernel did not start")
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(nvrtc, "_nvrtc", none)
+    monkeypatch.setattr(library, "_check_against_formula", check)
+
+
+def test_without_a_driver_the_formula_serves_with_one_warning(without_driver):
+    """The answer for a device where anything is missing."""
     info = library.backend_info()
     assert info["cuda"] == "reference"
     assert "cuda:0, a GPU of compute capability 9.0, does not run kernels compiled" in info["why"]
@@ -292,6 +311,18 @@ def test_without_a_driver_the_formula_serves_with_one_warning(host, monkeypatch)
         assert not library._runs_on(device)
 
 
+def test_torch_compile_asks_before_it_records_an_op(without_driver):
+    """Its graph could not fall back on the formula."""
+    device = torch.device("cuda", 0)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x):
+        return x + 1 if library._runs_on(device) else x - 1
+
+    with pytest.warns(RuntimeWarning, match="no compiled ops for cuda:0.*there is no driver"):
+        assert function(torch.zeros(1)) == -1
+
+
 def test_without_cuda_bindings_the_import_says_so(tmp_path):
     """In a process where they are not found."""
     code = (
@@ -301,7 +332,7 @@ def test_without_cuda_bindings_the_import_says_so(tmp_path):
         "import ctypes, torch\n"
         "from ddf_mm.ops import nvrtc, library\n"
         "load = library._load\n"
-        "class Host: ddf_mm_set_driver = None\n"
+        "class Host: ddf_mm_set_driver = lambda *_: None\n"
         "library._load = lambda name, *a: Host() if name == '_C_cuda' else None\n"
         "library.FORCED = False; library.COMPILABLE = ('cpu', 'cuda')\n"
         "print(json.dumps([sorted(of) if not isinstance(of, str) else of"
@@ -361,7 +392,8 @@ given = []
 class Host:
     def ddf_mm_set_driver(self, driver): given.append(driver._obj)
 kernels = nvrtc.Kernels(Host())
-(driver,) = given
+driver = given[0]
+print(driver.launch)
 kernel = ctypes.c_void_p()
 print(driver.find(b"ddf::cuda::reduce_partials<float>", 1, ctypes.byref(kernel)), kernel.value)
 print(ctypes.CFUNCTYPE(ctypes.c_int)(driver.launch)())
@@ -390,7 +422,8 @@ def test_cuda_bindings_call_the_driver_as_it_is_declared(tmp_path):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    found, launched, used, missing, why = ran.stdout.splitlines()
+    before, found, launched, used, missing, why = ran.stdout.splitlines()
+    assert before == "None"
     assert found == f"True {0x1234}"
     assert launched == "77"
     assert used == "True False {0: 'CUresult CUDA_ERROR_INVALID_CONTEXT'}"

@@ -15,7 +15,9 @@ ABOUT = "2026-01-01  Some GPU  torch 2.11"
 PYTHON = f"""#!/usr/bin/env bash
 case "$1" in
     -) echo "{ABOUT}"; echo 9.0; exit 0 ;;
-    -c) [[ "$2" != *xdist* && ! ( -n "${{NO_PYTEST:-}}" && "$2" == *pytest* ) ]]; exit ;;
+    -c)
+        [[ "$2" != *backend_info* ]] || echo "backend" >> "$CALLS"
+        [[ "$2" != *xdist* && ! ( -n "${{NO_PYTEST:-}}" && "$2" == *pytest* ) ]]; exit ;;
     */benchmark_table.py) exec "{sys.executable}" "$@" ;;
 esac
 echo "$TORCH_CUDA_ARCH_LIST $*" >> "$CALLS"
@@ -77,11 +79,14 @@ def check(tmp_path, report):
 def test_every_stage(check):
     process, out, calls = check()
     assert process.returncode == 0, process.stderr
-    assert "9.0 setup.py -q build_ext --inplace" in calls[0]
-    assert "-m pytest -q -m cuda tests/ops" in calls[1]
+    assert calls[0] == "none setup.py -q build_ext --inplace"
+    assert "-m ddf_mm.ops.precompile --jobs" in calls[1] and calls[2] == "backend"
+    assert calls[4] == "9.0 setup.py -q build_ext --inplace"
+    for call in (calls[3], calls[5]):
+        assert "-m pytest -q -m cuda tests/ops" in call
     assert sum("small_cases" in call for call in calls) == 3
     assert sum("benchmark.py op --device cuda" in call for call in calls) == 9
-    for stage in ("build", "test", "sanitize", "bench"):
+    for stage in ("nvrtc", "build", "test", "sanitize", "bench"):
         assert (out / f"gpu_check_{stage}.txt").read_text().startswith(ABOUT)
     names = {path.name for path in out.glob("*.json")}
     assert {"op_cuda_forward.json", "op_cuda_backward_kernel_size_5.json"} <= names
@@ -98,8 +103,9 @@ def test_one_stage_alone(check):
 @pytest.mark.parametrize(
     "word, failed, count",
     [
-        ("setup.py", "build: compiling", 1),
-        ("tests/tools/test_benchmark.py", "test: CUDA tests", 1),
+        ("setup.py", "build: compiling", 2),
+        ("ddf_mm.ops.precompile", "nvrtc: kernels", 1),
+        ("tests/tools/test_benchmark.py", "test: CUDA tests", 2),
         ("racecheck", "sanitize: racecheck", 1),
         ("backward", "bench: op_cuda_backward_stride_2", 3),
     ],
