@@ -178,6 +178,8 @@ class Kernel:
             "backward_3x3": ("vector",),
             "forward_tiled": ("mirrored", "channels_last", "pack"),
             "grad_filters": ("vector",),
+            "gather_3x3": ("mirrored",),
+            "gather_3x3_channels_last": ("mirrored",),
         }
         named = zip(meanings.get(self.name, ()), self.flags, strict=True)
         windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]

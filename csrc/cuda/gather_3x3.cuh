@@ -138,7 +138,7 @@ gather_3x3(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
 // A thread has four neighbouring channels of two neighbouring pixels of a row. Channels are
 // adjacent and aligned in memory, and a multiple of four in a group.
 template <typename T, typename Combine, bool Mirrored>
-DDF_KERNEL(kGatherThreads, Mirrored ? 3 : 4)
+DDF_KERNEL(kGatherThreads, 4)
 gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
   DDF_SHARED(float, channel_taps);
   const Geometry& g = a.geometry;
@@ -175,10 +175,9 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
   const bool active = strip < strips && row < rows && lane * kGatherQuad < count;
   const int64_t channel = first + (active ? lane * kGatherQuad : 0);
 
-  int from_rows[3], from_columns[3][kGatherPixels];
+  int from_columns[3][kGatherPixels];
   DDF_UNROLL
   for (int tap = 0; tap < 3; ++tap) {
-    from_rows[tap] = gathered_from<Mirrored>(row, tap, g, in_rows);
     DDF_UNROLL
     for (int j = 0; j < kGatherPixels; ++j) {
       from_columns[tap][j] =
@@ -205,9 +204,10 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
     const T* const origin = input.at(batch, channel, subpixel / scale, subpixel % scale);
     const T* const planes =
         a.spatial_filter.at(batch, group * 9, 0, 0) + subpixel * strides.spatial_filter;
-    DDF_UNROLL
+    // Unrolled, it would spill registers.
+    DDF_UNROLL_NOT
     for (int tap_row = 0; tap_row < 3; ++tap_row) {
-      const int y = from_rows[tap_row];
+      const int y = gathered_from<Mirrored>(row, tap_row, g, in_rows);
       if (Mirrored && y < 0) continue;
       float values[3][kGatherPixels][kGatherQuad], spatial[3][kGatherPixels];
       DDF_UNROLL
