@@ -152,8 +152,8 @@ def hot_loops(code: str) -> dict[str, list[str]]:
 
 
 def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
-    """Of a loop, in the order of its code: the most loads from global memory that are in flight when
-    the value of one is used, and how many times an iteration waits for loads."""
+    """Of a loop, in the order of its code: the most loads from global memory that are in flight
+    when the value of one is used, and how many times an iteration waits for loads."""
     most = waits = 0
     pending: dict[int, int] = {}  # register -> number of its load
     number = 0
@@ -268,8 +268,8 @@ def print_slots(codes: dict[str, str]) -> None:
         print(kernel.ljust(width), *(f"{table[kernel]:8.1f}" for table in tables))
 
 
-# Columns of GATES after the kernel and the architecture; a larger value of the first ones is worse, a
-# smaller one of the others.
+# Columns of GATES after the registers; a larger value of the first ones is worse, a smaller one of
+# the others.
 COSTS = ("spilled bytes", "stack bytes", "instructions", "waits")
 CAPACITIES = ("warps", "loads in flight")
 
@@ -308,19 +308,24 @@ def check_gates(compiled: dict[str, list[Compiled]], version: str, update: bool)
                 # float16 is like bfloat16, and add easier than mul.
                 if kernel and kernel.dtype in ("float", "bfloat16") and kernel.combine != "add":
                     rows[str(kernel), arch] = measure(used[name], loop)
-    if update:
-        with GATES.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["kernel", "arch", *next(iter(rows.values())), version])
-            writer.writerows([*key, *rows[key].values()] for key in sorted(rows))
-        return []
-    with GATES.open(newline="") as file:
-        (*_, of), *lines = csv.reader(file)
-        names = ["registers", *COSTS, *CAPACITIES]
+    names = ["registers", *COSTS, *CAPACITIES]
+    of, known = version, {}
+    if GATES.exists():
+        with GATES.open(newline="") as file:
+            (*_, of), *lines = csv.reader(file)
         known = {
             (kernel, arch): dict(zip(names, map(int, values), strict=True))
             for kernel, arch, *values in lines
         }
+    if update:
+        # Other architectures keep their rows.
+        kept = {key: row for key, row in known.items() if key[1] not in compiled}
+        rows |= kept if of == version else {}
+        with GATES.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["kernel", "arch", *names, version])
+            writer.writerows([*key, *(rows[key][n] for n in names)] for key in sorted(rows))
+        return []
     if of != version:
         return [f"{GATES.name} was written with nvcc {of}, this is {version}: --update writes it"]
     found = [

@@ -3,10 +3,10 @@
 
     python benchmarks/list_kernels.py [--out benchmarks/kernels_of_recipes.csv]
 
-Backbones and necks are built on the meta device and run on one image of the recipe's size; each call
-of ddf and ddf_up goes through the dispatch of csrc/cuda, compiled by the C++ compiler without its
-kernels. No GPU and no CUDA toolkit are needed. tests/cuda_host/test_dispatch.py compares the table
-with the dispatch.
+Backbones and necks are built on the meta device and run on one image of the recipe's size; each
+call of ddf and ddf_up goes through the dispatch of csrc/cuda, compiled by the C++ compiler without
+its kernels. No GPU and no CUDA toolkit are needed. tests/benchmarks/test_cuda_dispatch.py compares
+the table with the dispatch.
 """
 
 import argparse
@@ -16,13 +16,11 @@ import sys
 from pathlib import Path
 
 import torch
+from check_backbone_swap import families, resnet50_config, swapped
+from cuda_dispatch import FIELDS, LAYOUTS, Dispatch, Layer
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch.overrides import TorchFunctionMode
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).parent)]
-from check_backbone_swap import config_folder, families, resnet50_config, swapped
-from cuda_host.dispatch import FIELDS, LAYOUTS, Dispatch, Layer
 
 import ddf_mm.ops
 
