@@ -66,11 +66,11 @@ def record(recorder: Recorder, cfg: Config, name: str) -> None:
                 torch.zeros(1, 1, height // scale, width // scale), torch.zeros(1, 3, height, width)
             )
             return
-        for part in (model.backbone, model.get("neck") or {}):
-            part.pop("init_cfg", None)
+        model.backbone.pop("init_cfg", None)
         features = MODELS.build(model.backbone)(torch.zeros(1, 3, height, width))
         neck = model.get("neck")
-        if neck and "DDF" in neck.type:
+        if isinstance(neck, dict) and "DDF" in neck.type:
+            neck.pop("init_cfg", None)
             MODELS.build(neck)(features)
 
 
@@ -107,7 +107,7 @@ def main() -> int:
                     lambda t=toolbox, c=config, s=swap: swapped(t, c, s),
                 )
     with Dispatch() as dispatch, args.out.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             [*FIELDS, *(f"{p} {name}" for name in LAYOUTS for p in ("forward", "backward"))]
         )

@@ -193,10 +193,17 @@ def passes(op: str, *arguments: Any) -> bool:
         op,
         *((a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in arguments),
     )
-    if call in _calls:
+    try:
+        if call in _calls:
+            return True
+    except TypeError:  # symbolic sizes, of a tracer, have no hash
         return True
-    # The check needs results, of which there are none in a capture.
-    if torch.jit.is_tracing() or torch.cuda.is_current_stream_capturing():
+    # The check needs results, which there are none of in a capture or for fake tensors.
+    if (
+        torch.jit.is_tracing()
+        or not torch.cuda.is_available()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return True
     case = _small_case(op, *arguments)
     try:
