@@ -153,7 +153,8 @@ def hot_loops(code: str) -> dict[str, list[str]]:
 
 def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
     """Of a loop, in the order of its code: the most loads from global memory that are in flight
-    when the value of one is used, and how many times an iteration waits for loads."""
+    when the value of one is used, and how many times an iteration waits for such loads, one after
+    the other."""
     most = waits = 0
     pending: dict[int, int] = {}  # register -> number of its load
     number = 0
@@ -165,13 +166,12 @@ def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
             first, _, rest = operands.partition(",")
             writes = not name.startswith(("ST", "BRA", "EXIT", "BAR", "RED"))
             used = registers_of(rest if writes else operands)
-            needed = [pending[r] for r in used if r in pending]
-            if needed:
+            if any(register in pending for register in used):
                 if measured:
                     most = max(most, len(set(pending.values())))
                     waits += 1
-                # Loads return in order, nearly.
-                pending = {r: n for r, n in pending.items() if n > max(needed)}
+                # All that were requested before return at nearly the same time.
+                pending = {}
             written = registers_of(first) if writes else []
             for register in written:
                 pending.pop(register, None)
@@ -349,6 +349,7 @@ def main() -> int:
     parser.add_argument(
         "--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot"
     )
+    parser.add_argument("--sources", nargs="+", default=["*.cu"], help="files of csrc/cuda")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     parser.add_argument("--slots", action="store_true", help="count instructions too")
     parser.add_argument("--gates", action="store_true", help=f"compare with {GATES.name}")
@@ -357,7 +358,7 @@ def main() -> int:
     nvcc = find_nvcc()
     disassembles = args.slots or args.gates or args.update
     cuobjdump = find_cuobjdump(nvcc) if disassembles else None
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    sources = sorted({path for s in args.sources for path in (CSRC / "cuda").glob(s)})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         runs = {
             arch: [

@@ -103,7 +103,7 @@ def _sizes_of_filter_norm(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     x, filters = given["x"], min(given["filters"], 2)
     taps = filters * min(x.shape[1] // given["filters"], 81)
-    shape = 2, taps, *(min(size, 9) for size in x.shape[2:])
+    shape = 2, taps, *(max(1, min(size, 9)) for size in x.shape[2:])
     return dict(x=shape, grad=shape, std=(taps,), mean=(taps,)), dict(filters=filters)
 
 

@@ -27,11 +27,10 @@ IN_TURN = [
 @pytest.mark.parametrize(
     "loop, most, waits",
     [
-        # The first use waits for the first load, the second for the last.
-        (TOGETHER, 4, 2),
+        (TOGETHER, 4, 1),
         (IN_TURN, 1, 2),
         # Loads for the next iteration.
-        ([*TOGETHER[4:6], *TOGETHER[:4]], 4, 2),
+        ([*TOGETHER[4:6], *TOGETHER[:4]], 4, 1),
         # A store reads its first operand, too.
         (["LDG.E R4, desc[UR4][R2.64]", "STG.E desc[UR4][R4.64], R6"], 1, 1),
         (["LDS R4, [R2]", "FADD R5, R4, R4"], 0, 0),

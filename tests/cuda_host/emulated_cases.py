@@ -279,6 +279,12 @@ def test_calls_of_other_kernels_are_checked_and_the_same_ones_are_not(unchecked,
         assert (count(**other), count(**other)) == (2, 1)
 
 
+@pytest.mark.parametrize("shape", [(0, 18, 3, 4), (2, 18, 0, 4), (2, 18, 1, 1)], ids=str)
+def test_calls_of_nothing_and_of_one_pixel_are_checked(shape, unchecked):
+    assert norm(torch.zeros(shape, device="cuda")).shape == shape
+    assert [key[1] for key in self_check._passed] == ["filter_norm"]
+
+
 def test_the_check_can_be_turned_off(unchecked, monkeypatch):
     monkeypatch.setattr(self_check, "ENABLED", False)
     calls = plant(monkeypatch, "ddf", a_nan)
