@@ -1,15 +1,20 @@
 """Compile the CUDA kernels for every architecture; print registers and spills as a table.
 
-    python benchmarks/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots]
+    python benchmarks/check_cuda_build.py [--arch 80 90 ...] [--jobs N] [--slots] [--gates]
 
 Needs nvcc and torch's headers, but no GPU. --slots also counts the instructions of each kernel's
-innermost loop per output, with cuobjdump, including branches for borders. The exit status is 1 if a
-kernel spills registers, unless SPILLS has a reason for it.
+innermost loop per output, with cuobjdump, including branches for borders. --gates compares what a
+GPU's speed depends on with cuda_gates.csv beside this file: registers, spilled bytes, stack, the
+warps of a multiprocessor, and of the hot loop the instructions, the loads in flight before the
+of their values is used, and how often an iteration waits for loads. --update writes that file. The
+exit status is 1 if a kernel spills registers, unless SPILLS has a reason for it, or if a gate is
+worse than in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import os
 import re
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +38,9 @@ OUTPUTS = {
     "forward_3x3_channels_last": lambda: 3 * 8,
     "backward_3x3": lambda: 8,
     "forward_tiled": lambda k, stride: 16 / k,
+    "gather_3x3": lambda: 16,
+    "gather_3x3_channels_last": lambda: 8,
+    "grad_filters_gathered": lambda: 2,
     "grad_filters": lambda k, stride: 4 / (1 if k == 3 else k),
     "grad_filters_channels_last": lambda k, stride: k * 4 / (1 if k == 3 else k),
 }
@@ -50,10 +59,16 @@ SPILLS = {
 }
 
 
+GATES = Path(__file__).with_name("cuda_gates.csv")
+# Kernels without a loop over channels, whose whole code is measured.
+UNROLLED = ("gather_3x3", "gather_3x3_channels_last")
+
+
 @dataclass(frozen=True)
 class Usage:
     registers: int
     spilled_bytes: int
+    stack_bytes: int
 
 
 def find_nvcc() -> str:
@@ -75,7 +90,7 @@ def find_cuobjdump(nvcc: str) -> str:
         places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     found = shutil.which("cuobjdump", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
     if found is None:
-        raise SystemExit("check_cuda_build.py: error: --slots needs cuobjdump, not found with nvcc")
+        raise SystemExit("check_cuda_build.py: error: cuobjdump was not found with nvcc")
     return found
 
 
@@ -109,41 +124,82 @@ def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folde
     return Compiled(run.stderr, code, seconds)
 
 
-def hot_loops(code: str) -> dict[str, int]:
-    """Number of instructions in the longest innermost loop of each kernel, by mangled name."""
-    lengths = {}
+def hot_loops(code: str) -> dict[str, list[str]]:
+    """The instructions of the longest innermost loop of each kernel, by mangled name."""
+    longest = {}
     for function in re.split(r"\n\s*Function : ", code)[1:]:
         name, body = function.split("\n", 1)
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)
         lines = [(int(address, 16), text) for address, text in found]
         # The compiler places code that it moved out of line after the last exit.
         end = max((address for address, text in lines if "EXIT" in text), default=0)
+        kernel = Kernel.of(name)
+        if kernel is not None and kernel.name in UNROLLED:
+            longest[name] = [text for address, text in lines if address <= end]
+            continue
         loops = set()
         for address, text in lines:
             target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
             if target and int(target.group(1), 16) < address < end:
                 loops.add((int(target.group(1), 16), address))
-        lengths[name] = max(
-            (
-                sum(first <= address <= last for address, _ in lines)
-                for first, last in loops
-                if not any((first, last) != o and first <= o[0] and o[1] <= last for o in loops)
-            ),
-            default=0,
+        bodies = (
+            [text for address, text in lines if first <= address <= last]
+            for first, last in loops
+            if not any((first, last) != o and first <= o[0] and o[1] <= last for o in loops)
         )
-    return lengths
+        longest[name] = max(bodies, key=len, default=[])
+    return longest
+
+
+def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
+    """Of a loop, in the order of its code: the most loads from global memory that are in flight
+    when the value of one is used, and how many times an iteration waits for such loads, one after
+    the other."""
+    most = waits = 0
+    pending: dict[int, int] = {}  # register -> number of its load
+    number = 0
+    # Loads of the end of an iteration are used in the next one, which is measured.
+    for measured in (False, True):
+        for text in loop:
+            words = re.sub(r"^@!?U?P\w+\s+", "", text.strip())
+            name, _, operands = words.partition(" ")
+            first, _, rest = operands.partition(",")
+            writes = not name.startswith(("ST", "BRA", "EXIT", "BAR", "RED"))
+            used = registers_of(rest if writes else operands)
+            if any(register in pending for register in used):
+                if measured:
+                    most = max(most, len(set(pending.values())))
+                    waits += 1
+                # All that were requested before return at nearly the same time.
+                pending = {}
+            written = registers_of(first) if writes else []
+            for register in written:
+                pending.pop(register, None)
+            if name.startswith("LDG") and written:
+                number += 1
+                words_read = 4 if ".128" in name else 2 if ".64" in name else 1
+                pending |= {written[0] + i: number for i in range(words_read)}
+    return most, waits
+
+
+def registers_of(operands: str) -> list[int]:
+    """The numbers of the registers in operands."""
+    found = []
+    for register, pair in re.findall(r"(?<![A-Z])R(\d+)(\.64)?", operands):
+        found += [int(register), int(register) + 1] if pair else [int(register)]
+    return found
 
 
 def usages(report: str) -> dict[str, Usage]:
-    """Registers and spills of each kernel, by mangled name, from the report of ptxas."""
+    """Registers, spills and stack of each kernel, by mangled name, from the report of ptxas."""
     pattern = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     return {
-        name: Usage(int(registers), int(stores) + int(loads))
-        for name, stores, loads, registers in pattern.findall(report)
+        name: Usage(int(registers), int(stores) + int(loads), int(stack))
+        for name, stack, stores, loads, registers in pattern.findall(report)
     }
 
 
@@ -178,6 +234,8 @@ class Kernel:
             "backward_3x3": ("vector",),
             "forward_tiled": ("mirrored", "channels_last", "pack"),
             "grad_filters": ("vector",),
+            "gather_3x3": ("mirrored",),
+            "gather_3x3_channels_last": ("mirrored",),
         }
         named = zip(meanings.get(self.name, ()), self.flags, strict=True)
         windows = [f"{n} {v}" for n, v in zip(("k", "stride"), self.numbers, strict=False)]
@@ -200,7 +258,7 @@ def print_slots(codes: dict[str, str]) -> None:
     """Prints the instructions per output of each kernel (rows) and architecture (columns)."""
     tables = []
     for code in codes.values():
-        kernels = [(Kernel.of(name), count) for name, count in hot_loops(code).items()]
+        kernels = [(Kernel.of(name), len(loop)) for name, loop in hot_loops(code).items()]
         slots = [(str(k), k.slots(count)) for k, count in kernels if k is not None]
         tables.append({name: value for name, value in slots if value is not None})
     width = max(map(len, tables[0]))
@@ -210,6 +268,80 @@ def print_slots(codes: dict[str, str]) -> None:
         print(kernel.ljust(width), *(f"{table[kernel]:8.1f}" for table in tables))
 
 
+# Columns of GATES after the registers; a larger value of the first ones is worse, a smaller one of
+# the others.
+COSTS = ("spilled bytes", "stack bytes", "instructions", "waits")
+CAPACITIES = ("warps", "loads in flight")
+
+
+def measure(usage: Usage, loop: Sequence[str]) -> dict[str, int]:
+    """The gates of a kernel."""
+    loads, waits = memory_parallelism(loop)
+    # Registers are allocated to a warp in units of 256.
+    warps = min(64, 65536 // (-(-usage.registers // 8) * 8 * 32))
+    return {
+        "registers": usage.registers,
+        "spilled bytes": usage.spilled_bytes,
+        "stack bytes": usage.stack_bytes,
+        "instructions": len(loop),
+        "waits": waits,
+        "warps": warps,
+        "loads in flight": loads,
+    }
+
+
+def worse(now: dict[str, int], before: dict[str, int]) -> list[str]:
+    """What got worse by more than 2 %."""
+    found = [n for n in COSTS if now[n] > 1.02 * before[n]]
+    found += [n for n in CAPACITIES if now[n] < before[n]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in found]
+
+
+def check_gates(compiled: dict[str, list[Compiled]], version: str, update: bool) -> list[str]:
+    """Compares the gates with GATES, or writes them; returns what got worse."""
+    rows = {}
+    for arch, parts in compiled.items():
+        for part in parts:
+            used = usages(part.report)
+            for name, loop in hot_loops(part.code).items():
+                kernel = Kernel.of(name)
+                # float16 is like bfloat16, and add easier than mul.
+                if kernel and kernel.dtype in ("float", "bfloat16") and kernel.combine != "add":
+                    rows[str(kernel), arch] = measure(used[name], loop)
+    names = ["registers", *COSTS, *CAPACITIES]
+    of, known = version, {}
+    if GATES.exists():
+        with GATES.open(newline="") as file:
+            (*_, of), *lines = csv.reader(file)
+        known = {
+            (kernel, arch): dict(zip(names, map(int, values), strict=True))
+            for kernel, arch, *values in lines
+        }
+    if update:
+        # Other architectures keep their rows.
+        kept = {key: row for key, row in known.items() if key[1] not in compiled}
+        rows |= kept if of == version else {}
+        with GATES.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["kernel", "arch", *names, version])
+            writer.writerows([*key, *(rows[key][n] for n in names)] for key in sorted(rows))
+        return []
+    if of != version:
+        return [f"{GATES.name} was written with nvcc {of}, this is {version}: --update writes it"]
+    found = [
+        f"{kernel} on sm_{arch}: {change}"
+        for (kernel, arch), now in rows.items()
+        if (kernel, arch) in known
+        for change in worse(now, known[kernel, arch])
+    ]
+    return found + [f"{k} on sm_{a} is not in {GATES.name}" for k, a in rows if (k, a) not in known]
+
+
+def version_of(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
+    return text.rsplit("V", 1)[1].split()[0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,12 +349,16 @@ def main() -> int:
     parser.add_argument(
         "--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot"
     )
+    parser.add_argument("--sources", nargs="+", default=["*.cu"], help="files of csrc/cuda")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     parser.add_argument("--slots", action="store_true", help="count instructions too")
+    parser.add_argument("--gates", action="store_true", help=f"compare with {GATES.name}")
+    parser.add_argument("--update", action="store_true", help=f"write {GATES.name}")
     args = parser.parse_args()
     nvcc = find_nvcc()
-    cuobjdump = find_cuobjdump(nvcc) if args.slots else None
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    disassembles = args.slots or args.gates or args.update
+    cuobjdump = find_cuobjdump(nvcc) if disassembles else None
+    sources = sorted({path for s in args.sources for path in (CSRC / "cuda").glob(s)})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         runs = {
             arch: [
@@ -260,6 +396,8 @@ def main() -> int:
     print(f"{len(kernels)} kernels, {len(args.arch)} architectures")
     if args.slots:
         print_slots({arch: "".join(c.code for c in compiled[arch]) for arch in args.arch})
+    if args.gates or args.update:
+        faults += check_gates(compiled, version_of(nvcc), args.update)
     for reason in allowed:
         print("allowed:", reason)
     for fault in faults:

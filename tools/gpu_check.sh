@@ -1,30 +1,35 @@
 #!/usr/bin/env bash
-# All checks that need a CUDA device: gpu_check.sh [nvrtc] [build] [test] [sanitize] [bench] [OUT]
+# All checks that need a CUDA device: gpu_check.sh [STAGE ...] [OUT]
 #
 #   nvrtc     compiles the ops without kernels, as releases are, and the kernels by NVRTC, and runs
 #             every CUDA test
 #   build     compiles the ops for the GPU present, with all cores
 #   test      runs every CUDA test: the cases of the CPU, strided and huge tensors, streams,
 #             autocast, graph capture, gradcheck
-#   sanitize  runs small cases of every kernel under compute-sanitizer
+#   memcheck, racecheck, synccheck
+#             run small cases of every kernel under a tool of compute-sanitizer, which checks the
+#             kernels of ddf_mm only
 #   bench     times the operation and writes a table of it
 #
 # The default is all stages. After a failure the remaining steps still run; the last lines then list
 # the failures, and the exit status is 1. Each stage writes OUT/gpu_check_STAGE.txt (OUT: by default
 # benchmarks), which begins with the date, the device and the versions; bench also writes the times
-# as JSON and gpu_check.md. Environment variables: PYTHON, CUDA_HOME, MAX_JOBS.
+# as JSON and gpu_check.md. OUT/gpu_check.tar.gz has all files. Environment variables: PYTHON,
+# CUDA_HOME, MAX_JOBS.
 set -uo pipefail
 
 TOOLS=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname -- "$TOOLS")
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python)}
 
 stages=()
-while [[ "${1:-}" =~ ^(nvrtc|build|test|sanitize|bench)$ ]]; do
+every="nvrtc build test memcheck racecheck synccheck bench"
+while [[ " $every " == *" ${1:-none} "* ]]; do
     stages+=("$1")
     shift
 done
-[ ${#stages[@]} -gt 0 ] || stages=(nvrtc build test sanitize bench)
+# shellcheck disable=SC2206
+[ ${#stages[@]} -gt 0 ] || stages=($every)
 if [ $# -gt 1 ]; then
     echo "gpu_check.sh: error: at most one OUT after the stages, got: $*" >&2
     exit 2
@@ -99,13 +104,11 @@ sanitize() {
         attempt "compute-sanitizer was not found: set CUDA_HOME to a CUDA toolkit" false
         return
     }
-    local tool
-    for tool in memcheck racecheck synccheck; do
-        # Without torch's cache each tensor is a separate allocation with bounds known to memcheck.
-        DDF_MM_REQUIRE_OPS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "$tool" \
-            "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$PYTHON" -m pytest -q -m cuda tests/ops -k "small_cases or each_gradient_alone or formula"
-    done
+    # Without torch's cache each tensor is a separate allocation with bounds known to memcheck. Names of
+    # kernels are mangled: those of the namespace ddf::cuda.
+    DDF_MM_REQUIRE_OPS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "$stage" \
+        "$sanitizer" --tool "$stage" --kernel-regex kns=_ZN3ddf4cuda --error-exitcode 1 \
+        "$PYTHON" -m pytest -q -m cuda tests/ops -k "small_cases or each_gradient_alone or formula"
 }
 
 bench() {
@@ -135,9 +138,12 @@ for stage in "${stages[@]}"; do
     echo "${about%%$'\n'*}" | tee "$report"
     case $stage in
         test) test_ ;;
+        *check) sanitize ;;
         *) "$stage" ;;
     esac
 done
+
+(cd "$OUT" && shopt -s nullglob && tar -czf gpu_check.tar.gz gpu_check_*.txt gpu_check.md* ./*.json)
 
 for failure in "${failures[@]}"; do
     echo "gpu_check.sh: error: failed: $failure" >&2

@@ -57,6 +57,11 @@ struct View {
   }
 };
 
+// From the filters of a subpixel of ddf_up to those of the next, in elements.
+struct SubpixelStrides {
+  int64_t channel_filter, spatial_filter;
+};
+
 // Prologue (FilterNorm of the filters) and epilogue (bias, ReLU) of ddf_pack; by default none.
 template <typename A>
 struct PackOptions {

@@ -186,8 +186,58 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
   }
 }
 
+// Whether the offsets within one channel of this size have 32 bits.
+template <typename T>
+bool has_short_offsets(const View<T>& tensor, int64_t rows, int64_t columns) {
+  return (rows - 1) * tensor.row_stride + (columns - 1) * tensor.column_stride <= kMaxElements32;
+}
+
+// Runs gather_3x3 if it supports the call, in either memory format; returns whether it did.
+template <bool Mirrored, typename T, typename Launch>
+bool launch_gather_3x3(const Arguments<T>& a, const SubpixelStrides& strides, const char* name,
+                       Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const View<const T>& input = Mirrored ? a.grad : a.features;
+    const bool fits =
+        g.kernel == 3 && has_short_offsets(a.spatial_filter, g.out_height, g.out_width) &&
+        (Mirrored ? has_short_offsets(a.grad, g.scale * g.out_height, g.scale * g.out_width)
+                  : has_short_offsets(a.features, g.height, g.width));
+    if (!fits) return false;
+    const int64_t rows = Mirrored ? g.height : g.out_height;
+    const int64_t columns = Mirrored ? g.width : g.out_width;
+    const bool quads = g.group_channels % kGatherQuad == 0 && has_aligned_channels(input) &&
+                       has_aligned_channels(a.result);
+    int64_t block_channels = kGatherChannels, tiles = ceil_div(rows * columns, kGatherThreads);
+    GatherGrid grid{};
+    size_t floats = kGatherTapStride * kGatherChannels;
+    if (quads) {
+      // The fewest blocks of at most a warp of lanes, of equal size.
+      const int64_t count = g.group_channels / kGatherQuad;
+      grid.lanes = ceil_div(count, ceil_div(count, kLanes));
+      block_channels = grid.lanes * kGatherQuad;
+      tiles = ceil_div(rows * ceil_div(columns, kGatherPixels), kGatherThreads / grid.lanes);
+      floats = 9 * (block_channels + kGatherQuad);
+    }
+    grid.tiles = tiles;
+    grid.channel_blocks = ceil_div(g.group_channels, block_channels);
+    const int64_t blocks = g.batch * g.groups * tiles * grid.channel_blocks;
+    if (blocks > kMaxBlocks) return false;
+    const auto kernel = with_combine(a.combine, [&](auto combine) {
+      using Combine = decltype(combine);
+      return quads ? DDF_HANDLE(gather_3x3_channels_last<T, Combine, Mirrored>)
+                   : DDF_HANDLE(gather_3x3<T, Combine, Mirrored>);
+    });
+    launch(name, kernel, blocks, kGatherThreads, sizeof(float) * floats, a, grid, strides);
+    return true;
+  }
+}
+
 template <typename T, typename Launch>
-void launch_forward_generic(const Arguments<T>& a, const char* name, Launch&& launch) {
+void launch_forward_any(const Arguments<T>& a, const char* name, Launch&& launch) {
+  if (launch_gather_3x3<false>(a, {}, name, launch)) return;
   const Geometry& g = a.geometry;
   launch_slices(a, name, DDF_HANDLE(forward_generic<T>), g.channels, g.out_height, g.out_width,
                 launch);
@@ -200,7 +250,7 @@ void launch_forward(const Arguments<T>& a, Launch&& launch) {
     return;
   }
   if (launch_forward_tiled<false, false>(a, "ddf forward, tiled", launch)) return;
-  launch_forward_generic(a, "ddf forward", launch);
+  launch_forward_any(a, "ddf forward", launch);
 }
 
 // ddf with the prologue and epilogue of a.pack. The channel filter is contiguous, the spatial
@@ -232,7 +282,7 @@ void launch_pack(Arguments<T> a, Allocate&& allocate, Launch&& launch) {
   normalize(a.channel_filter, g.channels, 1, true, a.pack.channel_scale, a.pack.channel_std);
   normalize(a.spatial_filter, g.groups, g.out_height * g.out_width,
             a.spatial_filter.channel_stride == 1, a.pack.spatial_scale, nullptr);
-  launch_forward_generic(a, "ddf_pack", launch);
+  launch_forward_any(a, "ddf_pack", launch);
 }
 
 template <typename T, typename Launch>
@@ -243,9 +293,21 @@ void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
     return;
   }
   if (launch_forward_tiled<true, false>(a, "ddf grad_features, tiled", launch)) return;
+  if (launch_gather_3x3<true>(a, {}, "ddf grad_features, gathered", launch)) return;
   const Geometry& g = a.geometry;
   launch_slices(a, "ddf grad_features", DDF_HANDLE(grad_features_generic<T>), g.channels, g.height,
                 g.width, launch);
+}
+
+// Computes grad_features of ddf_up, which is a.result.
+template <typename T, typename Launch>
+void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                                   Launch&& launch) {
+  if (launch_gather_3x3<true>(a, strides, "ddf_up grad_features, gathered", launch)) return;
+  const Geometry& g = a.geometry;
+  launch_slices(a, "ddf_up grad_features", DDF_HANDLE(upsample_grad_features_generic<T>),
+                g.channels, g.height, g.width,
+                [&](const auto&... given) { launch(given..., strides); });
 }
 
 // Splits the channels of a group if a large GPU would have too few blocks.
@@ -260,32 +322,55 @@ void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
   partials.channel_blocks = ceil_div(g.group_channels, block_channels);
 }
 
+// Adds up partial sums of a filter's gradient of `channels` x `rows` x `columns` in each image.
+template <typename T, typename Launch>
+void launch_reduction(const char* name, const View<T>& result, const float* partial, int64_t batch,
+                      int64_t channels, int64_t rows, int64_t columns, int count, Launch&& launch) {
+  if (partial == nullptr) return;
+  const int64_t values = batch * channels * rows * columns;
+  launch(name, DDF_HANDLE(reduce_partials<T>), ceil_div(values, kLanes), kReduceThreads,
+         sizeof(float) * kReduceThreads, result, partial, values, static_cast<int>(channels),
+         static_cast<int>(rows), static_cast<int>(columns), count);
+}
+
+template <typename T, typename Launch>
+void reduce_channel_partials(const Geometry& g, const View<T>& result, const float* partial,
+                             int tiles, Launch&& launch) {
+  launch_reduction("ddf grad_channel, reduction", result, partial, g.batch, g.channels, g.kernel,
+                   g.kernel, tiles, launch);
+}
+
+// Where the spatial filter's gradient goes: to itself, or to partial sums of the channel blocks,
+// which are allocated.
+template <typename T, typename Allocate>
+void set_spatial(PartialSums<T>& partials, const Geometry& g, const View<T>& result,
+                 Allocate&& allocate) {
+  partials.grad_spatial = result;
+  partials.spatial_partials = nullptr;
+  if (partials.channel_blocks > 1 && result.data != nullptr) {
+    const int64_t values = g.batch * g.groups * g.taps() * g.out_height * g.out_width;
+    partials.spatial_partials = allocate(partials.channel_blocks * values);
+  }
+}
+
+template <typename T, typename Launch>
+void reduce_spatial_partials(const PartialSums<T>& partials, const Geometry& g, Launch&& launch) {
+  launch_reduction("ddf grad_spatial, reduction", partials.grad_spatial, partials.spatial_partials,
+                   g.batch, g.groups * g.taps(), g.out_height, g.out_width, partials.channel_blocks,
+                   launch);
+}
+
 // Allocates the partial sums, calls launch_partials(partials) and reduces them.
 template <typename T, typename Allocate, typename Launch, typename LaunchPartials>
 void launch_with_partials(PartialSums<T> partials, const Geometry& g, const Gradients<T>& to,
                           Allocate&& allocate, Launch&& launch, LaunchPartials&& launch_partials) {
-  const int64_t taps = g.kernel * g.kernel;
-  const int64_t channel_values = g.batch * g.channels * taps;
-  const int64_t spatial_values = g.batch * g.groups * taps * g.out_height * g.out_width;
-  partials.channel_partials =
-      to.channel_filter.data == nullptr ? nullptr : allocate(partials.tiles * channel_values);
-  partials.grad_spatial = to.spatial_filter;
-  partials.spatial_partials = nullptr;
-  if (partials.channel_blocks > 1 && to.spatial_filter.data != nullptr) {
-    partials.spatial_partials = allocate(partials.channel_blocks * spatial_values);
-  }
+  partials.channel_partials = to.channel_filter.data == nullptr
+                                  ? nullptr
+                                  : allocate(partials.tiles * g.batch * g.channels * g.taps());
+  set_spatial(partials, g, to.spatial_filter, allocate);
   launch_partials(partials);
-  const auto sum = [&](const char* name, const View<T>& result, const float* partial,
-                       int64_t values, int64_t channels, int64_t rows, int64_t columns, int count) {
-    if (partial == nullptr) return;
-    launch(name, DDF_HANDLE(reduce_partials<T>), ceil_div(values, kLanes), kReduceThreads,
-           sizeof(float) * kReduceThreads, result, partial, values, static_cast<int>(channels),
-           static_cast<int>(rows), static_cast<int>(columns), count);
-  };
-  sum("ddf grad_channel, reduction", to.channel_filter, partials.channel_partials, channel_values,
-      g.channels, g.kernel, g.kernel, partials.tiles);
-  sum("ddf grad_spatial, reduction", to.spatial_filter, partials.spatial_partials, spatial_values,
-      g.groups * taps, g.out_height, g.out_width, partials.channel_blocks);
+  reduce_channel_partials(g, to.channel_filter, partials.channel_partials, partials.tiles, launch);
+  reduce_spatial_partials(partials, g, launch);
 }
 
 // Runs backward_3x3 if it supports the call; returns whether it did.
@@ -358,6 +443,77 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
   }
 }
 
+// Runs grad_filters_gathered if it supports the call; returns whether it did.
+template <typename T, typename Allocate, typename Launch>
+bool launch_grad_filters_gathered(const Arguments<T>& a, const Gradients<T>& to,
+                                  Allocate&& allocate, Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    const Geometry& g = a.geometry;
+    const bool fits = g.kernel == 3 && has_short_offsets(a.features, g.height, g.width) &&
+                      has_short_offsets(a.grad, g.out_height, g.out_width);
+    if (!fits) return false;
+    PartialSums<T> partials{};
+    partials.tiles = ceil_div(g.out_height * g.out_width, kGatheredTile);
+    split_channels(partials, g, g.group_channels);
+    const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
+    if (blocks > kMaxBlocks) return false;
+    const auto kernel = with_combine(a.combine, [](auto combine) {
+      return DDF_HANDLE(grad_filters_gathered<T, decltype(combine)>);
+    });
+    launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
+      launch("ddf grad_filters, gathered", kernel, blocks, kGatheredThreads,
+             sizeof(float) * kGatheredSharedFloats, a, ready);
+    });
+    return true;
+  }
+}
+
+inline TileGrid tile_grid_of(const Geometry& g) {
+  TileGrid grid;
+  grid.per_row = ceil_div(g.out_width, kTileOutputColumns);
+  grid.columns = ceil_div(g.out_width, grid.per_row);
+  grid.rows = ceil_div(g.out_height, kTileOutputRows);
+  const int64_t count = g.group_channels / kQuadChannels;
+  // The most lanes that leave the fewest without channels.
+  grid.lanes = kLanes;
+  for (const int lanes : {16, 8}) {
+    if (ceil_div(count, lanes) * lanes < ceil_div(count, grid.lanes) * grid.lanes) {
+      grid.lanes = lanes;
+    }
+  }
+  return grid;
+}
+
+// The pixels (first_row + i * step, first_column + j * step) of a tensor.
+template <typename T>
+View<T> pixels_of(View<T> tensor, int64_t first_row, int64_t first_column, int64_t step) {
+  if (tensor.data == nullptr) return tensor;
+  tensor.data += first_row * tensor.row_stride + first_column * tensor.column_stride;
+  tensor.row_stride *= step;
+  tensor.column_stride *= step;
+  return tensor;
+}
+
+// Largest dilation that is split into calls of dilation 1, which are its square.
+constexpr int64_t kMostSplitDilation = 4;
+
+// The call of dilation 1, on every dilation-th row and column, which computes these outputs of one
+// of stride 1: pixels of other residues do not meet.
+template <typename T>
+Arguments<T> residue_of(Arguments<T> a, int64_t row, int64_t column) {
+  Geometry& g = a.geometry;
+  const int64_t step = g.dilation;
+  g.out_height = g.height = ceil_div(g.height - row, step);
+  g.out_width = g.width = ceil_div(g.width - column, step);
+  g.dilation = 1;
+  a.grad = pixels_of(a.grad, row, column, step);
+  a.features = pixels_of(a.features, row, column, step);
+  a.spatial_filter = pixels_of(a.spatial_filter, row, column, step);
+  return a;
+}
+
 // Runs grad_filters_channels_last if it supports the call; returns whether it did.
 template <typename T, typename Allocate, typename Launch>
 bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>& to,
@@ -366,40 +522,61 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
     return false;
   } else {
     const Geometry& g = a.geometry;
-    if (g.group_channels % kQuadChannels != 0 || !has_aligned_channels(a.grad) ||
-        !has_aligned_channels(a.features)) {
-      return false;
-    }
-    return with_kernel_size(g, [&](auto kernel_size, auto stride) {
-      constexpr int kKernel = decltype(kernel_size)::value;
-      constexpr int kStride = decltype(stride)::value;
-      TileGrid grid;
-      grid.per_row = ceil_div(g.out_width, kTileOutputColumns);
-      grid.columns = ceil_div(g.out_width, grid.per_row);
-      grid.rows = ceil_div(g.out_height, kTileOutputRows);
-      const int64_t count = g.group_channels / kQuadChannels;
-      // The most lanes that leave the fewest without channels.
-      grid.lanes = kLanes;
-      for (const int lanes : {16, 8}) {
-        if (ceil_div(count, lanes) * lanes < ceil_div(count, grid.lanes) * grid.lanes) {
-          grid.lanes = lanes;
+    const bool fits = g.group_channels % kQuadChannels == 0 && has_aligned_channels(a.grad) &&
+                      has_aligned_channels(a.features) && g.dilation <= kMostSplitDilation &&
+                      (g.dilation == 1 || g.stride == 1);
+    if (!fits) return false;
+    const int64_t step = g.dilation;
+    const auto for_each_residue = [&](auto&& run) {
+      for (int64_t row = 0; row < std::min(step, g.height); ++row) {
+        for (int64_t column = 0; column < std::min(step, g.width); ++column) {
+          run(step == 1 ? a : residue_of(a, row, column), row, column);
         }
       }
-      PartialSums<T> partials{};
-      partials.tiles = grid.per_row * grid.rows;
-      partials.block_channels = grid.lanes * kQuadChannels;
-      partials.channel_blocks = ceil_div(count, grid.lanes);
-      const int64_t warps = g.batch * g.groups * ceil_div(partials.tiles, kLanes / grid.lanes);
-      const int64_t blocks = ceil_div(warps, tile_warps(kKernel)) * partials.channel_blocks;
-      if (blocks > kMaxBlocks) return false;
+    };
+    Geometry dense = g;
+    dense.dilation = 1;
+    return with_kernel_size(dense, [&](auto kernel_size, auto stride) {
+      constexpr int kKernel = decltype(kernel_size)::value;
+      constexpr int kStride = decltype(stride)::value;
       const auto kernel = with_combine(a.combine, [](auto combine) {
         return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
       });
-      launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
-        launch("ddf grad_filters, channels_last", kernel, blocks,
-               grad_filters_channels_last_threads(kKernel),
-               sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), a, ready, grid);
+      const auto blocks_of_tiles = [&](const TileGrid& grid) {
+        const int64_t tiles = ceil_div(grid.per_row * grid.rows, kLanes / grid.lanes);
+        return ceil_div(g.batch * g.groups * tiles, tile_warps(kKernel)) *
+               ceil_div(g.group_channels / kQuadChannels, grid.lanes);
+      };
+      int64_t tiles = 0, blocks = 0;
+      for_each_residue([&](const Arguments<T>& call, int64_t, int64_t) {
+        const TileGrid grid = tile_grid_of(call.geometry);
+        tiles += grid.per_row * grid.rows;
+        blocks = std::max(blocks, blocks_of_tiles(grid));
       });
+      if (blocks > kMaxBlocks) return false;
+      const int64_t channel_values = g.batch * g.channels * g.taps();
+      float* const channel_partials =
+          to.channel_filter.data == nullptr ? nullptr : allocate(tiles * channel_values);
+      int64_t before = 0;  // tiles
+      for_each_residue([&](const Arguments<T>& call, int64_t row, int64_t column) {
+        const TileGrid grid = tile_grid_of(call.geometry);
+        PartialSums<T> partials{};
+        partials.tiles = grid.per_row * grid.rows;
+        partials.block_channels = grid.lanes * kQuadChannels;
+        partials.channel_blocks = ceil_div(g.group_channels, partials.block_channels);
+        if (channel_partials != nullptr) {
+          partials.channel_partials = channel_partials + before * channel_values;
+        }
+        set_spatial(partials, call.geometry, pixels_of(to.spatial_filter, row, column, step),
+                    allocate);
+        launch("ddf grad_filters, channels_last", kernel, blocks_of_tiles(grid),
+               grad_filters_channels_last_threads(kKernel),
+               sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), call, partials,
+               grid);
+        reduce_spatial_partials(partials, call.geometry, launch);
+        before += partials.tiles;
+      });
+      reduce_channel_partials(g, to.channel_filter, channel_partials, tiles, launch);
       return true;
     });
   }
@@ -410,6 +587,7 @@ void launch_grad_filters(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
                          Launch&& launch) {
   if (launch_grad_filters_nchw(a, to, allocate, launch)) return;
   if (launch_grad_filters_channels_last(a, to, allocate, launch)) return;
+  if (launch_grad_filters_gathered(a, to, allocate, launch)) return;
   const Geometry& g = a.geometry;
   if (to.channel_filter.data != nullptr) {
     a.result = to.channel_filter;

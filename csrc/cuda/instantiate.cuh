@@ -8,9 +8,11 @@
   template void run_forward(const Arguments<type>&, const Stream&);                     \
   template void run_pack(const Arguments<type>&, const Allocate<type>&, const Stream&); \
   template void run_filter_norm(const FilterNormArguments<type>&, const Stream&)
-#define DDF_INSTANTIATE_BACKWARD(type)                                       \
-  template void run_backward(const Arguments<type>&, const Gradients<type>&, \
-                             const Allocate<float>&, const Stream&);         \
+#define DDF_INSTANTIATE_BACKWARD(type)                                                     \
+  template void run_backward(const Arguments<type>&, const Gradients<type>&,               \
+                             const Allocate<float>&, const Stream&);                       \
+  template void run_upsample_grad_features(const Arguments<type>&, const SubpixelStrides&, \
+                                           const Stream&);                                 \
   template void run_filter_norm_backward(const FilterNormArguments<type>&, const Stream&)
 
 namespace ddf::cuda {
@@ -29,6 +31,12 @@ template <typename T>
 void run_backward(const Arguments<T>& a, const Gradients<T>& to, const Allocate<float>& allocate,
                   const Stream& stream) {
   launch_backward(a, to, allocate, Launcher(stream));
+}
+
+template <typename T>
+void run_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
+                                const Stream& stream) {
+  launch_upsample_grad_features(a, strides, Launcher(stream));
 }
 
 template <typename T>

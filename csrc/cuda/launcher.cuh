@@ -71,8 +71,7 @@ void run_filter_norm(const FilterNormArguments<T>& a, const Stream& stream);
 template <typename T>
 void run_filter_norm_backward(const FilterNormArguments<T>& a, const Stream& stream);
 
-// Kernels of ddf_up, instantiated in upsample.cu. The first returns false if it does not support
-// the call.
+// Instantiated in upsample.cu. Returns false if it does not support the call.
 template <typename T>
 bool run_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, const Stream& stream);
 

@@ -66,6 +66,13 @@ View<T> writable_view_of(const Tensor& t) {
   return strided_view(static_cast<T*>(t.mutable_data_ptr()), t);
 }
 
+// `grad` with contiguous rows, or channels if the features are channels_last, as the fast kernels
+// need: itself, or a copy, which costs less than kernels for any strides.
+Tensor in_layout_of(const Tensor& features, const Tensor& grad) {
+  const bool channels_last = ddf::is_channels_last(features);
+  return grad.stride(channels_last ? 1 : 3) == 1 ? grad : in_layout(grad, channels_last);
+}
+
 // The geometry, if launches of CUDA kernels support it.
 Geometry check_launchable(const Geometry& g) {
   STD_TORCH_CHECK(is_within_launches(g), "ddf_mm: CUDA kernels support images of at most ",
@@ -138,10 +145,11 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
   const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
                            need_channel, need_spatial);
   if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
+  const Tensor dy = in_layout_of(features, grad);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
-    a.grad = view_of<T>(grad);
+    a.grad = view_of<T>(dy);
     Scratch<float> scratch(features, ScalarType::Float);
     const Gradients<T> views{view_if<T>(grads.need_features, grads.features),
                              view_if<T>(grads.need_channel, grads.channel_filter),
@@ -283,12 +291,13 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
   const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
                            need_channel, need_spatial);
   if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
+  const Tensor dy = in_layout_of(features, grad);
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const Stream stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
-    a.grad = view_of<T>(grad);
+    a.grad = view_of<T>(dy);
     if (grads.need_features) {
       a.result = writable_view_of<T>(grads.features);
       run_upsample_grad_features(a, strides, stream);

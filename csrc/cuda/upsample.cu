@@ -8,16 +8,8 @@ bool run_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, con
   return launch_upsample_3x3(a, strides, Launcher(stream));
 }
 
-template <typename T>
-void run_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
-                                const Stream& stream) {
-  launch_upsample_grad_features(a, strides, Launcher(stream));
-}
-
-#define DDF_INSTANTIATE_UPSAMPLE(type)                                                           \
-  template bool run_upsample_3x3(const Arguments<type>&, const SubpixelStrides&, const Stream&); \
-  template void run_upsample_grad_features(const Arguments<type>&, const SubpixelStrides&,       \
-                                           const Stream&)
+#define DDF_INSTANTIATE_UPSAMPLE(type) \
+  template bool run_upsample_3x3(const Arguments<type>&, const SubpixelStrides&, const Stream&)
 
 DDF_INSTANTIATE_UPSAMPLE(float);
 DDF_INSTANTIATE_UPSAMPLE(double);

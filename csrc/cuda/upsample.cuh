@@ -7,11 +7,6 @@
 
 namespace ddf::cuda {
 
-// From the filters of a subpixel to those of the next, in elements.
-struct SubpixelStrides {
-  int64_t channel_filter, spatial_filter;
-};
-
 template <typename T>
 View<T> moved(View<T> view, int64_t elements) {
   if (view.data != nullptr) view.data += elements;
@@ -180,16 +175,6 @@ bool launch_upsample_3x3(const Arguments<T>& a, const SubpixelStrides& strides, 
 template <typename T, typename Run>
 void for_each_subpixel(const Arguments<T>& a, const SubpixelStrides& strides, Run&& run) {
   for (int64_t r = 0; r < a.geometry.subpixels(); ++r) run(subpixel_of(a, strides, r), r);
-}
-
-// Computes grad_features, which is a.result.
-template <typename T, typename Launch>
-void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides& strides,
-                                   Launch&& launch) {
-  const Geometry& g = a.geometry;
-  launch_slices(a, "ddf_up grad_features", DDF_HANDLE(upsample_grad_features_generic<T>),
-                g.channels, g.height, g.width,
-                [&](const auto&... given) { launch(given..., strides); });
 }
 
 // The filter gradients of subpixel r; `to` has those of the first subpixel.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddf_mm.layers.filter_norm import FilterNorm
 from ddf_mm.layers.shift import Shift
 from ddf_mm.layers.unmodified import is_filter_norm, is_observed, is_unmodified, layers_of
-from ddf_mm.ops import ddf, ddf_up, library
+from ddf_mm.ops import ddf, ddf_up, library, self_check
 from ddf_mm.ops.checks import (
     AUTOCAST_RULE,
     COMBINES,
@@ -274,10 +274,10 @@ class DDFPack(BaseModule):
         spatial_norm: FilterNorm,
     ) -> Tensor:
         """Filters x by the filters before FilterNorm, in one call of ``ddf_pack``."""
-        k, dilation, stride, combine = self._filter_arguments
+        k, *_ = options = self._filter_arguments
         shape = x.shape[0], self.in_channels, k, k
         features, channel, spatial = library.autocast_inputs(x, raw_channel, raw_spatial)
-        if not (
+        fits = (
             type(channel) is type(spatial) is Tensor
             and features.dtype == channel.dtype == spatial.dtype
             and features.device == channel.device == spatial.device
@@ -285,31 +285,19 @@ class DDFPack(BaseModule):
             and channel.numel() == math.prod(shape)
             and spatial.dim() == 4
             and library.serves(features)
-        ):  # a layer before a norm was replaced
-            channel = channel_norm(raw_channel).reshape(-1, *shape[1:])
-            return self.output(
-                ddf(x, channel, spatial_norm(raw_spatial), k, dilation, stride, combine)
-            )
-        std = channel_norm.std.to(accumulate_dtype(features.dtype))
-        bias, relu = None, False
-        if folds := is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
-            bias, relu = self.output.bias.to(std.dtype), self.output.relu
-        out = torch.ops.ddf_mm.ddf_pack(
-            features,
-            channel.view(shape),
-            spatial,
-            std,
-            1.0,
-            spatial_norm.std,
-            EPS,
-            bias,
-            relu,
-            k,
-            dilation,
-            stride,
-            combine,
-        )
-        return out if folds else self.output(out)
+        )  # if not, a layer before a norm was replaced
+        if fits:
+            std = channel_norm.std.to(accumulate_dtype(features.dtype))
+            bias, relu = None, False
+            if folds := is_unmodified(self.output, Shift) and not torch.is_grad_enabled():
+                bias, relu = self.output.bias.to(std.dtype), self.output.relu
+            filters = channel.view(shape), spatial, std, 1.0, spatial_norm.std, EPS
+            call = features, *filters, bias, relu, *options
+            if self_check.passes("ddf_pack", *call):
+                out = torch.ops.ddf_mm.ddf_pack(*call)
+                return out if folds else self.output(out)
+        channel = channel_norm(raw_channel).reshape(-1, *shape[1:])
+        return self.output(ddf(x, channel, spatial_norm(raw_spatial), *options))
 
     def _check_placement(self, x: Tensor) -> None:
         for branch in (self.channel_branch, self.spatial_branch):

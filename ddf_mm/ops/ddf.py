@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ddf_mm.ops import library
+from ddf_mm.ops import library, self_check
 from ddf_mm.ops.checks import (
     PADDINGS,
     check_ddf,
@@ -92,8 +92,9 @@ def ddf(
         return _ddf_padded(*tensors, kernel_size, dilation, stride, kernel_combine, padding=padding)
     features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf(features, channel_filter, spatial_filter, *options)
-    if library.serves(features):
-        return torch.ops.ddf_mm.ddf(features, channel_filter, spatial_filter, *options)
+    call = features, channel_filter, spatial_filter, *options
+    if library.serves(features) and self_check.passes("ddf", *call):
+        return torch.ops.ddf_mm.ddf(*call)
     library.warn_about_reference(features.device.type)
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
@@ -211,7 +212,8 @@ def ddf_up(
         return handle_torch_function(ddf_up, tensors, *tensors, *options)
     features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
     geometry = check_ddf_up(features, channel_filter, spatial_filter, *options)
-    if library.serves(features):
-        return torch.ops.ddf_mm.ddf_up(features, channel_filter, spatial_filter, *options)
+    call = features, channel_filter, spatial_filter, *options
+    if library.serves(features) and self_check.passes("ddf_up", *call):
+        return torch.ops.ddf_mm.ddf_up(*call)
     library.warn_about_reference(features.device.type)
     return ddf_up_formula(features, channel_filter, spatial_filter, geometry)

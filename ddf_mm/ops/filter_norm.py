@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ddf_mm.ops import library
+from ddf_mm.ops import library, self_check
 from ddf_mm.ops.checks import check_int, check_number, check_tensor, shape_of, untraced
 from ddf_mm.ops.reference import accumulate_dtype, filter_norm_reference
 
@@ -66,17 +66,19 @@ def filter_norm(
     mean = None if mean is None else _as_parameter("mean", mean, x)
     # Compilers fuse the formula with adjacent operations, and traces need standard operators.
     if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return _run_op(x, in_channels, std, mean, eps)
+        call = _arguments_of_op(x, in_channels, std, mean, eps)
+        if self_check.passes("filter_norm", *call):
+            return torch.ops.ddf_mm.filter_norm(*call)
     return filter_norm_reference(x, in_channels, std, mean, eps)
 
 
-def _run_op(
+def _arguments_of_op(
     x: Tensor, filters: int, std: float | Tensor, mean: float | Tensor | None, eps: float
-) -> Tensor:
+) -> tuple[Tensor, int, Tensor | None, Tensor | None, float, float]:
     scale, factors = (1.0, std) if isinstance(std, Tensor) else (std, None)
     if mean is not None and not isinstance(mean, Tensor):
         mean = x.new_full((x.shape[1],), mean, dtype=accumulate_dtype(x.dtype))
-    return torch.ops.ddf_mm.filter_norm(x, filters, factors, mean, scale, eps)
+    return x, filters, factors, mean, scale, eps
 
 
 @untraced

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import filecmp
 import functools
-import math
 import os
 import sys
 import warnings
@@ -18,7 +17,6 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ddf_mm.ops import nvrtc
 
@@ -138,20 +136,25 @@ def backend_info() -> dict[str, str]:
         A dict from device type to ``'compiled'``, ``'compiled on this machine'`` (CUDA kernels that
         NVRTC compiles when they are needed) or ``'reference'`` (the formula in plain PyTorch).
         ``'default'`` is for all device types that are not listed; ``'cuda'`` is the current CUDA
-        device. ``'why'`` has the reason and a remedy if a listed device type uses the reference, or
-        a device does not run the kernels that were compiled ahead for other GPUs.
+        device. ``'why'`` has the reason, and a remedy if it is known, if a listed device type uses
+        the reference, for all ops or for some, or a device does not run the kernels that were
+        compiled ahead for other GPUs.
     """
+    from ddf_mm.ops import self_check
+
     info = {name: "compiled" if name in COMPILED else "reference" for name in COMPILABLE}
     info["default"] = "reference"
     why = _WHY
     if "cuda" in COMPILED:
-        why = ahead = ""
+        why = ahead = failed = ""
         if torch.cuda.is_available():
             index = torch.cuda.current_device()
             why, ahead = _why_not_on(index), _why_not_ahead(index)
+            if not why and (failures := self_check.failures(index)):
+                failed = f"the formula serves these ops, which failed their check: {failures}"
         served = "compiled on this machine" if ahead or library_by_name() else "compiled"
         info["cuda"] = "reference" if why else served
-        why = why or ahead
+        why = why or "; ".join(filter(None, (failed, ahead)))
     return {**info, "why": why} if why else info
 
 
@@ -177,7 +180,7 @@ def _why_not_ahead(index: int) -> str:
     if why is None:
         return ""
     return (
-        f"{_described(index)} cannot run the kernels that were compiled ahead ({why.decode()}); "
+        f"{described(index)} cannot run the kernels that were compiled ahead ({why.decode()}); "
         f"set TORCH_CUDA_ARCH_LIST={_capability(index)} and {REINSTALL}"
     )
 
@@ -186,7 +189,8 @@ def _capability(index: int) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(index))
 
 
-def _described(index: int) -> str:
+def described(index: int) -> str:
+    """A CUDA device, with a comma after it."""
     name = torch.cuda.get_device_name(index)
     return f"cuda:{index}, {name} of compute capability {_capability(index)},"
 
@@ -216,7 +220,7 @@ def _why_not_compiled_for(index: int) -> str:
             _reasons[index] = str(error).split("\n")[0]
     why = (_kernels.failures.get(index) if _kernels else None) or _reasons[index]
     return (
-        f"{_described(index)} does not run kernels compiled on this machine ({why})" if why else ""
+        f"{described(index)} does not run kernels compiled on this machine ({why})" if why else ""
     )
 
 
@@ -226,17 +230,17 @@ def _check_against_formula(device: torch.device) -> None:
     Raises:
         RuntimeError: that fails, or the result is not that of the formula.
     """
-    from ddf_mm.ops.reference import ddf_reference
+    from ddf_mm.ops import self_check
 
-    # Not a part of what the caller records, differentiates or draws at random.
-    with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        shapes = (2, 4, 5, 8), (2, 4, 3, 3), (2, 9, 5, 8)
-        tensors = [torch.arange(math.prod(shape)).cos().reshape(shape) for shape in shapes]
-        expected = ddf_reference(*tensors)
-        there = [t.to(device) for t in tensors]
-        got = torch.ops.ddf_mm.ddf(*there, 3, 1, 1, "mul").cpu()
-    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
-        raise RuntimeError("a result of theirs is not that of the formula")
+    features, channel_filter, spatial_filter = (
+        torch.empty(shape, device="meta") for shape in ((2, 8, 9, 16), (2, 8, 3, 3), (2, 9, 9, 16))
+    )
+    self_check.check("ddf", device, features, channel_filter, spatial_filter, 3, 1, 1, "mul")
+
+
+def kernel_is_missing(device: torch.device) -> bool:
+    """Whether a kernel for a CUDA device could not be compiled on this machine."""
+    return _kernels is not None and device.index in _kernels.failures
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -246,7 +250,7 @@ def _runs_on(device: torch.device) -> bool:
     create.
     """
     index = device.index
-    if _kernels is not None and index in _kernels.failures and _runs_on_device.get(index):
+    if kernel_is_missing(device) and _runs_on_device.get(index):
         del _runs_on_device[index]
     if index not in _runs_on_device:
         return _determine_runs_on(index)

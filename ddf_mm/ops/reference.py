@@ -151,6 +151,41 @@ def filter_norm_reference(
     return out.to(x.dtype)
 
 
+def filter_norm_op_reference(
+    x: Tensor, filters: int, std: Tensor | None, mean: Tensor | None, scale: float, eps: float
+) -> Tensor:
+    """:func:`filter_norm_reference` with the arguments of ``torch.ops.ddf_mm.filter_norm``."""
+    return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
+
+
+def ddf_pack_reference(
+    features: Tensor,
+    raw_channel: Tensor,
+    raw_spatial: Tensor,
+    channel_std: Tensor | None,
+    channel_scale: float,
+    spatial_scale: float,
+    eps: float,
+    bias: Tensor | None,
+    relu: bool,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+) -> Tensor:
+    """``torch.ops.ddf_mm.ddf_pack`` by its formula: DDF with the FilterNorm of both filters, plus a
+    bias, through a ReLU."""
+    channels, groups = features.shape[1], raw_spatial.shape[1] // kernel_size**2
+    channel = filter_norm_op_reference(
+        raw_channel.flatten(1), channels, channel_std, None, channel_scale, eps
+    ).reshape(raw_channel.shape)
+    spatial = filter_norm_op_reference(raw_spatial, groups, None, None, spatial_scale, eps)
+    out = ddf_reference(features, channel, spatial, kernel_size, dilation, stride, kernel_combine)
+    if bias is not None:
+        out = out + bias.to(out.dtype)[:, None, None]
+    return out.relu() if relu else out
+
+
 def ddf_up_reference(
     features: Tensor,
     channel_filter: Tensor | None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddf_mm.ops import library
+from ddf_mm.ops import library, self_check
 from ddf_mm.ops.checks import (
     Geometry,
     check_ddf,
@@ -19,9 +19,10 @@ from ddf_mm.ops.checks import (
 )
 from ddf_mm.ops.reference import (
     accumulate_dtype,
+    ddf_pack_reference,
     ddf_reference,
     ddf_up_reference,
-    filter_norm_reference,
+    filter_norm_op_reference,
     layout_of,
 )
 
@@ -211,16 +212,16 @@ def _save_ddf(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.options = inputs[3:]
 
 
-def _derivative_of(
-    backward: Callable[..., Sequence[Tensor]], reference: Callable[..., Tensor]
-) -> Callable[..., tuple]:
-    """The derivative of ddf or ddf_up."""
+def _derivative_of(name: str, reference: Callable[..., Tensor]) -> Callable[..., tuple]:
+    """The derivative of ddf or ddf_up, computed by the op ``name``."""
+    backward = getattr(torch.ops.ddf_mm, name)
 
     @library.with_formula
     def differentiate(ctx: Any, grad: Tensor) -> tuple:
         tensors, options, needed = ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:3]
-        if _uses_op(grad):
-            grads = _only_needed(backward(grad, *tensors, *options, *needed), needed)
+        call = grad, *tensors, *options, *needed
+        if _uses_op(grad) and self_check.passes(name, *call):
+            grads = _only_needed(backward(*call), needed)
         else:
             grads = _gradients(lambda *given: reference(*given, *options), tensors, needed, grad)
         return *grads, *[None] * len(options)
@@ -234,25 +235,17 @@ def _save_filter_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.options = filters, scale, eps
 
 
-def _filter_norm_formula(
-    x: Tensor, std: Tensor | None, mean: Tensor | None, filters: int, scale: float, eps: float
-) -> Tensor:
-    return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
-
-
 @library.with_formula
 def _differentiate_filter_norm(ctx: Any, grad: Tensor) -> tuple:
     (x, std, mean), (filters, scale, eps) = ctx.saved_tensors, ctx.options
     need_x, _, need_std, need_mean, _, _ = ctx.needs_input_grad
     needed = need_x, need_std, need_mean
-    if _uses_op(grad):
-        grads = _only_needed(
-            torch.ops.ddf_mm.filter_norm_backward(grad, x, filters, std, scale, eps, *needed),
-            needed,
-        )
+    call = grad, x, filters, std, scale, eps, *needed
+    if _uses_op(grad) and self_check.passes("filter_norm_backward", *call):
+        grads = _only_needed(torch.ops.ddf_mm.filter_norm_backward(*call), needed)
     else:
         grads = _gradients(
-            lambda x, std, mean: _filter_norm_formula(x, std, mean, filters, scale, eps),
+            lambda x, std, mean: filter_norm_op_reference(x, filters, std, mean, scale, eps),
             (x, std, mean),
             needed,
             grad,
@@ -275,38 +268,42 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
     channels, options = features.shape[1], ctx.options
     groups = raw_spatial.shape[1] // options[0] ** 2
 
-    def formula(
-        features: Tensor,
-        raw_channel: Tensor,
-        raw_spatial: Tensor,
-        std: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        channel = _filter_norm_formula(
-            raw_channel.flatten(1), std, None, channels, channel_scale, eps
-        )
-        spatial = _filter_norm_formula(raw_spatial, None, None, groups, spatial_scale, eps)
-        channel = channel.reshape(raw_channel.shape)
-        out = ddf_reference(features, channel, spatial, *options)
-        if bias is not None:
-            out = out + bias.to(out.dtype)[:, None, None]
-        return out.relu() if ctx.relu else out
+    def formula(*given: Any) -> Tensor:
+        arguments = [*given[:4], *ctx.scales, given[4], ctx.relu, *options]
+        return ddf_pack_reference(*arguments)
 
-    if _uses_op(grad) and bias is None and not ctx.relu:
+    flat = raw_channel.flatten(1)
+    need_features, need_channel, need_spatial, need_std, _ = needed
+    needs_of_ddf = need_features, need_channel or need_std, need_spatial
+    # Filters and gradients have the dtypes and memory formats of the raw filters.
+    calls: list[tuple[Any, ...]] = [
+        ("filter_norm", flat, channels, std, None, channel_scale, eps),
+        ("filter_norm", raw_spatial, groups, None, None, spatial_scale, eps),
+        ("ddf_backward", grad, features, raw_channel, raw_spatial, *options, *needs_of_ddf),
+    ]
+    if need_channel or need_std:
+        norm = flat, flat, channels, std, channel_scale, eps, need_channel, need_std, False
+        calls.append(("filter_norm_backward", *norm))
+    if need_spatial:
+        norm = raw_spatial, raw_spatial, groups, None, spatial_scale, eps, True, False, False
+        calls.append(("filter_norm_backward", *norm))
+
+    if (
+        _uses_op(grad)
+        and bias is None
+        and not ctx.relu
+        and all(self_check.passes(*call) for call in calls)
+    ):
         ops = torch.ops.ddf_mm
-        flat = raw_channel.flatten(1)
         channel = ops.filter_norm(flat, channels, std, None, channel_scale, eps)
         spatial = ops.filter_norm(raw_spatial, groups, None, None, spatial_scale, eps)
-        need_features, need_channel, need_spatial, need_std, _ = needed
         grad_features, grad_channel, grad_spatial = ops.ddf_backward(
             grad,
             features,
             channel.view(raw_channel.shape),
             spatial,
             *options,
-            need_features,
-            need_channel or need_std,
-            need_spatial,
+            *needs_of_ddf,
         )
         grads = [grad_features, None, None, None, None]
         if need_channel or need_std:
@@ -329,15 +326,15 @@ def register() -> None:
     """Registers fake kernels and derivatives if the ops are compiled."""
     if not library.COMPILED:
         return
-    ops, register_fake = torch.ops.ddf_mm, torch.library.register_fake
-    register_autograd = torch.library.register_autograd
-    for name, check, backward, reference in (
-        ("ddf_mm::ddf", check_ddf, ops.ddf_backward, ddf_reference),
-        ("ddf_mm::ddf_up", check_ddf_up, ops.ddf_up_backward, ddf_up_reference),
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+    for name, check, reference in (
+        ("ddf", check_ddf, ddf_reference),
+        ("ddf_up", check_ddf_up, ddf_up_reference),
     ):
-        register_fake(name, _fake(check))
-        register_fake(f"{name}_backward", _fake_backward(check))
-        register_autograd(name, _derivative_of(backward, reference), setup_context=_save_ddf)
+        derivative = _derivative_of(f"{name}_backward", reference)
+        register_fake(f"ddf_mm::{name}", _fake(check))
+        register_fake(f"ddf_mm::{name}_backward", _fake_backward(check))
+        register_autograd(f"ddf_mm::{name}", derivative, setup_context=_save_ddf)
     register_fake("ddf_mm::filter_norm", _fake_filter_norm)
     register_fake("ddf_mm::filter_norm_backward", _fake_filter_norm_backward)
     register_autograd(

@@ -5,15 +5,26 @@ Run by test_ops_on_host.py, in a process with such devices.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
 import torch
 from cuda_host import emulated
 from ops.test_direct_calls import ONLY_CPU, good_calls
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_mm.layers import DDFPack, DDFUpPack
-from ddf_mm.ops import backend_info, ddf, ddf_reference, ddf_up, filter_norm, library, nvrtc
+from ddf_mm.ops import (
+    backend_info,
+    ddf,
+    ddf_reference,
+    ddf_up,
+    filter_norm,
+    library,
+    nvrtc,
+    self_check,
+)
 
 pytestmark = pytest.mark.cuda
 OPS = [name for name in good_calls() if name not in ONLY_CPU]
@@ -89,6 +100,8 @@ def ask_again():
     """Forgets which devices run the kernels."""
     library._runs_on_device.clear()
     library._reasons.clear()
+    for known in (self_check._passed, self_check._calls, self_check._failures):
+        known.clear()
     library._kernels.failures.clear()
 
 
@@ -153,15 +166,165 @@ def test_a_device_without_kernels_has_the_formula_and_one_warning(without_kernel
         call("ddf", good_calls("cuda:1")["ddf"])
 
 
-@only_ahead
-def test_other_errors_are_left_to_the_call_that_meets_them():
-    emulated.library.ddf_host_set_kernel_error(0, NO_MEMORY)
+@pytest.fixture
+def unchecked():
+    """No device has run an op."""
     ask_again()
+    # A library by name would refuse devices where ddf fails.
+    library._reasons.update(dict.fromkeys(range(emulated.DEVICES), ""))
+    yield
+    ask_again()
+
+
+def a_zero(tensor: torch.Tensor) -> None:
+    """One element of the last tile, as if a bound were wrong."""
+    tensor.flatten()[-1] = 0
+
+
+def a_nan(tensor: torch.Tensor) -> None:
+    tensor[:] = float("nan")
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault) -> list[str]:
+    """Makes the device compute wrong results by an op; returns the list of its calls."""
+    right, calls = emulated._run_op, []
+
+    def wrong(called, *arguments):
+        results = right(called, *arguments)
+        if called._opname == op:
+            calls.append(op)
+            for result in [results] if isinstance(results, torch.Tensor) else results:
+                if result.numel():
+                    fault(result)
+        return results
+
+    monkeypatch.setattr(emulated, "_run_op", wrong)
+    return calls
+
+
+def pack(features, raw_channel, raw_spatial):
+    """Of features of 8 channels, by the filters of a DDFPack."""
+    torch.manual_seed(0)
+    layer = DDFPack(8).to(features.device)
+    norms = layer.channel_branch[-1], layer.spatial_branch[-1]
+    flat = raw_channel.flatten(1)[:, :, None, None]
+    return layer._filter_by_raw(features, flat, raw_spatial, *norms)
+
+
+def norm(x):
+    return filter_norm(x, 2, "spatial")
+
+
+SHAPES = [(2, 8, 6, 8), (2, 8, 3, 3), (2, 9, 6, 8)]
+CHECKED = {
+    "ddf": (ddf, SHAPES),
+    "ddf_backward": (ddf, SHAPES),
+    "ddf_up": (ddf_up, [SHAPES[0], (2, 4, 8, 3, 3), (2, 4, 9, 6, 8)]),
+    "ddf_up_backward": (ddf_up, [SHAPES[0], (2, 4, 8, 3, 3), (2, 4, 9, 6, 8)]),
+    "ddf_pack": (pack, SHAPES),
+    "ddf_backward of ddf_pack": (pack, SHAPES),
+    "filter_norm_backward of ddf_pack": (pack, SHAPES),
+    "filter_norm": (norm, [(2, 18, 6, 8)]),
+    "filter_norm_backward": (norm, [(2, 18, 6, 8)]),
+}
+
+
+@pytest.mark.parametrize("fault", [a_zero, a_nan])
+@pytest.mark.parametrize("name", CHECKED)
+def test_an_op_that_computes_wrong_results_is_replaced_by_the_formula(
+    name, fault, unchecked, monkeypatch
+):
+    """Results and gradients are right, with one warning; other ops and devices keep theirs."""
+    function, shapes = CHECKED[name]
+    op = name.split(" ")[0]
+    tensors = [torch.randn(shape) for shape in shapes]
+    here = [t.clone().requires_grad_() for t in tensors]
+    there = [t.to("cuda").requires_grad_() for t in tensors]
+    calls = plant(monkeypatch, op, fault)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = function(*there)
+        grads = torch.autograd.grad(got.square().sum(), there)
+    (message,) = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert f"the compiled op {op} failed its check on cuda:0, emulated" in message
+    assert "differ from those of the formula by" in message and "=float32[2, " in message
+    assert len(calls) == 1
+    expected = function(*here)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+    for ours, of in zip(grads, torch.autograd.grad(expected.square().sum(), here), strict=True):
+        torch.testing.assert_close(ours.cpu(), of, rtol=1e-3, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(*there).sum().backward()
+    assert len(calls) == 1
+    info = backend_info()
+    assert info["cuda"] == SERVED and f"which failed their check: {op}: results" in info["why"]
+    assert not self_check.failures(1)
+    assert {failed for _, failed in self_check._failures} == {op}
+
+
+@only_ahead
+def test_so_is_an_op_whose_kernel_does_not_start(unchecked):
+    tensors = [torch.randn(shape) for shape in SHAPES]
+    emulated.library.ddf_host_set_kernel_error(0, NO_MEMORY)
     try:
-        with pytest.raises(RuntimeError, match="the kernel did not start: an error of CUDA"):
-            ddf(*good_calls("cuda")["ddf"].values())
+        with pytest.warns(RuntimeWarning, match="the kernel did not start: an error of CUDA"):
+            got = ddf(*(t.to("cuda") for t in tensors))
     finally:
         emulated.library.ddf_host_set_kernel_error(0, 0)
+    torch.testing.assert_close(got.cpu(), ddf_reference(*tensors))
+
+
+def test_calls_of_other_kernels_are_checked_and_the_same_ones_are_not(unchecked, monkeypatch):
+    """By dtype, memory format, kernel size, stride and aligned sizes."""
+    calls = plant(monkeypatch, "ddf", lambda result: None)
+
+    def count(dtype=torch.float32, layout=torch.contiguous_format, channels=8, width=8, **options):
+        k, stride = options.get("kernel_size", 3), options.get("stride", 1)
+        out = -(-6 // stride), -(-width // stride)
+        features = torch.randn(1, channels, 6, width).contiguous(memory_format=layout)
+        tensors = features, torch.randn(1, channels, k, k), torch.randn(1, k * k, *out)
+        before = len(calls)
+        ddf(*(t.to(dtype).to("cuda") for t in tensors), **options)
+        return len(calls) - before
+
+    assert (count(), count(), count(width=12), count(channels=16)) == (2, 1, 1, 1)
+    for other in (
+        dict(dtype=torch.bfloat16),
+        dict(layout=torch.channels_last),
+        dict(width=7),
+        dict(channels=6),
+        dict(kernel_size=5),
+        dict(stride=2),
+        dict(dilation=2),
+        dict(kernel_combine="add"),
+    ):
+        assert (count(**other), count(**other)) == (2, 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 18, 3, 4), (2, 18, 0, 4), (2, 18, 1, 1)], ids=str)
+def test_calls_of_nothing_and_of_one_pixel_are_checked(shape, unchecked):
+    assert norm(torch.zeros(shape, device="cuda")).shape == shape
+    assert [key[1] for key in self_check._passed] == ["filter_norm"]
+
+
+def test_the_check_can_be_turned_off(unchecked, monkeypatch):
+    monkeypatch.setattr(self_check, "ENABLED", False)
+    calls = plant(monkeypatch, "ddf", a_nan)
+    got = ddf(*(torch.randn(shape).to("cuda") for shape in SHAPES))
+    assert len(calls) == 1 and got.cpu().isnan().all()
+
+
+def test_the_check_is_no_part_of_what_the_caller_does(unchecked):
+    """It draws no random numbers, and is neither recorded nor cast."""
+    tensors = [torch.randn(shape) for shape in SHAPES]
+    state = torch.get_rng_state()
+    with torch.autocast("cuda", torch.bfloat16), FlopCounterMode(display=False) as counter:
+        ddf(*(t.to("cuda") for t in tensors))
+    ((_, _, case),) = [key for key in self_check._passed if key[1] == "ddf"][-1:]
+    assert case[0].dtype == torch.bfloat16
+    assert torch.equal(torch.get_rng_state(), state)
+    assert counter.get_total_flops() == 2 * math.prod(SHAPES[0]) * 9
 
 
 @needs_names

@@ -314,8 +314,8 @@ def test_generic_kernels(host, case, combine, which, layout):
 @pytest.mark.parametrize("name", PASSES)
 def test_generic_kernels_of_every_dtype(host, name, dtype, layout):
     # 40 channels are more than one warp of channels in grad_channel.
-    tensors = make(batch=1, channels=40, size=(5, 6), groups=2, dtype=dtype, layout=layout)
-    check(host, name, tensors, dilation=2)
+    tensors = make(1, 40, (7, 8), 5, 2, stride=3, dtype=dtype, layout=layout)
+    check(host, name, tensors, 5, stride=3)
     assert f"{name}_generic<" in host.last_kernels
 
 
@@ -361,7 +361,77 @@ def test_3x3_channels_last_kernel(host, name, dtype, combine, size):
 def test_3x3_channels_last_of_odd_groups(host, name):
     """Vector loads need a multiple of 4 channels in a group; here there are 3."""
     check(host, name, make(channels=12, groups=4, layout=torch.channels_last))
-    assert f"{name}_generic<" in host.last_kernels
+    assert "gather_3x3<" in host.last_kernels
+
+
+GATHERED = [
+    dict(dilation=2, size=(5, 8)),
+    dict(dilation=4, size=(7, 9)),
+    dict(dilation=5, size=(6, 3)),
+    dict(stride=2, size=(5, 8)),
+    dict(stride=2, size=(4, 7), floor=True),
+    dict(stride=2, dilation=2, size=(6, 7)),
+    dict(stride=3, size=(1, 11)),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("case", GATHERED, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_3x3_windows_of_every_dilation_and_stride(host, case, dtype, combine, layout):
+    """No pass has a generic kernel."""
+    dilation, stride = case.get("dilation", 1), case.get("stride", 1)
+    sizes = {key: value for key, value in case.items() if key != "dilation"}
+    for which in ("both", "channel", "spatial") if dtype == torch.float32 else ("both",):
+        # 9 channels in a group are not all of a block's; 12 are three quads.
+        channels = 18 if layout == torch.contiguous_format else 24
+        tensors = make(1, channels, groups=2, which=which, dtype=dtype, layout=layout, **sizes)
+        for name in served(tensors):
+            check(host, name, tensors, 3, dilation, stride, combine)
+            assert "_generic<" not in host.last_kernels
+            quads = "_channels_last" if layout == torch.channels_last else ""
+            if name == "grad_features":
+                assert f"gather_3x3{quads}<" in host.last_kernels
+                assert template_arguments(combine, True) in host.last_kernels
+
+
+@pytest.mark.parametrize("channels, size", [(150, (3, 5)), (17, (12, 13)), (1, (1, 1))], ids=str)
+def test_gathered_3x3_of_channel_blocks_and_tiles(host, channels, size):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for count in {channels, -(-channels // 4) * 4}:
+            tensors = make(2, count, size, layout=layout)
+            names = PASSES[1:]
+            got = host.run_several(names, *tensors, 3, 2, 1, "mul")
+            for name, result in zip(names, got, strict=True):
+                compare(name, result, tensors, 3, 2, 1, "mul")
+            check(host, "forward", tensors, dilation=2)
+
+
+def test_gathered_3x3_of_any_strides(host):
+    """A transposed image, whose rows and channels are not contiguous, and every second row."""
+    grad, x, cf, sf = make(channels=5, size=(8, 6))
+    turned = [t.transpose(2, 3) for t in (grad, x, sf)]
+    for name in PASSES:
+        check(host, name, [turned[0], turned[1], cf, turned[2]])
+        assert "gather" in host.last_kernels
+    halves = [t[:, :, ::2, 1::2] for t in (grad, x, sf)]
+    for name in PASSES:
+        check(host, name, [halves[0], halves[1], cf, halves[2]])
+        assert "gather" in host.last_kernels
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", range(4), ids=["grad", "features", "channel", "spatial"])
+def test_gathered_nan_and_inf_stay_where_they_are(host, poisoned, value):
+    for layout, stride in ((torch.contiguous_format, 2), (torch.channels_last, 2)):
+        tensors = make(1, 8, (6, 8), groups=2, stride=stride, layout=layout)
+        tensors[poisoned][0, 1, 0, 1] = value
+        for name in PASSES[1:]:
+            got = host.run(name, *tensors, 3, 1, stride, "mul")
+            want = expected(name, tensors, 3, 1, stride, "mul")
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.isinf(), want.isinf())
 
 
 WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
@@ -647,7 +717,8 @@ class FaultyHost(Host):
 
 @pytest.fixture(scope="module")
 def faulty_host(tmp_path_factory: pytest.TempPathFactory) -> FaultyHost:
-    faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), NORM_FAULT]
+    faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), *GATHER_FAULTS.values()]
+    faults.append(NORM_FAULT)
     return FaultyHost(tmp_path_factory.mktemp("faulty_host"), faults)
 
 
@@ -656,9 +727,9 @@ def test_results_of_several_launches(faulty_host, monkeypatch, elements):
     """The split into launches of at most 2**31 - 1 elements, with a smaller bound."""
     monkeypatch.setattr(faulty_host.max_elements, "value", elements)
     for layout in (torch.contiguous_format, torch.channels_last):
-        tensors = make(batch=3, channels=2, size=(5, 6), layout=layout)
+        tensors = make(batch=3, channels=2, size=(5, 6), k=5, layout=layout)
         for name in PASSES:
-            check(faulty_host, name, tensors, dilation=2)
+            check(faulty_host, name, tensors, 5, dilation=2)
             launches = faulty_host.last_kernels.count("_generic<") / len(ORDERS)
             assert (launches > 1) == (name != "grad_channel")
 
@@ -753,7 +824,7 @@ FAULTY_PASSES = {
 def test_a_fault_is_found(faulty_host, name):
     fault = FAULTS[name]
     dilation = 2 if fault.file == "generic.cuh" else 1
-    k = 5 if fault.file == "forward_tiled.cuh" else 3
+    k = 5 if fault.file in ("forward_tiled.cuh", "generic.cuh") else 3
     layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
     grad, x, cf, sf = make(batch=1, channels=4, size=(4, 20), k=k, layout=layout)
     if "unaligned" in name:  # after one float of padding no row is aligned
@@ -827,7 +898,7 @@ def check_pack(
         want, terms = expected_pack(given, relu, k, dilation, stride, combine)
         of_result, of_term = EPSILON[got.dtype]
         bound = of_result * want.abs() + ROUNDINGS * of_term * terms
-        if "_generic<" in host.last_kernels:  # rounds the normalized filters
+        if "filter_norm_forward<" in host.last_kernels:  # rounds the normalized filters
             bound += 2 * of_result * terms
         bound += torch.finfo(got.dtype).smallest_normal * of_result
         assert got.dtype == tensors[0].dtype and got.shape == want.shape
@@ -917,7 +988,8 @@ def test_pack_of_every_geometry(host, case, combine, layout):
 def test_pack_of_every_dtype(host, dtype, layout):
     tensors = make_pack(channels=10, size=(5, 7), dtype=dtype, layout=layout)
     check_pack(host, tensors, dilation=2)
-    assert "forward_generic<" in host.last_kernels
+    kernel = "forward_generic<" if dtype == torch.float64 else "gather_3x3<"
+    assert kernel in host.last_kernels
 
 
 # Calls for which ddf_pack uses each kernel.
@@ -925,7 +997,8 @@ PACK_KERNELS = {
     "forward_3x3<": dict(size=(5, 8)),
     "forward_3x3_channels_last<": dict(channels=8, layout=torch.channels_last),
     "forward_tiled<": dict(k=5),
-    "forward_generic<": dict(channels=8, groups=4, layout=torch.channels_last),
+    "gather_3x3<": dict(channels=8, groups=4, layout=torch.channels_last),
+    "forward_generic<": dict(k=5, channels=8, groups=4, layout=torch.channels_last),
 }
 
 
@@ -964,7 +1037,7 @@ def test_pack_keeps_nan_and_inf_where_they_are(host, kernel, poisoned, value):
         assert torch.isfinite(want).any()
 
 
-@pytest.mark.parametrize("k, kernel", [(3, "forward_generic<"), (5, "forward_tiled<")])
+@pytest.mark.parametrize("k, kernel", [(3, "gather_3x3<"), (5, "forward_tiled<")])
 def test_pack_of_filters_in_another_layout(host, k, kernel):
     layouts = torch.contiguous_format, torch.channels_last
     for ours, theirs in (layouts, layouts[::-1]):
@@ -1069,7 +1142,8 @@ def check_up(host: Host, tensors, k=3, scale=2, dilation=1, combine="mul") -> st
         smallest = torch.finfo(dtype).smallest_normal * of_result
         bound = of_result * want.abs() + ROUNDINGS * of_term * size + smallest
         assert value.dtype == dtype and value.shape == want.shape
-        assert ((value.double() - want).abs() <= bound).all()
+        error = (value.double() - want).abs()
+        assert (error <= bound).all(), f"off by {error.max():.3g}"
     return kernels
 
 
@@ -1080,7 +1154,9 @@ def test_upsampling(host, dtype, combine, layout):
     for which in ("both", "channel", "spatial"):
         tensors = make_up(channels=8, which=which, groups=2, dtype=dtype, layout=layout)
         kernels = check_up(host, tensors, combine=combine)
-        assert "upsample_grad_features_generic<" in kernels
+        quads = "_channels_last" if layout is torch.channels_last else ""
+        assert ("_generic<" in kernels) == (dtype == torch.float64)
+        assert (f"gather_3x3{quads}<" in kernels) == (dtype != torch.float64)
         fast = dtype != torch.float64 and layout is torch.contiguous_format
         assert ("upsample_3x3<" in kernels) == fast
 
@@ -1095,11 +1171,16 @@ def test_upsampling_in_one_block_and_several(host, size):
     assert ((got.double() - want).abs() <= 2**-24 * (want.abs() + ROUNDINGS * terms)).all()
 
 
-@pytest.mark.parametrize("k, scale, dilation", [(1, 2, 1), (3, 1, 1), (3, 2, 2), (5, 3, 1)])
+@pytest.mark.parametrize(
+    "k, scale, dilation", [(1, 2, 1), (3, 1, 1), (3, 2, 2), (3, 3, 1), (5, 3, 1)]
+)
 def test_upsampling_of_every_kind(host, k, scale, dilation):
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors = make_up(4, (4, 5), k, scale, 2, dtype=torch.float64, layout=layout)
         check_up(host, tensors, k, scale, dilation)
+        if k == 3:
+            tensors = make_up(8, (4, 5), k, scale, 2, layout=layout)
+            assert "_generic<" not in check_up(host, tensors, k, scale, dilation)
 
 
 def test_upsampling_keeps_a_nan_where_it_is(host):
@@ -1110,6 +1191,64 @@ def test_upsampling_keeps_a_nan_where_it_is(host):
     sf[1, 1, 4, 2, 5], x[0, 1, 3, 7] = 0, float("inf")
     (out,) = host.run_up("forward", grad, x, cf, sf, 3, 2, 1, "mul")
     assert out[0, 1, 4:10, 12:].isfinite().sum() == 0 and (~out.isfinite()).sum() == 36
+
+
+# The first of each pair of subpixels' filters of ddf_up, and what ddf's gradients of stride 2 read.
+GATHER_FAULTS = {
+    "taps read before they are written": Fault(
+        "gather_3x3.cuh",
+        "sync_threads();",
+        "",
+        f"{ORDER}|shared",
+        "\n    if (!active) continue;\n\n    const T* const planes",
+    ),
+    "taps read before they are written, channels_last": Fault(
+        "gather_3x3.cuh",
+        "sync_threads();",
+        "",
+        f"{ORDER}|shared",
+        "\n    if (!active) continue;\n\n    const T* const origin",
+    ),
+    "taps overwritten before they are read": Fault(
+        "gather_3x3.cuh",
+        "// The taps of the previous subpixel are read before they are overwritten.\n"
+        "    sync_threads();",
+        "",
+        ORDER,
+    ),
+    "taps overwritten before they are read, channels_last": Fault(
+        "gather_3x3.cuh", "// As in gather_3x3.\n    sync_threads();", "", ORDER
+    ),
+    "a column too many": Fault(
+        "generic.cuh", "output < outputs", "output <= outputs", "outside of every tensor|off by"
+    ),
+    "filters of another subpixel, channels_last": Fault(
+        "gather_3x3.cuh",
+        "input.at(batch, channel, subpixel / scale, subpixel % scale)",
+        "input.at(batch, channel, subpixel % scale, subpixel / scale)",
+        "off by",
+    ),
+    "sums of another pixel": Fault(
+        "grad_filters_gathered.cuh",
+        "spatial_sums[p * 9 + tap]",
+        "spatial_sums[tap]",
+        "off by",
+        ");",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATHER_FAULTS)
+def test_a_fault_of_the_gathering_kernels_is_found(faulty_host, name):
+    fault = GATHER_FAULTS[name]
+    layout = torch.channels_last if "channels_last" in name else torch.contiguous_format
+    tensors = make_up(channels=8, size=(6, 13), layout=layout)
+    check_up(faulty_host, tensors)
+    with (
+        faulty_host.plant(fault),
+        pytest.raises((RuntimeError, AssertionError), match=fault.message),
+    ):
+        check_up(faulty_host, tensors)
 
 
 UP_FAULTS = {

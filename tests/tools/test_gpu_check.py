@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ echo fine
 """
 SANITIZER = """#!/usr/bin/env bash
 [ "$2" != "${FAIL_AT:-nothing}" ] || exit 1
-shift 4
+[[ "$*" == *"--kernel-regex kns=_ZN3ddf4cuda --error-exitcode 1"* ]] || exit 1
+shift 6
 "$@"
 """
 
@@ -86,18 +89,35 @@ def test_every_stage(check):
         assert "-m pytest -q -m cuda tests/ops" in call
     assert sum("small_cases" in call for call in calls) == 3
     assert sum("benchmark.py op --device cuda" in call for call in calls) == 9
-    for stage in ("nvrtc", "build", "test", "sanitize", "bench"):
+    stages = ["nvrtc", "build", "test", "memcheck", "racecheck", "synccheck", "bench"]
+    for stage in stages:
         assert (out / f"gpu_check_{stage}.txt").read_text().startswith(ABOUT)
     names = {path.name for path in out.glob("*.json")}
     assert {"op_cuda_forward.json", "op_cuda_backward_kernel_size_5.json"} <= names
     assert len(names) == 9
     assert "| forward | float32 | 3 | 1 | 1,8,4,4 |" in (out / "gpu_check.md").read_text()
+    with tarfile.open(out / "gpu_check.tar.gz") as archive:
+        packed = {Path(name).name for name in archive.getnames()}
+    assert packed == names | {f"gpu_check_{stage}.txt" for stage in stages} | {"gpu_check.md"}
 
 
 def test_one_stage_alone(check):
     process, out, calls = check("test")
     assert process.returncode == 0
-    assert len(calls) == 1 and [path.name for path in out.iterdir()] == ["gpu_check_test.txt"]
+    assert len(calls) == 1
+    assert {path.name for path in out.iterdir()} == {"gpu_check_test.txt", "gpu_check.tar.gz"}
+
+
+def test_python3_is_taken_where_there_is_no_python(check, tmp_path):
+    """As on a machine with Debian's or Ubuntu's Python alone."""
+    folder = tmp_path / "path"
+    folder.mkdir()
+    for name in ("bash", "dirname", "mkdir", "tee", "tar", "gzip", "cat", "cp"):
+        (folder / name).symlink_to(shutil.which(name))
+    (folder / "python3").symlink_to(tmp_path / "bin" / "python")
+    process, _, calls = check("test", PYTHON="", PATH=str(folder))
+    assert process.returncode == 0, process.stderr
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,7 +126,7 @@ def test_one_stage_alone(check):
         ("setup.py", "build: compiling", 2),
         ("ddf_mm.ops.precompile", "nvrtc: kernels", 1),
         ("tests/tools/test_benchmark.py", "test: CUDA tests", 2),
-        ("racecheck", "sanitize: racecheck", 1),
+        ("racecheck", "racecheck: racecheck", 1),
         ("backward", "bench: op_cuda_backward_stride_2", 3),
     ],
 )
@@ -119,11 +139,11 @@ def test_a_failure_is_reported_and_stops_nothing(check, word, failed, count):
 
 
 def test_what_is_missing_is_said_in_one_line(check, tmp_path):
-    process, _, calls = check("test", "sanitize", NO_PYTEST="1")
+    process, _, calls = check("test", "memcheck", NO_PYTEST="1")
     assert process.returncode == 1 and not calls
     assert "test: pytest is not installed: pip install pytest" in process.stderr
     (tmp_path / "bin" / "compute-sanitizer").unlink()
-    process, _, calls = check("sanitize", PATH="/usr/bin:/bin")
+    process, _, calls = check("memcheck", PATH="/usr/bin:/bin")
     assert process.returncode == 1 and not calls
     assert "compute-sanitizer was not found" in process.stderr
 

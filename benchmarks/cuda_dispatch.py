@@ -1,0 +1,97 @@
+"""Which CUDA kernels a layer's calls start, by the dispatch of ``csrc/cuda``, which is compiled by
+the C++ compiler without its kernels (cuda_dispatch.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ddf_mm.ops.checks import COMBINES
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+LAYOUTS = ("NCHW", "channels_last")
+
+
+class Layer(NamedTuple):
+    """What the choice of kernels depends on. ``filters``: "both", or "one" if the other is None."""
+
+    op: str
+    channels: int
+    groups: int
+    height: int
+    width: int
+    kernel_size: int
+    dilation: int
+    stride: int
+    scale: int
+    combine: str
+    filters: str
+
+
+FIELDS = Layer._fields
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    active_lanes: float  # fraction of the threads that have work, where it is known
+
+
+class Dispatch:
+    def __enter__(self) -> Dispatch:
+        self.folder = tempfile.TemporaryDirectory()
+        library = Path(self.folder.name, "dispatch.so")
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-fPIC", "-shared"]
+        command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / "cuda_dispatch.cpp", "-o", library]
+        subprocess.run(command, check=True)
+        self.function = ctypes.CDLL(str(library)).ddf_dispatch
+        self.function.restype = ctypes.c_char_p
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
+
+    def launches(
+        self, layer: Layer, kind: str, layout: str, dtype: str = "float32", batch: int = 2
+    ) -> list[Launch]:
+        """The launches of a pass (``"forward"``, ``"backward"`` or ``"pack"``) of a layer."""
+        out = [-(-size // layer.stride) for size in (layer.height, layer.width)]
+        sizes = [batch, layer.channels, layer.height, layer.width, *out, layer.groups]
+        sizes += [layer.channels // layer.groups, layer.kernel_size, layer.dilation]
+        geometry = (ctypes.c_int64 * 12)(*sizes, layer.stride, layer.scale)
+        name = f"up {kind}" if layer.op == "ddf_up" else kind
+        combine, last = COMBINES.index(layer.combine), layout == "channels_last"
+        text = self.function(name.encode(), dtype.encode(), geometry, combine, last).decode()
+        lines = [line.split("\t") for line in text.splitlines()]
+        return [
+            Launch(kernel, *map(int, numbers), active_lanes=float(active))
+            for kernel, *numbers, active in lines
+        ]
+
+    def kernels_of(self, layer: Layer) -> list[str]:
+        """The kernels of forward and backward pass, for each of LAYOUTS."""
+        return [
+            " + ".join(
+                dict.fromkeys(
+                    _short(launch.kernel) for launch in self.launches(layer, kind, layout)
+                )
+            )
+            for layout in LAYOUTS
+            for kind in ("forward", "backward")
+        ]
+
+
+def _short(kernel: str) -> str:
+    """Without namespaces, dtype and combine mode."""
+    name, _, arguments = kernel.removesuffix(">").partition("<")
+    kept = [a for a in arguments.split(", ") if a not in ("float", "ddf::Mul", "ddf::Add")]
+    name = name.removeprefix("ddf::cuda::")
+    return f"{name}<{', '.join(kept)}>" if kept else name

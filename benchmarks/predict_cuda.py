@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Predict the speed of the CUDA kernels from what they were compiled to; nothing is measured.
+
+    python benchmarks/predict_cuda.py [--shapes 2,256,200,304 ...] [--arch 90]
+
+For each shape, dtype, memory format and pass: the kernels, the lanes that have work, the waves of
+blocks, and the predicted fraction of the bandwidth of a copy, with H100's and H200's. Needs
+cuda_gates.csv (check_cuda_build.py --update) and a C++ compiler. The model: a step of a hot loop
+costs its issue slots, its waits for memory of LATENCY cycles, which the other warps of the
+multiprocessor fill, or its bytes at the bandwidth of a copy, whichever is most; lanes without work
+and partly filled waves take their share. Kernels without a hot loop that is measured, and the
+reductions, cost a launch.
+"""
+
+import argparse
+import csv
+import math
+import sys
+
+from check_cuda_build import GATES, OUTPUTS, Kernel
+from cuda_dispatch import LAYOUTS, Dispatch, Launch, Layer
+
+SHAPES = [
+    "2,256,200,304", "2,512,100,168", "32,64,56,56", "128,64,56,56", "32,256,56,56",
+    "32,512,28,28", "32,256,14,14", "32,512,7,7",
+]  # fmt: skip
+GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a copy
+MULTIPROCESSORS, CLOCK, LATENCY, LAUNCH_SECONDS = 132, 1.98e9, 700, 3e-6
+SCHEDULERS, SHARED_BYTES = 4, 227 * 1024
+# Elements that a kernel reads and writes for each output, without the filters.
+ELEMENTS = {"backward_3x3": 3}
+
+
+def kernel_of(name: str) -> Kernel:
+    """A kernel from its demangled name, as ``ddf::cuda::upsample_3x3<float, ddf::Mul>``."""
+    name, _, rest = name.removesuffix(">").partition("<")
+    dtype, *arguments = rest.replace("ddf::cuda::", "").replace("ddf::", "").split(", ")
+    combine = next((a.lower() for a in arguments if a in ("Mul", "Add")), None)
+    numbers = tuple(int(a) for a in arguments if a.isdigit())
+    flags = tuple(a == "true" for a in arguments if a in ("true", "false"))
+    return Kernel(name.removeprefix("ddf::cuda::"), dtype.lower(), numbers, combine, flags)
+
+
+def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: int, size: int,
+            bandwidth: float) -> tuple[float, float]:  # fmt: skip
+    """The predicted time of a launch, and its waves of blocks."""
+    kernel = kernel_of(launch.kernel)
+    if gates is None or kernel.name not in OUTPUTS:
+        return LAUNCH_SECONDS, math.nan
+    block_warps = launch.threads // 32
+    blocks = min(gates["warps"], SHARED_BYTES // max(launch.shared_bytes, 1) * block_warps)
+    blocks = max(1, blocks // block_warps)
+    waves = launch.blocks / (MULTIPROCESSORS * blocks)
+    warps = min(blocks, math.ceil(launch.blocks / MULTIPROCESSORS)) * block_warps
+    outputs = 32 * OUTPUTS[kernel.name](*kernel.numbers)  # of a step of a warp
+    instructions = gates["instructions"]
+    steps_per_cycle = min(
+        warps / (gates["waits"] * LATENCY + instructions),
+        SCHEDULERS / instructions,
+        bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * ELEMENTS.get(kernel.name, 2)),
+    )
+    count = batch * layer.channels * math.ceil(layer.height / layer.stride)
+    steps = count * math.ceil(layer.width / layer.stride) / outputs / launch.active_lanes
+    full = waves / math.ceil(waves) if waves > 1 else 1
+    return steps / (MULTIPROCESSORS * steps_per_cycle * CLOCK) / full, waves
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B,C,H,W")
+    parser.add_argument("--arch", default="90", help="compute capability without the dot")
+    args = parser.parse_args()
+    with GATES.open(newline="") as file:
+        (_, _, *names, _), *lines = csv.reader(file)
+        known = {
+            kernel: dict(zip(names, map(int, values), strict=True))
+            for kernel, arch, *values in lines
+            if arch == args.arch
+        }
+    print("predicted % of a copy's bandwidth".ljust(60), *(f"{gpu:>6}" for gpu in GPUS))
+    with Dispatch() as dispatch:
+        for shape in args.shapes:
+            batch, channels, height, width = map(int, shape.split(","))
+            layer = Layer("ddf", channels, 1, height, width, 3, 1, 1, 1, "mul", "both")
+            elements = batch * height * width * (channels + 9)
+            for dtype, size in (("float32", 4), ("bfloat16", 2)):
+                for layout in LAYOUTS:
+                    for kind, times in (("forward", 2), ("backward", 3)):
+                        launches = dispatch.launches(layer, kind, layout, dtype, batch)
+                        found, notes = [], []
+                        for bandwidth in GPUS.values():
+                            each = [
+                                (run, *seconds(run, known.get(str(kernel_of(run.kernel))), layer,
+                                               batch, size, bandwidth))
+                                for run in launches
+                            ]  # fmt: skip
+                            floor = times * elements * size / bandwidth
+                            found.append(floor / sum(time for _, time, _ in each))
+                            notes = [
+                                f"{kernel_of(run.kernel).name} lanes {run.active_lanes:.0%} "
+                                f"waves {waves:.1f}"
+                                for run, _, waves in each
+                                if not math.isnan(waves)
+                            ]
+                        title = f"{shape:>15} {dtype:<8} {layout:<13} {kind:<8}"
+                        percents = (f"{fraction:6.0%}" for fraction in found)
+                        print(title.ljust(60), *percents, " ", "; ".join(notes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
