@@ -27,7 +27,7 @@ SHAPES = [
 GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a copy
 MULTIPROCESSORS, CLOCK, LATENCY, LAUNCH_SECONDS = 132, 1.98e9, 700, 3e-6
 SCHEDULERS, SHARED_BYTES = 4, 227 * 1024
-# Elements that a kernel reads and writes for each output, without the filters.
+# Elements that a kernel reads and writes for each output, and of the spatial filter.
 ELEMENTS = {"backward_3x3": 3}
 
 
@@ -53,11 +53,12 @@ def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: i
     waves = launch.blocks / (MULTIPROCESSORS * blocks)
     warps = min(blocks, math.ceil(launch.blocks / MULTIPROCESSORS)) * block_warps
     outputs = 32 * OUTPUTS[kernel.name](*kernel.numbers)  # of a step of a warp
+    elements = ELEMENTS.get(kernel.name, 2) * (1 + layer.groups * 9 / layer.channels)
     instructions = gates["instructions"]
     steps_per_cycle = min(
         warps / (gates["waits"] * LATENCY + instructions),
         SCHEDULERS / instructions,
-        bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * ELEMENTS.get(kernel.name, 2)),
+        bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * elements),
     )
     count = batch * layer.channels * math.ceil(layer.height / layer.stride)
     steps = count * math.ceil(layer.width / layer.stride) / outputs / launch.active_lanes

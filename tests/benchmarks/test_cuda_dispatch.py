@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import re
 import shutil
 import sys
 
+import predict_cuda
 import pytest
 from cuda_dispatch import FIELDS, HERE, LAYOUTS, Dispatch, Layer
 
@@ -100,3 +103,25 @@ def test_what_is_not(dispatch, dtype):
                 launches = dispatch.launches(of, kind, layout, dtype)
                 assert launches
                 assert not any("generic" in launch.kernel for launch in launches), (of, layout)
+
+
+def test_predictions(dispatch, monkeypatch, capsys):
+    """Of every pass, from the gates of an H100."""
+    monkeypatch.setattr(sys, "argv", ["predict_cuda.py", "--shapes", "32,256,56,56"])
+    monkeypatch.setattr(predict_cuda, "Dispatch", lambda: contextlib.nullcontext(dispatch))
+    assert predict_cuda.main() == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(LAYOUTS) * 2
+    for line in lines:
+        percents = [int(number) for number in re.findall(r" (\d+)%", line)][:2]
+        assert len(percents) == 2 and all(0 < number <= 100 for number in percents), line
+    assert "forward_3x3 lanes 77% waves" in lines[0]
+
+
+def test_active_lanes(dispatch):
+    """Lanes of forward_3x3 have tiles of 2 x 4 pixels; 56 x 56 pixels are 392, in blocks of 128."""
+    (launch,) = dispatch.launches(layer(height=56, width=56), "forward", "NCHW")
+    assert launch.active_lanes == pytest.approx(392 / 512)
+    # Lanes of gather_3x3 have a pixel.
+    (launch,) = dispatch.launches(layer(height=10, width=10, dilation=2), "forward", "NCHW")
+    assert launch.active_lanes == pytest.approx(100 / 128)
