@@ -125,3 +125,17 @@ def test_active_lanes(dispatch):
     # Lanes of gather_3x3 have a pixel.
     (launch,) = dispatch.launches(layer(height=10, width=10, dilation=2), "forward", "NCHW")
     assert launch.active_lanes == pytest.approx(100 / 128)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 512])
+def test_every_launch_fits_the_limits_of_cuda(dispatch, batch):
+    """48 KiB of shared memory, which backward_3x3 uses up for 1,024 channels, and 1,024 threads."""
+    most = 0
+    for of in (layer(channels=2048, height=7, width=7), *(of for of, _ in rows())):
+        for layout in LAYOUTS:
+            for kind in ("forward", "backward", *(["pack"] if of.op == "ddf" else [])):
+                for launch in dispatch.launches(of, kind, layout, batch=batch):
+                    assert 1 <= launch.blocks < 2**31 and launch.threads <= 1024
+                    most = max(most, launch.shared_bytes)
+    assert most <= 48 * 1024
+    assert (most == 48 * 1024) == (batch == 512)
