@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cuda_dispatch import Dispatch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 # Outputs (pixels of one channel) per iteration of a kernel's hot loop, by its template arguments; a
@@ -297,6 +298,18 @@ def worse(now: dict[str, int], before: dict[str, int]) -> list[str]:
     return [f"{name} {before[name]} -> {now[name]}" for name in found]
 
 
+def write_source_of_gates(folder: Path) -> Path:
+    """A source with the kernels of GATES alone: float16 is like bfloat16, add easier than mul."""
+    with Dispatch() as dispatch:
+        names = [name for name in dispatch.kernel_names if "ddf::Add" not in name]
+    source = folder / "gates.cu"
+    addresses = "".join(f"  reinterpret_cast<const void*>(&{name}),\n" for name in names)
+    source.write_text(
+        f'#include "cuda/kernels.cuh"\nconst void* const kernels[] = {{\n{addresses}}};\n'
+    )
+    return source
+
+
 def check_gates(compiled: dict[str, list[Compiled]], version: str, update: bool) -> list[str]:
     """Compares the gates with GATES, or writes them; returns what got worse."""
     rows = {}
@@ -304,10 +317,7 @@ def check_gates(compiled: dict[str, list[Compiled]], version: str, update: bool)
         for part in parts:
             used = usages(part.report)
             for name, loop in hot_loops(part.code).items():
-                kernel = Kernel.of(name)
-                # float16 is like bfloat16, and add easier than mul.
-                if kernel and kernel.dtype in ("float", "bfloat16") and kernel.combine != "add":
-                    rows[str(kernel), arch] = measure(used[name], loop)
+                rows[readable(name), arch] = measure(used[name], loop)
     names = ["registers", *COSTS, *CAPACITIES]
     of, known = version, {}
     if GATES.exists():
@@ -349,7 +359,6 @@ def main() -> int:
     parser.add_argument(
         "--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot"
     )
-    parser.add_argument("--sources", nargs="+", default=["*.cu"], help="files of csrc/cuda")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     parser.add_argument("--slots", action="store_true", help="count instructions too")
     parser.add_argument("--gates", action="store_true", help=f"compare with {GATES.name}")
@@ -358,8 +367,11 @@ def main() -> int:
     nvcc = find_nvcc()
     disassembles = args.slots or args.gates or args.update
     cuobjdump = find_cuobjdump(nvcc) if disassembles else None
-    sources = sorted({path for s in args.sources for path in (CSRC / "cuda").glob(s)})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        if args.gates or args.update:
+            sources = [write_source_of_gates(Path(folder))]
+        else:
+            sources = sorted((CSRC / "cuda").glob("*.cu"))
         runs = {
             arch: [
                 pool.submit(compile_for, nvcc, cuobjdump, arch, source, folder)

@@ -146,3 +146,6 @@ extern "C" const char* ddf_dispatch(const char* pass, const char* dtype, const d
   text = launches.str();
   return text.c_str();
 }
+
+// The kernels of these dtypes, one a line.
+extern "C" const char* ddf_kernel_names() { return kernel_names().c_str(); }

@@ -52,8 +52,10 @@ class Dispatch:
         command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-fPIC", "-shared"]
         command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / "cuda_dispatch.cpp", "-o", library]
         subprocess.run(command, check=True)
-        self.function = ctypes.CDLL(str(library)).ddf_dispatch
-        self.function.restype = ctypes.c_char_p
+        loaded = ctypes.CDLL(str(library))
+        self.function = loaded.ddf_dispatch
+        loaded.ddf_kernel_names.restype = self.function.restype = ctypes.c_char_p
+        self.kernel_names = sorted(loaded.ddf_kernel_names().decode().splitlines())
         return self
 
     def __exit__(self, *_: object) -> None:

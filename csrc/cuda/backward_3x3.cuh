@@ -103,20 +103,21 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
     DDF_UNROLL
     for (int y = 0; y < kRows + 2; ++y) {
       float window[kColumns + 2] = {};
-      if (row_inside[y]) {
-        const T* const line = gradient + y * a.grad.row_stride;
-        if (Vector) load4(&window[1], line + 1);
+      const T* const grad_line = gradient + y * a.grad.row_stride;
+      const T* const line = features + y * a.features.row_stride;
+      if (Vector) {
+        window[0] = load_if(grad_line, row_inside[y] && column_inside[0]);
+        load4_if(&window[1], grad_line + 1, row_inside[y]);
+        window[kColumns + 1] =
+            load_if(grad_line + kColumns + 1, row_inside[y] && column_inside[kColumns + 1]);
+        if (y < kRows) load4_if(values[y], line, row_inside[y + 1]);
+      } else {
+        // Without conditions on rows, it would spill registers.
         DDF_UNROLL
-        for (int x = 0; x < kColumns + 2; ++x) {
-          if (Vector && x >= 1 && x <= kColumns) continue;
-          if (column_inside[x]) window[x] = load(line + x);
+        for (int x = 0; row_inside[y] && x < kColumns + 2; ++x) {
+          if (column_inside[x]) window[x] = load(grad_line + x);
         }
-      }
-      if (y < kRows && row_inside[y + 1]) {
-        const T* const line = features + y * a.features.row_stride;
-        if (Vector) {
-          load4(values[y], line);
-        } else {
+        if (y < kRows && row_inside[y + 1]) {
           DDF_UNROLL
           for (int column = 0; column < kColumns; ++column) {
             if (column_inside[column + 1]) values[y][column] = load(line + column);

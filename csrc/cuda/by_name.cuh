@@ -39,6 +39,10 @@ void store(T* p, Loaded<T> value);
 template <typename T>
 void load4(float* to, const T* p);
 template <typename T>
+float load_if(const T* p, bool inside);
+template <typename T>
+void load4_if(float* to, const T* p, bool inside);
+template <typename T>
 void store4(T* p, const float* from);
 template <typename T>
 void store2(T* p, const float* from);

@@ -128,10 +128,18 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
     float window[kRows][kColumns];
     DDF_UNROLL
     for (int row = 0; row < kRows; ++row) {
+      const T* const line = source + row * input.row_stride;
+      // float has nothing to convert, and unaligned rows would spill registers.
+      if (Vector && sizeof(T) == 2) {
+        window[row][0] = load_if(line, row_inside[row] && column_inside[0]);
+        load4_if(&window[row][1], line + 1, row_inside[row]);
+        window[row][kColumns - 1] =
+            load_if(line + kColumns - 1, row_inside[row] && column_inside[kColumns - 1]);
+        continue;
+      }
       DDF_UNROLL
       for (int column = 0; column < kColumns; ++column) window[row][column] = 0.f;
       if (!row_inside[row]) continue;
-      const T* const line = source + row * input.row_stride;
       if (Vector) load4(&window[row][1], line + 1);
       DDF_UNROLL
       for (int column = 0; column < kColumns; ++column) {

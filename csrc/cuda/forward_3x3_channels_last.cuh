@@ -121,9 +121,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   const auto load_column = [&](float (&to)[kRows][kStripChannels], bool column_inside) {
     DDF_UNROLL
     for (int y = 0; y < kRows; ++y) {
-      DDF_UNROLL
-      for (int i = 0; i < kStripChannels; ++i) to[y][i] = 0.f;
-      if (row_inside[y] && column_inside) load4(to[y], source + y * input.row_stride);
+      load4_if(to[y], source + y * input.row_stride, row_inside[y] && column_inside);
     }
     source += input.column_stride;
   };

@@ -125,11 +125,8 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
     const auto load_column = [&](float (&to)[kRows][kQuadChannels]) {
       DDF_UNROLL
       for (int y = 0; y < kRows; ++y) {
-        DDF_UNROLL
-        for (int i = 0; i < kQuadChannels; ++i) to[y][i] = 0.f;
-        if (row_inside[y] && next >= 0 && next < width) {
-          load4(to[y], source + y * a.features.row_stride);
-        }
+        load4_if(to[y], source + y * a.features.row_stride,
+                 row_inside[y] && next >= 0 && next < width);
       }
       source += a.features.column_stride;
       ++next;
@@ -140,14 +137,14 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
     // columns of the window, so that columns are renamed instead of moved.
     DDF_UNROLL_BY(Kernel)
     for (int column = 0; column < grid.columns; ++column) {
+      const bool inside = row_active && left + column < g.out_width;
+      float grad[kQuadChannels];
+      load4_if(grad, gradient, inside);
       DDF_UNROLL
       for (int x = Kernel - Stride; x < Kernel; ++x) load_column(window[x]);
       float spatial_sums[summed_taps(kTaps)] = {};
-      const bool inside = row_active && left + column < g.out_width;
       // 0 * Inf must not be added elsewhere.
       if (inside) {
-        float grad[kQuadChannels];
-        load4(grad, gradient);
         float taps[kTapStride];
         DDF_UNROLL
         for (int quarter = 0; quarter < kTapStride / 4; ++quarter) {

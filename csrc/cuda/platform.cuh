@@ -63,6 +63,39 @@ DDF_DEVICE void load4(float* to, const BFloat16* p) {
   to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000u);
 }
 
+// The value, or four, if `inside`, otherwise zeros. Values are converted after the condition, which
+// then is a predicate of the load: by a branch, each load would be waited for before the next.
+DDF_DEVICE float load_if(const float* p, bool inside) { return inside ? __ldg(p) : 0.f; }
+DDF_DEVICE float load_if(const Half* p, bool inside) {
+  unsigned short bits = 0;
+  if (inside) bits = __ldg(reinterpret_cast<const unsigned short*>(p));
+  return __half2float(__ushort_as_half(bits));
+}
+DDF_DEVICE float load_if(const BFloat16* p, bool inside) {
+  unsigned short bits = 0;
+  if (inside) bits = __ldg(reinterpret_cast<const unsigned short*>(p));
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+DDF_DEVICE void load4_if(float* to, const float* p, bool inside) {
+  float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (inside) four = __ldg(reinterpret_cast<const float4*>(p));
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+DDF_DEVICE void load4_if(float* to, const Half* p, bool inside) {
+  uint2 bits = make_uint2(0, 0);
+  if (inside) bits = __ldg(reinterpret_cast<const uint2*>(p));
+  const float2 low = __half22float2(reinterpret_cast<const __half2&>(bits.x));
+  const float2 high = __half22float2(reinterpret_cast<const __half2&>(bits.y));
+  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+}
+DDF_DEVICE void load4_if(float* to, const BFloat16* p, bool inside) {
+  uint2 bits = make_uint2(0, 0);
+  if (inside) bits = __ldg(reinterpret_cast<const uint2*>(p));
+  to[0] = __uint_as_float(bits.x << 16), to[1] = __uint_as_float(bits.x & 0xffff0000u);
+  to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000u);
+}
+
 DDF_DEVICE void store4(float* p, const float* from) {
   *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
 }

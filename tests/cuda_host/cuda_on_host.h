@@ -353,6 +353,17 @@ void store(T* p, Loaded<T> value) {
 }
 
 template <typename T>
+float load_if(const T* p, bool inside) {
+  return inside ? load(p) : 0.f;
+}
+template <typename T>
+void load4(float* to, const T* p);
+template <typename T>
+void load4_if(float* to, const T* p, bool inside) {
+  std::fill(to, to + 4, 0.f);
+  if (inside) load4(to, p);
+}
+template <typename T>
 void load4(float* to, const T* p) {
   host::machine().check_access(p, 4 * sizeof(T), false);
   for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(p[i]);
