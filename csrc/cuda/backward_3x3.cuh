@@ -110,7 +110,12 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
         load4_if(&window[1], grad_line + 1, row_inside[y]);
         window[kColumns + 1] =
             load_if(grad_line + kColumns + 1, row_inside[y] && column_inside[kColumns + 1]);
-        if (y < kRows) load4_if(values[y], line, row_inside[y + 1]);
+        if (y < kRows && sizeof(T) == 2) {
+          load4_if(values[y], line, row_inside[y + 1]);
+        } else if (y < kRows && row_inside[y + 1]) {
+          // With all loads of float32 in flight together, it would spill registers.
+          load4(values[y], line);
+        }
       } else {
         // Without conditions on rows, it would spill registers.
         DDF_UNROLL
