@@ -10,6 +10,7 @@ import torch
 from ddf_mm.ops import library
 from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
 
+_FLOAT, _DOUBLE = 1, 11  # onnx.TensorProto.DataType
 _TO_THE_END = torch.iinfo(torch.int64).max
 
 
@@ -31,6 +32,7 @@ def onnx_translations() -> dict[Any, Callable]:
     return {
         torch.ops.ddf_mm.ddf.default: _onnx_ddf,
         torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+        torch.ops.ddf_mm.filter_norm.default: _onnx_filter_norm,
     }
 
 
@@ -39,8 +41,14 @@ def decompositions() -> dict[Any, Callable]:
     ``ExportedProgram.run_decompositions``; empty if there are no compiled ops."""
     if not library.COMPILED:
         return {}
+    from ddf_mm.ops.registrations import filter_norm_formula
+
     ops = torch.ops.ddf_mm
-    return {ops.ddf.default: ddf_reference, ops.ddf_up.default: ddf_up_reference}
+    return {
+        ops.ddf.default: ddf_reference,
+        ops.ddf_up.default: ddf_up_reference,
+        ops.filter_norm.default: filter_norm_formula,
+    }
 
 
 def _onnx_ddf(
@@ -55,6 +63,32 @@ def _onnx_ddf(
     groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
     filters = (channel_filter, spatial_filter)
     return _onnx_taps(features, *filters, kernel_size, dilation, stride, kernel_combine, groups)
+
+
+def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, eps: float) -> Any:
+    from onnxscript import opset18 as op
+
+    def number(value: float) -> Any:
+        constant = op.Constant(value_float=value)
+        return op.Cast(constant, to=_DOUBLE) if x.dtype.name == "DOUBLE" else constant
+
+    wide = x.dtype.itemsize < 4
+    raw = op.Cast(x, to=_FLOAT) if wide else x
+    taps = x.shape[1] // filters
+    axis = op.Constant(value_ints=[2 if filters > 1 else 1])
+    if filters > 1:
+        raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, -1]))
+    out = op.Sub(raw, op.ReduceMean(raw, axis))
+    deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5))
+    out = op.Mul(out, op.Div(number(scale), op.Add(deviation, number(eps))))
+    if filters > 1:
+        out = op.Reshape(out, op.Shape(x))
+    per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
+    if std is not None:
+        out = op.Mul(out, op.Reshape(std, per_tap))
+    if mean is not None:
+        out = op.Add(out, op.Reshape(mean, per_tap))
+    return op.CastLike(out, x) if wide else out
 
 
 def _onnx_taps(
@@ -87,7 +121,7 @@ def _onnx_taps(
     dtype = features.dtype
     wide = dtype is not None and dtype.itemsize < 4
     tensors = [
-        value if value is None or not wide else op.Cast(value, to=1)
+        value if value is None or not wide else op.Cast(value, to=_FLOAT)
         for value in (features, channel_filter, spatial_filter)
     ]
     x, per_channel, per_pixel = tensors
@@ -109,7 +143,12 @@ def _onnx_taps(
             last = op.Add(last, constant(*first))
         else:
             last = constant(*(n - 2 * before or _TO_THE_END for n in first))
-        term = op.Slice(padded, constant(*first), last, constant(2, 3), constant(stride, stride))
+        if stride == 1 and first == [before, before]:
+            term = x
+        else:
+            term = op.Slice(
+                padded, constant(*first), last, constant(2, 3), constant(stride, stride)
+            )
         given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
         if kernel_combine == "mul" or len(given) == 1:
             for weight in given:

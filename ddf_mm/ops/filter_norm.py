@@ -64,10 +64,17 @@ def filter_norm(
         x = x.flatten(1)
     std = _as_parameter("std", std, x)
     mean = None if mean is None else _as_parameter("mean", mean, x)
-    # Compilers fuse the formula with adjacent operations, and traces need standard operators.
-    if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    # Compilers fuse the formula with adjacent operations, and traces need standard operators; an
+    # exported program keeps the compiled operation, which :mod:`ddf_mm.ops.export` translates.
+    if library.serves(x) and not _needs_formula():
         return _run_op(x, in_channels, std, mean, eps)
     return filter_norm_reference(x, in_channels, std, mean, eps)
+
+
+def _needs_formula() -> bool:
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return torch.jit.is_tracing()
 
 
 def _run_op(

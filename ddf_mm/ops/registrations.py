@@ -234,9 +234,10 @@ def _save_filter_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.options = filters, scale, eps
 
 
-def _filter_norm_formula(
-    x: Tensor, std: Tensor | None, mean: Tensor | None, filters: int, scale: float, eps: float
+def filter_norm_formula(
+    x: Tensor, filters: int, std: Tensor | None, mean: Tensor | None, scale: float, eps: float
 ) -> Tensor:
+    """The op ``filter_norm`` by its formula."""
     return filter_norm_reference(x, filters, scale if std is None else std * scale, mean, eps)
 
 
@@ -252,7 +253,7 @@ def _differentiate_filter_norm(ctx: Any, grad: Tensor) -> tuple:
         )
     else:
         grads = _gradients(
-            lambda x, std, mean: _filter_norm_formula(x, std, mean, filters, scale, eps),
+            lambda x, std, mean: filter_norm_formula(x, filters, std, mean, scale, eps),
             (x, std, mean),
             needed,
             grad,
@@ -282,10 +283,10 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
         std: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        channel = _filter_norm_formula(
-            raw_channel.flatten(1), std, None, channels, channel_scale, eps
+        channel = filter_norm_formula(
+            raw_channel.flatten(1), channels, std, None, channel_scale, eps
         )
-        spatial = _filter_norm_formula(raw_spatial, None, None, groups, spatial_scale, eps)
+        spatial = filter_norm_formula(raw_spatial, groups, None, None, spatial_scale, eps)
         channel = channel.reshape(raw_channel.shape)
         out = ddf_reference(features, channel, spatial, *options)
         if bias is not None:
