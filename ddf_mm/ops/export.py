@@ -10,7 +10,7 @@ import torch
 from ddf_mm.ops import library
 from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
 
-_FLOAT, _DOUBLE = 1, 11  # onnx.TensorProto.DataType
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 _TO_THE_END = torch.iinfo(torch.int64).max
 
 
@@ -19,7 +19,7 @@ def onnx_translations() -> dict[Any, Callable]:
 
     Computed tap by tap, as in :func:`ddf_mm.ops.ddf_reference`: four standard operators per tap,
     independent of the size of the image. A stack of all windows is not faster in ONNX Runtime and
-    needs k*k times the memory.
+    needs k*k times the memory; windows of flattened rows, which are contiguous, are not either.
 
     Returns:
         The table; empty if there are no compiled ops, in which case the formula is exported.
@@ -66,11 +66,11 @@ def _onnx_ddf(
 
 
 def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, eps: float) -> Any:
+    from onnxscript import ir
     from onnxscript import opset18 as op
 
     def number(value: float) -> Any:
-        constant = op.Constant(value_float=value)
-        return op.Cast(constant, to=_DOUBLE) if x.dtype.name == "DOUBLE" else constant
+        return op.Constant(value=ir.tensor(value, ir.DataType.FLOAT if wide else x.dtype))
 
     wide = x.dtype.itemsize < 4
     raw = op.Cast(x, to=_FLOAT) if wide else x
@@ -79,8 +79,11 @@ def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, e
     if filters > 1:
         raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, -1]))
     out = op.Sub(raw, op.ReduceMean(raw, axis))
-    deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5))
-    out = op.Mul(out, op.Div(number(scale), op.Add(deviation, number(eps))))
+    # scale / (deviation + eps) with all terms over eps, since exporters remove sums with eps, and
+    # constant filters would be 0 / 0.
+    eps = max(eps, 1e-20)
+    deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5 / eps))
+    out = op.Mul(out, op.Div(number(scale / eps), op.Add(deviation, number(1.0))))
     if filters > 1:
         out = op.Reshape(out, op.Shape(x))
     per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
