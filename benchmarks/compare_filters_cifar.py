@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
@@ -29,7 +28,6 @@ CLASSES = 10
 BATCH = 128
 
 
-@MODELS.register_module()
 class Depthwise(nn.Conv2d):
     """A depthwise convolution with the signature of an ordinary one."""
 
@@ -43,7 +41,7 @@ FILTERS = {
     "ordinary": ("ordinary 3x3", ORDINARY),
     "depthwise": (
         "static depthwise 3x3",
-        dict(ORDINARY, dcn=dict(type="Depthwise"), stage_with_dcn=(True,) * 4),
+        dict(ORDINARY, dcn=dict(type=Depthwise), stage_with_dcn=(True,) * 4),
     ),
     "involution": ("involution 3x3", dict(involution=dict(kernel_size=3))),
     "mul": ("DDF, mul", {}),
