@@ -80,7 +80,11 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     See :func:`fuse_ddf_bn` for arguments, result and errors. A convolution with a hook or another
     modification, and the norm after it, are not changed.
     """
-    fuse_ddf_bn(model)
+    return fold_convs(fuse_ddf_bn(model))
+
+
+def fold_convs(model: nn.Module) -> nn.Module:
+    """The part of :func:`switch_to_deploy` that is about convolutions."""
     uses = _uses(model)
     for pair in list(_followed_by_norm(model, nn.Conv2d)):
         if not _is_shared(pair, uses) and _is_plain_conv(pair.layer) and _is_foldable(pair.norm):

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 
 from ddf_mm.ops import library
-from ddf_mm.ops.reference import ddf_reference, ddf_up_reference
+from ddf_mm.ops.reference import (
+    ddf_reference,
+    ddf_up_reference,
+    filter_norm_op_reference,
+)
 
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 _TO_THE_END = torch.iinfo(torch.int64).max
 
 
@@ -18,7 +23,7 @@ def onnx_translations() -> dict[Any, Callable]:
 
     Computed tap by tap, as in :func:`ddf_mm.ops.ddf_reference`: four standard operators per tap,
     independent of the size of the image. A stack of all windows is not faster in ONNX Runtime and
-    needs k*k times the memory.
+    needs k*k times the memory; windows of flattened rows, which are contiguous, are not either.
 
     Returns:
         The table; empty if there are no compiled ops, in which case the formula is exported.
@@ -31,6 +36,7 @@ def onnx_translations() -> dict[Any, Callable]:
     return {
         torch.ops.ddf_mm.ddf.default: _onnx_ddf,
         torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+        torch.ops.ddf_mm.filter_norm.default: _onnx_filter_norm,
     }
 
 
@@ -40,7 +46,11 @@ def decompositions() -> dict[Any, Callable]:
     if not library.COMPILED:
         return {}
     ops = torch.ops.ddf_mm
-    return {ops.ddf.default: ddf_reference, ops.ddf_up.default: ddf_up_reference}
+    return {
+        ops.ddf.default: ddf_reference,
+        ops.ddf_up.default: ddf_up_reference,
+        ops.filter_norm.default: filter_norm_op_reference,
+    }
 
 
 def _onnx_ddf(
@@ -55,6 +65,35 @@ def _onnx_ddf(
     groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
     filters = (channel_filter, spatial_filter)
     return _onnx_taps(features, *filters, kernel_size, dilation, stride, kernel_combine, groups)
+
+
+def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, eps: float) -> Any:
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    def number(value: float) -> Any:
+        return op.Constant(value=ir.tensor(value, ir.DataType.FLOAT if wide else x.dtype))
+
+    wide = x.dtype.itemsize < 4
+    raw = op.Cast(x, to=_FLOAT) if wide else x
+    taps = x.shape[1] // filters
+    axis = op.Constant(value_ints=[2 if filters > 1 else 1])
+    if filters > 1:
+        raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, -1]))
+    out = op.Sub(raw, op.ReduceMean(raw, axis))
+    # scale / (deviation + eps) with all terms over eps, since exporters remove sums with eps, and
+    # constant filters would be 0 / 0.
+    eps = max(eps, 1e-20)
+    deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5 / eps))
+    out = op.Mul(out, op.Div(number(scale / eps), op.Add(deviation, number(1.0))))
+    if filters > 1:
+        out = op.Reshape(out, op.Shape(x))
+    per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
+    if std is not None:
+        out = op.Mul(out, op.Reshape(std, per_tap))
+    if mean is not None:
+        out = op.Add(out, op.Reshape(mean, per_tap))
+    return op.CastLike(out, x) if wide else out
 
 
 def _onnx_taps(
@@ -87,7 +126,7 @@ def _onnx_taps(
     dtype = features.dtype
     wide = dtype is not None and dtype.itemsize < 4
     tensors = [
-        value if value is None or not wide else op.Cast(value, to=1)
+        value if value is None or not wide else op.Cast(value, to=_FLOAT)
         for value in (features, channel_filter, spatial_filter)
     ]
     x, per_channel, per_pixel = tensors
@@ -109,7 +148,12 @@ def _onnx_taps(
             last = op.Add(last, constant(*first))
         else:
             last = constant(*(n - 2 * before or _TO_THE_END for n in first))
-        term = op.Slice(padded, constant(*first), last, constant(2, 3), constant(stride, stride))
+        if stride == 1 and first == [before, before]:
+            term = x
+        else:
+            term = op.Slice(
+                padded, constant(*first), last, constant(2, 3), constant(stride, stride)
+            )
         given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
         if kernel_combine == "mul" or len(given) == 1:
             for weight in given:

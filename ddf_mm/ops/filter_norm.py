@@ -64,12 +64,19 @@ def filter_norm(
         x = x.flatten(1)
     std = _as_parameter("std", std, x)
     mean = None if mean is None else _as_parameter("mean", mean, x)
-    # Compilers fuse the formula with adjacent operations, and traces need standard operators.
-    if library.serves(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    # Compilers fuse the formula with adjacent operations, and traces need standard operators; an
+    # exported program keeps the compiled operation, which :mod:`ddf_mm.ops.export` translates.
+    if library.serves(x) and not _needs_formula():
         call = _arguments_of_op(x, in_channels, std, mean, eps)
         if self_check.passes("filter_norm", *call):
             return torch.ops.ddf_mm.filter_norm(*call)
     return filter_norm_reference(x, in_channels, std, mean, eps)
+
+
+def _needs_formula() -> bool:
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return torch.jit.is_tracing()
 
 
 def _arguments_of_op(

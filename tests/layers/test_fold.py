@@ -77,6 +77,17 @@ def test_conv_module(bias):
     check_same(folded, model, torch.randn(2, 8, 6, 5))
 
 
+def test_backbone_whose_packs_cannot_be_folded():
+    """mmdeploy switches every backbone, in training mode."""
+    cfg = dict(depth=26, base_channels=16, kernel_combine="add")
+    model = randomized(DDFResNet(**cfg))
+    folded = copy.deepcopy(model).train()
+    folded.switch_to_deploy()
+    assert norms(folded) == 8
+    check_same(folded, model, torch.randn(2, 3, 65, 63))
+    DDFResNet(**cfg, deploy=True).load_state_dict(folded.state_dict())
+
+
 @pytest.mark.parametrize("deep_stem", [True, False])
 def test_backbone_without_norms(deep_stem, tmp_path):
     cfg = dict(depth=26, deep_stem=deep_stem, base_channels=16)

@@ -12,6 +12,7 @@ from fork_server import ROOT, ForkServer
 
 from ddf_mm.engine import export
 from ddf_mm.engine.export import Size
+from ddf_mm.ops.export import decompositions
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -93,7 +94,7 @@ import ddf_mm.models
 
 
 class EveryKind(torch.nn.Module):
-    """The op with every kind of arguments that the translation distinguishes."""
+    """The ops with every kind of arguments that the translations distinguish."""
 
     KINDS = (
         dict(kernel_size=3, stride=1, kernel_combine="add"),
@@ -102,7 +103,7 @@ class EveryKind(torch.nn.Module):
     )
 
     def forward(self, x, per_channel, per_pixel, strided):
-        from ddf_mm.ops import ddf
+        from ddf_mm.ops import ddf, filter_norm
 
         plain, twice, wide = self.KINDS
         floor = strided[:, :9, : x.shape[2] // 2, : x.shape[3] // 2]
@@ -113,6 +114,11 @@ class EveryKind(torch.nn.Module):
             ddf(x, None, strided, **wide),
             ddf(x, per_channel, None, **wide),
             ddf(x.half(), per_channel[..., :3, :3].half(), per_pixel.half(), **plain),
+            filter_norm(per_pixel[:, :9].double(), 1, "spatial", 0.5),
+            filter_norm(per_pixel[:, :9] * 0, 1, "spatial", 1.0, 2.0),
+            filter_norm(strided, 4, "spatial", torch.arange(100.0), 2.0),
+            filter_norm(per_pixel.half(), 2, "spatial"),
+            filter_norm(per_channel.flatten(1), 8, "channel", torch.arange(200.0)),
         )
 
 
@@ -208,6 +214,17 @@ def test_folded_batch_norms(run, folder, exported):
     assert kinds[0] - kinds[1] == {"BatchNormalization"}
 
 
+def test_half(run, folder):
+    result = run("--half", "--fold", "--out", "half")
+    assert result.code == 0, result.stderr
+    graph = onnx.load(folder / "here" / "half.onnx").graph
+    half = onnx.TensorProto.FLOAT16
+    types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert types == {half}
+    convs = {i for node in graph.node if node.op_type == "Conv" for i in node.input[1:]}
+    assert {i.data_type for i in graph.initializer if i.name in convs} == {half}
+
+
 def test_batch_norms_that_cannot_be_folded(run, folder):
     add = "model.backbone.kernel_combine=add"
     result = run("--fold", "--out", "refused", "--cfg-options", add)
@@ -278,6 +295,8 @@ def test_every_kind_of_argument(tmp_path):
         dynamic_shapes=(free, {0: torch.export.Dim.DYNAMIC}, free, free),
         strict=False,
     )
+    own = {str(op) for op in decompositions()} & {str(node.target) for node in program.graph.nodes}
+    assert own == {"ddf_mm.ddf.default", "ddf_mm.filter_norm.default"}
     onnx_program = torch.onnx.export(
         program, custom_translation_table=export.onnx_translations(), opset_version=18,
         verbose=False,
