@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ddf_mm.ops.reference import (
     accumulate_dtype,
     ddf_reference,
     ddf_up_reference,
+    ddf_valid_reference,
     filter_norm_reference,
     layout_of,
 )
@@ -115,6 +117,14 @@ def _fake_ddf_pack(
     _check_like("channel_std", channel_std, features, (channels * taps,), dtype)
     _check_like("bias", bias, features, (channels,), dtype)
     return _empty_output(features, geometry)
+
+
+def _fake_ddf_softmax(
+    features: Tensor, logits: Tensor, kernel_size: int, scale_factor: int
+) -> Tensor:
+    return _empty_output(
+        features, check_ddf_up(features, None, logits, kernel_size, scale_factor, 1, "mul")
+    )
 
 
 def _check_filter_norm(
@@ -331,8 +341,10 @@ def register() -> None:
         return
     ops, register_fake = torch.ops.ddf_mm, torch.library.register_fake
     register_autograd = torch.library.register_autograd
+    check_valid = functools.partial(check_ddf, is_valid=True)
     for name, check, backward, reference in (
         ("ddf_mm::ddf", check_ddf, ops.ddf_backward, ddf_reference),
+        ("ddf_mm::ddf_valid", check_valid, ops.ddf_valid_backward, ddf_valid_reference),
         ("ddf_mm::ddf_up", check_ddf_up, ops.ddf_up_backward, ddf_up_reference),
     ):
         register_fake(name, _fake(check))
@@ -343,5 +355,6 @@ def register() -> None:
     register_autograd(
         "ddf_mm::filter_norm", _differentiate_filter_norm, setup_context=_save_filter_norm
     )
+    register_fake("ddf_mm::ddf_softmax", _fake_ddf_softmax)
     register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
     register_autograd("ddf_mm::ddf_pack", _differentiate_ddf_pack, setup_context=_save_ddf_pack)
