@@ -27,11 +27,13 @@ struct Geometry {
   // ddf_up: the output has scale * out_height rows and scale * out_width columns, and each of its
   // scale * scale subpixels has its own filters.
   int64_t scale = 1;
+  // Whether only pixels whose windows lie in the features are computed; for the CPU only.
+  bool is_valid = false;
 
   int64_t taps() const { return kernel * kernel; }
   int64_t subpixels() const { return scale * scale; }
   // Rows and columns of zero padding before the features.
-  int64_t padding() const { return dilation * (kernel / 2); }
+  int64_t padding() const { return is_valid ? 0 : dilation * (kernel / 2); }
 
   // Whether all that the kernels compute from the sizes fits 64 bits.
   bool is_bounded() const {

@@ -98,11 +98,12 @@ inline CombineMode combine_of(const std::string& kernel_combine) {
 
 inline int64_t ceil_of_quotient(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
-// With `scale` (ddf_up), filters have a dimension of subpixels after the batch.
+// With `scale` (ddf_up), filters have a dimension of subpixels after the batch. `is_valid`: without
+// padding.
 inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channel_filter,
                             const OptionalTensor& spatial_filter, int64_t kernel_size,
                             int64_t dilation, int64_t stride,
-                            std::optional<int64_t> scale = std::nullopt) {
+                            std::optional<int64_t> scale = std::nullopt, bool is_valid = false) {
   STD_TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "ddf_mm: kernel_size must be odd, got ",
                   kernel_size);
   check_elements(is_product_within(kMaxTerms, kernel_size, kernel_size));
@@ -121,8 +122,18 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
   g.height = features.size(2);
   g.width = features.size(3);
   g.kernel = kernel_size;
-  g.out_height = ceil_of_quotient(g.height, stride);
-  g.out_width = ceil_of_quotient(g.width, stride);
+  g.is_valid = is_valid;
+  int64_t extent = 0;
+  if (is_valid) {
+    const int64_t least = std::min(g.height, g.width);
+    STD_TORCH_CHECK(kernel_size == 1 || is_product_within(least - 1, kernel_size - 1, dilation),
+                    "ddf_mm: features must have more than dilation * (kernel_size - 1) rows and "
+                    "columns without padding, got ",
+                    least);
+    extent = (kernel_size - 1) * dilation;
+  }
+  g.out_height = ceil_of_quotient(g.height - extent, stride);
+  g.out_width = ceil_of_quotient(g.width - extent, stride);
   g.groups = 1;
   // [B, ...], or [B, subpixels, ...].
   const auto of_filter = [&](const std::vector<int64_t>& size) {
@@ -138,11 +149,11 @@ inline Geometry geometry_of(const Tensor& features, const OptionalTensor& channe
     const int64_t last = spatial_filter->dim() - 1;
     const int64_t spatial_channels = spatial_filter->size(last - 2);
     const int64_t rows = spatial_filter->size(last - 1), columns = spatial_filter->size(last);
-    STD_TORCH_CHECK(rows >= 1 && (rows == g.out_height || rows == g.height / stride),
+    STD_TORCH_CHECK(rows >= 1 && (rows == g.out_height || (!is_valid && rows == g.height / stride)),
                     "ddf_mm: spatial_filter has ", rows, " rows for ", g.height, " of features");
-    STD_TORCH_CHECK(columns >= 1 && (columns == g.out_width || columns == g.width / stride),
-                    "ddf_mm: spatial_filter has ", columns, " columns for ", g.width,
-                    " of features");
+    STD_TORCH_CHECK(
+        columns >= 1 && (columns == g.out_width || (!is_valid && columns == g.width / stride)),
+        "ddf_mm: spatial_filter has ", columns, " columns for ", g.width, " of features");
     g.out_height = rows;
     g.out_width = columns;
     g.groups = spatial_channels / g.taps();

@@ -35,7 +35,8 @@ inline Geometry by_subpixel(Geometry g) {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
 
-// Prologue (FilterNorm of the filters) and epilogue (bias, ReLU) of ddf_pack; by default none.
+// Prologue (FilterNorm of the filters) and epilogue (bias, ReLU) of ddf_pack, and the prologue of
+// ddf_softmax; by default none.
 struct PackOptions {
   // Whether to apply FilterNorm to the filters.
   bool normalize = false;
@@ -44,6 +45,8 @@ struct PackOptions {
   const void* channel_std = nullptr;  // [C * taps]
   const void* bias = nullptr;         // [C], added to the output
   bool relu = false;
+  // Whether to apply the softmax over the taps to the spatial filter.
+  bool softmax = false;
 };
 
 struct Forward {

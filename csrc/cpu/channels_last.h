@@ -331,8 +331,8 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
   const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * gather.columns.step * g.channels;
-  const bool has_interior_3x3 =
-      g.kernel == 3 && g.dilation == 1 && g.stride == 1 && all_taps == 9 && columns > 2;
+  const bool has_interior_3x3 = g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid &&
+                                all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
     const int64_t block = round_up(g.group_channels, L) * (all_taps + 1);

@@ -44,10 +44,28 @@ DDF_INLINE Moments<A, L> standardize(A* values, int64_t taps, int64_t step, A ep
   return {inverse, slope};
 }
 
+// Softmax of L filters in place, values[t * L + lane].
+template <class A, int L>
+DDF_INLINE void softmax(A* values, int64_t taps) {
+  using V = Vector<A, L>;
+  V largest = load<L>(values), sum{};
+  for (int64_t t = 1; t < taps; ++t) {
+    const V value = load<L>(values + t * L);
+    largest = value > largest ? value : largest;
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    const V value = exp_of_negative<A, L>(load<L>(values + t * L) - largest);
+    store<L>(values + t * L, value);
+    sum += value;
+  }
+  const V factor = A(1) / sum;
+  for (int64_t t = 0; t < taps; ++t) store<L>(values + t * L, load<L>(values + t * L) * factor);
+}
+
 // PackOptions in the accumulation type A.
 template <class A>
 struct TypedPackOptions {
-  bool normalize;
+  bool normalize, softmax;
   A channel_scale, spatial_scale, eps;
   const A* channel_std;
   const A* bias;
@@ -56,6 +74,7 @@ struct TypedPackOptions {
 
   explicit TypedPackOptions(const PackOptions& s = {})
       : normalize(s.normalize),
+        softmax(s.softmax),
         channel_scale(static_cast<A>(s.channel_scale)),
         spatial_scale(static_cast<A>(s.spatial_scale)),
         eps(static_cast<A>(s.eps)),

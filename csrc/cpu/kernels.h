@@ -33,7 +33,8 @@ bool is_narrow(const Geometry& g, Pass pass) {
 
 template <class T, class Combine>
 void forward_as(const Forward& f, ParallelFor run) {
-  if (f.channels_last && !is_narrow<T>(f.geometry, Pass::forward))
+  // Only the kernels along rows have a softmax.
+  if (f.channels_last && !f.pack.softmax && !is_narrow<T>(f.geometry, Pass::forward))
     forward_channels_last<T, Combine>(f, run);
   else
     forward_nchw<T, Combine>(f, run);

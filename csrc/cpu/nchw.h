@@ -130,6 +130,16 @@ struct Phase {
   std::vector<int64_t> x_offset;  // in the padded tile, of each tap
 };
 
+// Prefetches what a tap of a tile of rows reads in a spatial filter of rows x columns pixels.
+// Inlined, because GCC removes calls of functions that only prefetch.
+template <class T>
+DDF_INLINE void prefetch_plane(const Phase::Tap& tap, int64_t row0, int64_t row1, const T* filter,
+                               int64_t rows, int64_t columns, const SpatialStrides& strides) {
+  const int64_t begin = std::max<int64_t>(row0 + tap.down, 0);
+  prefetch_rows(filter + tap.spatial + begin * strides.row, strides.row,
+                std::min(row1 + tap.down, rows) - begin, columns);
+}
+
 // A tile of a phase's spatial filter in the order in which filter_rows reads it,
 // to[(i * blocks + b) * taps + t][lane] for vector b of row i of `width` pixels. Outside the
 // filter, which has rows x columns pixels, the tile is neutral.
@@ -179,18 +189,29 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   constexpr int64_t kAhead = 8;
   const bool is_fetched = filter && strides.column == 1 && count > kAhead &&
                           (row1 - row0) * width * static_cast<int64_t>(sizeof(T)) < 1024;
+  // The vectors of many taps are stored far apart, which is faster from a copy of the row: 49 taps
+  // were faster without, 441 with it.
+  const bool is_direct = strides.column == 1 && count < 128;
   for (int64_t first = 0, last = 0; first < count; first = last) {
     last = last_of_run(first);
-    if (is_fetched && first + kAhead < count) {
-      const Phase::Tap& next = taps[first + kAhead];
-      const int64_t begin = std::max<int64_t>(row0 + next.down, 0);
-      prefetch_rows(filter + next.spatial + begin * strides.row, strides.row,
-                    std::min(row1 + next.down, rows) - begin, columns);
-    }
+    if (is_fetched && first + kAhead < count)
+      prefetch_plane(taps[first + kAhead], row0, row1, filter, rows, columns, strides);
     for (int64_t row = row0; row < row1; ++row) {
       const int64_t from = row + taps[first].down;
       const bool is_inside = filter && from >= 0 && from < rows;
       const T* values = is_inside ? filter + taps[first].spatial + from * strides.row : nullptr;
+      if (is_inside && is_direct && taps[first].right == 0) {
+        A* block = to + ((row - row0) * blocks * count + first) * L;
+        const int64_t whole = std::min(columns / L, blocks);
+        for (int64_t b = 0; b < whole; ++b, block += count * L)
+          store<L>(block, load<L>(values + b * L));
+        for (int64_t b = whole; b < blocks; ++b, block += count * L) {
+          const int64_t lanes = std::max<int64_t>(columns - b * L, 0);
+          store<L>(block, first_lanes<A, L>(lanes) ? load_some<L>(values + b * L, lanes)
+                                                   : splat<A, L>(neutral));
+        }
+        continue;
+      }
       if (is_inside && last - first > 1)
         transpose(lines + left, pitch, values, strides.column, columns, last - first);
       else if (is_inside)
@@ -205,13 +226,15 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   }
 }
 
-// FilterNorm of the result of load_spatial_tile.
+// FilterNorm or softmax of the result of load_spatial_tile.
 template <class A>
 void normalize_spatial_tile(A* spatial_tile, int64_t taps, int64_t blocks,
                             const TypedPackOptions<A>& pack) {
   constexpr int L = kLanes<A>;
   for (int64_t b = 0; pack.normalize && b < blocks; ++b)
     standardize<A, L>(spatial_tile + b * taps * L, taps, L, pack.eps, pack.spatial_scale);
+  for (int64_t b = 0; pack.softmax && b < blocks; ++b)
+    softmax<A, L>(spatial_tile + b * taps * L, taps);
 }
 
 // out[n][r, j] = sum_t x[x_offset[t] + (r * kBlockChannels + n) * line + j] * (c[t, n] o
@@ -345,12 +368,17 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
   // Rows of one phase in one plane are stored where they belong, others by way of tiles.
   const bool is_dense = step == 1 && !channels_last;
   const int64_t buffers = is_dense ? 0 : channels_last ? 1 : std::min(step, to_width);
-  int64_t all_taps = 0;
-  for (const Phase& phase : phases) all_taps += static_cast<int64_t>(phase.taps.size());
+  int64_t all_taps = 0, most_taps = 0;
+  for (const Phase& phase : phases) {
+    all_taps += static_cast<int64_t>(phase.taps.size());
+    most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
+  }
+  // Of few channels, the filters of a phase are used once.
+  const bool is_kept = plan.block_channels > kBlockChannels;
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Scratch<A> spatial(tile_size * all_taps), channel((all_taps + 2) * kBlockChannels),
-        x(padded.size);
+    Scratch<A> spatial(tile_size * (is_kept ? all_taps : most_taps)),
+        channel((most_taps + 2) * kBlockChannels), x(padded.size);
     Scratch<T> phase_tiles(kBlockChannels * tile_size * buffers);
     int64_t padded_for = 0;
     for (int64_t index = begin; index < end; ++index) {
@@ -362,14 +390,6 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
       const T* filter = spatial_filter ? spatial_filter + item.image * strides.batch +
                                              item.group * filters.taps() * strides.tap
                                        : nullptr;
-      A* spatial_tile = spatial;
-      for (const Phase& phase : phases) {
-        load_spatial_tile(spatial_tile, phase.taps, g.out_width, item.row0, item.row1, filter,
-                          filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
-        normalize_spatial_tile<A>(spatial_tile, static_cast<int64_t>(phase.taps.size()),
-                                  rows * ceil_div(g.out_width, L), pack);
-        spatial_tile += tile_size * static_cast<int64_t>(phase.taps.size());
-      }
       for_each_channel_block(item.channel0, item.channel1, [&](int64_t c, auto number) {
         constexpr int NC = decltype(number)::value;
         const int64_t ahead =
@@ -382,9 +402,19 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
             channel_filter
                 ? channel_filter + (item.image * filters.subpixels() * g.channels + c) * taps
                 : nullptr;
-        const A* spatial_tile = spatial;
+        A* spatial_tile = spatial;
         for (const Phase& phase : phases) {
           const int64_t count = static_cast<int64_t>(phase.taps.size());
+          // When the first channels need it, so that few channels find it in the L1 cache.
+          if (c == item.channel0) {
+            if (filter && strides.column == 1 && &phase != &phases.back())
+              for (const Phase::Tap& tap : (&phase + 1)->taps)
+                prefetch_plane(tap, item.row0, item.row1, filter, filters.out_height,
+                               filters.out_width, strides);
+            load_spatial_tile(spatial_tile, phase.taps, g.out_width, item.row0, item.row1, filter,
+                              filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
+            normalize_spatial_tile<A>(spatial_tile, count, rows * ceil_div(g.out_width, L), pack);
+          }
           for (int64_t t = 0; t < count; ++t)
             for (int n = 0; n < NC; ++n)
               channel[t * kBlockChannels + n] =
@@ -407,7 +437,7 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
           else if (!is_dense && phase.column == std::min(step, to_width) - 1)
             interleave_rows<NC>(phase_tiles.get(), tile_size, rows, g.out_width, phase.row, step,
                                 item.row0, plane, to_height, to_width);
-          spatial_tile += tile_size * count;
+          if (is_kept) spatial_tile += tile_size * count;
         }
       });
     }
@@ -438,7 +468,11 @@ inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64
 template <class T, class Combine>
 void forward_nchw(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const Plan plan(g, spatial_row_bytes<T>(g.out_width, g.subpixels() * g.taps()),
+  // Of few channels, a tile has the filters of one subpixel and the output of a row of subpixels.
+  const int64_t planes = g.group_channels <= kBlockChannels
+                             ? g.taps() + (g.scale > 1 ? g.scale * g.group_channels : 0)
+                             : g.subpixels() * g.taps();
+  const Plan plan(g, spatial_row_bytes<T>(g.out_width, planes),
                   shared_row_bytes<T>(g, f.channels_last));
   const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;
@@ -494,8 +528,10 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
   if (g.scale > 1) return grad_features_upsample_nchw<T, Combine>(b, run);
   // Windows of grad from which the pixels of a phase gather.
-  const int64_t halo = ceil_div(g.padding(), g.stride);
+  const int64_t after = (g.kernel - 1) * g.dilation - g.padding();
+  const int64_t halo = ceil_div(std::max(g.padding(), after), g.stride);
   Geometry padded_geometry = g;
+  padded_geometry.is_valid = false;
   padded_geometry.height = g.out_height;
   padded_geometry.width = g.out_width;
   padded_geometry.out_height = ceil_div(g.height, g.stride);

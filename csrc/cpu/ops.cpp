@@ -41,6 +41,15 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// The kernels of AVX2 for rows of features that fill at most half a vector of AVX-512.
+const Kernels& kernels_for(const Geometry& g, DType dtype, bool channels_last) {
+#if defined(__x86_64__)
+  const int64_t half = dtype == DType::f64 ? 4 : 8;
+  if (&kernels() == &avx512_kernels && !channels_last && g.out_width <= half) return avx2_kernels;
+#endif
+  return kernels();
+}
+
 // Exceptions of body are rethrown here, because LibTorch's C interface drops them.
 void run_in_parallel(int64_t count, Body body, void* context) {
   std::exception_ptr thrown;
@@ -107,7 +116,7 @@ Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTenso
     f.spatial_strides = strides_of(*spatial_filter);
   }
   f.output = output.mutable_data_ptr();
-  run(kernels().forward, f);
+  run(kernels_for(g, f.dtype, f.channels_last).forward, f);
   return output;
 }
 
@@ -141,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
     b.grad_spatial = grads.spatial_filter.mutable_data_ptr();
     b.grad_spatial_strides = strides_of(grads.spatial_filter);
   }
-  run(kernels().backward, b);
+  run(kernels_for(g, b.dtype, b.channels_last).backward, b);
   return {grads.features, grads.channel_filter, grads.spatial_filter};
 }
 
@@ -180,12 +189,13 @@ std::tuple<Tensor, Tensor, Tensor> filter_norm_backward(const Tensor& grad, cons
   return {grads.x, grads.std, grads.mean};
 }
 
+template <bool kIsValid>
 Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
            const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation,
            int64_t stride, const std::string& kernel_combine) {
-  return forward_of(
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride),
-      features, channel_filter, spatial_filter, combine_of(kernel_combine));
+  return forward_of(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation,
+                                stride, std::nullopt, kIsValid),
+                    features, channel_filter, spatial_filter, combine_of(kernel_combine));
 }
 
 Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
@@ -208,14 +218,23 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
       {true, channel_scale, spatial_scale, eps, data_of(std), data_of(offsets), relu});
 }
 
+Tensor ddf_softmax(const Tensor& features, const Tensor& logits, int64_t kernel_size,
+                   int64_t scale_factor) {
+  PackOptions options;
+  options.softmax = true;
+  return forward_of(geometry_of(features, std::nullopt, logits, kernel_size, 1, 1, scale_factor),
+                    features, std::nullopt, logits, CombineMode::mul, options);
+}
+
+template <bool kIsValid>
 std::tuple<Tensor, Tensor, Tensor> ddf_backward(
     const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
     const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t dilation, int64_t stride,
     const std::string& kernel_combine, bool need_features, bool need_channel, bool need_spatial) {
-  return backward_of(
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride), grad,
-      features, channel_filter, spatial_filter, combine_of(kernel_combine), need_features,
-      need_channel, need_spatial);
+  return backward_of(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation,
+                                 stride, std::nullopt, kIsValid),
+                     grad, features, channel_filter, spatial_filter, combine_of(kernel_combine),
+                     need_features, need_channel, need_spatial);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
@@ -233,11 +252,14 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
 }  // namespace ddf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
-  m.impl("ddf", TORCH_BOX(&ddf::cpu::ddf));
-  m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::ddf_backward));
+  m.impl("ddf", TORCH_BOX(&ddf::cpu::ddf<false>));
+  m.impl("ddf_backward", TORCH_BOX(&ddf::cpu::ddf_backward<false>));
+  m.impl("ddf_valid", TORCH_BOX(&ddf::cpu::ddf<true>));
+  m.impl("ddf_valid_backward", TORCH_BOX(&ddf::cpu::ddf_backward<true>));
   m.impl("filter_norm", TORCH_BOX(&ddf::cpu::filter_norm));
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
   m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::ddf_pack));
+  m.impl("ddf_softmax", TORCH_BOX(&ddf::cpu::ddf_softmax));
   m.impl("ddf_up", TORCH_BOX(&ddf::cpu::ddf_up));
   m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::ddf_up_backward));
 }

@@ -265,6 +265,27 @@ DDF_INLINE void store_first(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
     store_some<N>(to, v, count);
 }
 
+// exp(x) for x <= 0, and NaN for NaN; 0 where it is less than the least normal number.
+template <class A, int N>
+DDF_INLINE Vector<A, N> exp_of_negative(Vector<A, N> x) {
+  if constexpr (std::is_same_v<A, double>) {
+    for (int i = 0; i < N; ++i) x[i] = std::exp(x[i]);
+    return x;
+  } else {
+    // x = n * log(2) + r with an integer n, so exp(x) = 2^n * exp(r). Added to kRound, n is rounded
+    // and stays in the low bits; log(2) is split, so that the first product is exact.
+    constexpr float kRound = 12582912, kLog2 = 0.693359375f, kLog2Rest = -2.12194440e-4f;
+    const auto shifted = x * 1.44269504f + kRound;
+    const auto n = shifted - kRound;
+    const auto r = (x - n * kLog2) - n * kLog2Rest;
+    // The Taylor series of exp at 0, |r| <= log(2) / 2: the next term is less than 6e-9.
+    auto power = splat<float, N>(1.f / 5040);
+    for (const float divisor : {720, 120, 24, 6, 2, 1, 1}) power = power * r + 1 / divisor;
+    const auto scale = (bit_cast<Vector<uint32_t, N>>(shifted) + 127) << 23;
+    return x < -87.3f ? Vector<A, N>{} : power * bit_cast<Vector<float, N>>(scale);
+  }
+}
+
 // Lane i is taken from a if bit H of i is clear, otherwise from b, at index i with that bit cleared
 // (kUpper: set).
 template <int H, bool kUpper, class V, int... I>

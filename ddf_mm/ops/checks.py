@@ -35,6 +35,7 @@ class Geometry(NamedTuple):
     groups: int
     group_channels: int
     scale_factor: int = 1
+    is_valid: bool = False  # whether there is no padding
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -192,8 +193,9 @@ def check_ddf(
     dilation: int,
     stride: int,
     kernel_combine: str,
+    is_valid: bool = False,
 ) -> Geometry:
-    """Checks the arguments of :func:`ddf_mm.ops.ddf`.
+    """Checks the arguments of :func:`ddf_mm.ops.ddf`; ``is_valid``: with padding ``'valid'``.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -206,15 +208,28 @@ def check_ddf(
     options = kernel_size, dilation, stride, kernel_combine
     check_features(features)
     _, channels, height, width = features.shape
+    extent = dilation * (kernel_size - 1) if is_valid else 0
+    if is_valid and min(height, width) <= extent:
+        raise ValueError(
+            f"features must have more than dilation * (kernel_size - 1) = {extent} rows and "
+            f"columns for padding 'valid', got {height}x{width}"
+        )
     # Written like the output size of a convolution, so that symbolic sizes compare without a guard.
-    ceil_h, ceil_w = (height - 1) // stride + 1, (width - 1) // stride + 1
+    ceil_h, ceil_w = (height - extent - 1) // stride + 1, (width - extent - 1) // stride + 1
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
-        return Geometry(*options, ceil_h, ceil_w, groups, channels // groups)
+        return Geometry(*options, ceil_h, ceil_w, groups, channels // groups, is_valid=is_valid)
 
     out_h, out_w = spatial_filter.shape[2:]
+    if is_valid and (out_h, out_w) != (ceil_h, ceil_w):
+        raise ValueError(
+            f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {ceil_h}x{ceil_w} pixels "
+            f"without padding, got shape {list(spatial_filter.shape)}"
+        )
     # The official op requires the floor, which omits the last window of an odd size.
-    if out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride):
+    if not is_valid and (
+        out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride)
+    ):
         raise ValueError(
             f"spatial_filter must be {ceil_h}x{ceil_w} pixels, features' {height}x{width} over "
             f"stride {stride} rounded up (or rounded down: {height // stride}x"
@@ -222,7 +237,7 @@ def check_ddf(
         )
     if 0 in (out_h, out_w):
         raise ValueError(f"spatial_filter must have at least one pixel, got {out_h}x{out_w}")
-    return Geometry(*options, out_h, out_w, groups, channels // groups)
+    return Geometry(*options, out_h, out_w, groups, channels // groups, is_valid=is_valid)
 
 
 @untraced

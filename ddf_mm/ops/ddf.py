@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ddf_mm.ops import library, self_check
 from ddf_mm.ops.checks import (
     PADDINGS,
+    Geometry,
     check_ddf,
     check_ddf_up,
     check_features,
@@ -66,9 +67,10 @@ def ddf(
         padding: what lies outside the features: ``'zeros'``, their reflection (``'reflect'``) or
             their outermost pixels (``'replicate'``), as in :func:`torch.nn.functional.pad`; or
             ``'valid'``, which computes only the pixels whose windows lie in the features: of
-            Hp x Wp features that are Ho = (Hp - d*(k-1) - 1) // stride + 1 rows. All but
-            ``'zeros'`` compute the pixels of the padded features, for which spatial filters get a
-            rim of zeros, and return a view.
+            Hp x Wp features that are Ho = (Hp - d*(k-1) - 1) // stride + 1 rows. On a CPU it
+            copies nothing; on other devices, and if compiled by torch.compile, it computes the
+            pixels of the zero-padded features, for which spatial filters get a rim of zeros, and
+            returns a view.
 
     Returns:
         ``Tensor[B, C, Ho, Wo]`` of the dtype and memory format of ``features``.
@@ -129,42 +131,45 @@ def _ddf_padded(
     kernel_combine: str,
     padding: str,
 ) -> Tensor:
-    """:func:`ddf` of other padding than zeros: of padded features, without what windows beyond
-    them give."""
+    """:func:`ddf` of other padding than zeros: of padded features."""
     if padding not in PADDINGS:
         names = ", ".join(map(repr, PADDINGS))
         raise ValueError(f"padding must be one of {names}, got {padding!r}")
     check_features(features)
     check_kernel_size(kernel_size)
-    stride = check_int("stride", stride, 1)
     reach = check_int("dilation", dilation, 1) * (kernel_size // 2)
     if padding != "valid":
         features = F.pad(features, (reach,) * 4, mode=padding)
+    tensors = _for_batch(*library.autocast_inputs(features, channel_filter, spatial_filter))
+    options = kernel_size, dilation, stride, kernel_combine
+    geometry = check_ddf(*tensors, kernel_size, dilation, stride, kernel_combine, is_valid=True)
+    if not library.serves(features):
+        return ddf_formula(*tensors, geometry)
+    # Exporters know only ddf.
+    if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.ops.ddf_mm.ddf_valid(*tensors, *options)
+    return _ddf_with_rim(*tensors, geometry)
+
+
+def _ddf_with_rim(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Padding 'valid' by zero padding, for spatial filters with a rim of zeros."""
+    stride, reach = geometry.stride, geometry.dilation * (geometry.kernel_size // 2)
     height, width = features.shape[2:]
-    if min(height, width) <= 2 * reach:
-        raise ValueError(
-            f"features must have more than dilation * (kernel_size - 1) = {2 * reach} rows and "
-            f"columns for padding 'valid', got {height}x{width}"
-        )
-    out_h, out_w = (height - 2 * reach - 1) // stride + 1, (width - 2 * reach - 1) // stride + 1
+    out_h, out_w = geometry.output_size
     # The centre of the first window, reach, must be one of the pixels 0, stride, 2 * stride, ...
     if shift := -reach % stride:
         features = F.pad(features, (shift, 0, shift, 0))
         height, width = height + shift, width + shift
     first = (reach + shift) // stride
     if spatial_filter is not None:
-        given = shape_of(spatial_filter)
-        if len(given) != 4 or given[2:] != (out_h, out_w):
-            raise ValueError(
-                f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {out_h}x{out_w} pixels "
-                f"for padding {padding!r}, got shape {list(given)}"
-            )
         after = [(size - 1) // stride + 1 - first for size in (width, height)]
-        rims = first, after[0] - out_w, first, after[1] - out_h
-        spatial_filter = F.pad(spatial_filter, rims)
-    out = ddf(
-        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
-    )
+        spatial_filter = F.pad(spatial_filter, (first, after[0] - out_w, first, after[1] - out_h))
+    out = ddf(features, channel_filter, spatial_filter, *geometry[:4])
     return out[:, :, first : first + out_h, first : first + out_w]
 
 

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddf_mm.ops import library
-from ddf_mm.ops.checks import check_features, check_int, check_kernel_size, check_tensor, shape_of
+from ddf_mm.ops.checks import (
+    check_ddf,
+    check_features,
+    check_int,
+    check_kernel_size,
+    check_tensor,
+    shape_of,
+)
 from ddf_mm.ops.ddf import ddf, ddf_up
 
 
@@ -99,8 +106,7 @@ def adaptive_conv(input: Tensor, filters: Tensor) -> Tensor:
         filters: ``Tensor[B, H, W, k, k]``, k odd.
 
     Returns:
-        ``Tensor[B, C, H, W]``, a view of a result of the input's size, as of
-        :func:`ddf` with ``padding='valid'``.
+        ``Tensor[B, C, H, W]``, as of :func:`ddf` with ``padding='valid'``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
@@ -136,8 +142,10 @@ def convex_upsample(flow: Tensor, mask: Tensor, scale_factor: int = 8) -> Tensor
     s = check_int("scale_factor", scale_factor, 1)
     batch, _, height, width = shape_of(flow)
     _check_shape("mask", mask, "B, 9*s*s, H, W", (batch, 9 * s * s, height, width))
-    weights = torch.softmax(mask.view(batch, 9, s * s, height, width), dim=1)
-    return ddf_up(s * flow, None, weights.transpose(1, 2), 3, s)
+    logits = mask.view(batch, 9, s * s, height, width)
+    if _is_fused(flow, mask):
+        return torch.ops.ddf_mm.ddf_softmax(s * flow, logits.transpose(1, 2), 3, s)
+    return ddf_up(s * flow, None, logits.softmax(dim=1).transpose(1, 2), 3, s)
 
 
 def cspn(
@@ -221,7 +229,13 @@ def apply_kernel(weights: Tensor, data: Tensor, normalize: bool = True) -> Tenso
     if len(shape) != 4 or k * k != shape[1]:
         raise ValueError(f"weights must be a Tensor[B, k*k, H, W], got shape {list(shape)}")
     k = check_kernel_size(k, "weights' kernel size k")
-    return ddf(data, None, weights.softmax(dim=1) if normalize else weights, k)
+    if not normalize:
+        return ddf(data, None, weights, k)
+    if _is_fused(data, weights):
+        data, weights = library.autocast_inputs(data, weights)
+        check_ddf(data, None, weights, k, 1, 1, "mul")
+        return torch.ops.ddf_mm.ddf_softmax(data, weights[:, None], k, 1)
+    return ddf(data, None, weights.softmax(dim=1), k)
 
 
 def dynamic_upsampling(x: Tensor, filters: Tensor) -> Tensor:
@@ -246,6 +260,18 @@ def dynamic_upsampling(x: Tensor, filters: Tensor) -> Tensor:
         raise ValueError(f"filters must be a Tensor[B, k*k, s*s, H, W], got shape {list(shape)}")
     k = check_kernel_size(k, "filters' kernel size k")
     return ddf_up(x, None, filters.transpose(1, 2), k, s)
+
+
+def _is_fused(features: Tensor, logits: Tensor) -> bool:
+    """Whether softmax and filter are one op, which is for predictions on a CPU."""
+    has_gradient = torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad)
+    return (
+        features.device.type == "cpu"
+        and not has_gradient
+        # Compilers and exporters know the parts better.
+        and not torch.compiler.is_compiling()
+        and library.serves(features)
+    )
 
 
 def _check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...]) -> None:

@@ -74,6 +74,8 @@ def filter_norm(
 
 
 def _needs_formula() -> bool:
+    if torch.compiler.is_dynamo_compiling():  # to which is_exporting() is always true
+        return True
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return torch.jit.is_tracing()

@@ -66,10 +66,18 @@ def _pack_flops(
     return 2 * count_taps(out_shape, args[-4])
 
 
+def _softmax_flops(
+    features: Shape, logits: Shape, kernel_size: int, *args: object, out_shape: Shape, **kw: object
+) -> int:
+    return 2 * count_taps(out_shape, kernel_size)
+
+
 def register() -> None:
     """Registers the formulas if the ops are compiled."""
     if library.COMPILED:
         ops = torch.ops.ddf_mm
-        register_flop_formula([ops.ddf, ops.ddf_up])(_forward_flops)
-        register_flop_formula([ops.ddf_backward, ops.ddf_up_backward])(_backward_flops)
+        register_flop_formula([ops.ddf, ops.ddf_valid, ops.ddf_up])(_forward_flops)
+        backwards = [ops.ddf_backward, ops.ddf_valid_backward, ops.ddf_up_backward]
+        register_flop_formula(backwards)(_backward_flops)
         register_flop_formula(ops.ddf_pack)(_pack_flops)
+        register_flop_formula(ops.ddf_softmax)(_softmax_flops)

@@ -52,6 +52,21 @@ def ddf_reference(
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
 
+def ddf_valid_reference(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    stride: int = 1,
+    kernel_combine: str = "mul",
+) -> Tensor:
+    """:func:`ddf_reference` without padding."""
+    tensors = features, channel_filter, spatial_filter
+    geometry = check_ddf(*tensors, kernel_size, dilation, stride, kernel_combine, is_valid=True)
+    return ddf_formula(*tensors, geometry)
+
+
 def ddf_formula(
     features: Tensor,
     channel_filter: Tensor | None,
@@ -75,7 +90,9 @@ def ddf_formula(
     stride = min(stride, 2**40)
 
     extent = dilation * (kernel_size - 1)
-    padded = F.pad(features.to(dtype), (extent // 2,) * 4)
+    padded = features.to(dtype)
+    if not geometry.is_valid:
+        padded = F.pad(padded, (extent // 2,) * 4)
     # The rows and columns that each tap reads.
     offsets = range(0, extent + 1, dilation)
     if spatial_filter is None or stride == 1:

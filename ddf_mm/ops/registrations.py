@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ddf_mm.ops.reference import (
     ddf_pack_reference,
     ddf_reference,
     ddf_up_reference,
+    ddf_valid_reference,
     filter_norm_op_reference,
     layout_of,
 )
@@ -116,6 +118,14 @@ def _fake_ddf_pack(
     _check_like("channel_std", channel_std, features, (channels * taps,), dtype)
     _check_like("bias", bias, features, (channels,), dtype)
     return _empty_output(features, geometry)
+
+
+def _fake_ddf_softmax(
+    features: Tensor, logits: Tensor, kernel_size: int, scale_factor: int
+) -> Tensor:
+    return _empty_output(
+        features, check_ddf_up(features, None, logits, kernel_size, scale_factor, 1, "mul")
+    )
 
 
 def _check_filter_norm(
@@ -329,6 +339,7 @@ def register() -> None:
     register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
     for name, check, reference in (
         ("ddf", check_ddf, ddf_reference),
+        ("ddf_valid", functools.partial(check_ddf, is_valid=True), ddf_valid_reference),
         ("ddf_up", check_ddf_up, ddf_up_reference),
     ):
         derivative = _derivative_of(f"{name}_backward", reference)
@@ -340,5 +351,6 @@ def register() -> None:
     register_autograd(
         "ddf_mm::filter_norm", _differentiate_filter_norm, setup_context=_save_filter_norm
     )
+    register_fake("ddf_mm::ddf_softmax", _fake_ddf_softmax)
     register_fake("ddf_mm::ddf_pack", _fake_ddf_pack)
     register_autograd("ddf_mm::ddf_pack", _differentiate_ddf_pack, setup_context=_save_ddf_pack)

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddf_mm.ops import backend_info, ddf, ddf_reference
 from ddf_mm.ops.checks import COMBINES
+from ddf_mm.ops.reference import ddf_up_reference
 
 INFO = backend_info()
 if INFO["cpu"] != "compiled":
@@ -96,6 +97,35 @@ def test_planes_larger_than_a_block(k, stride, layout, device):
         batch=1, channels=20, size=size, k=k, stride=stride, dtype=torch.float32, device=device
     )
     check_against_reference([layout(t) for t in tensors], (k, 1, stride))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("layout", DENSE, **by_name)
+@pytest.mark.parametrize("channels, groups, k, s", [(2, 1, 3, 8), (6, 2, 3, 3), (40, 1, 5, 2)])
+def test_softmax_of_every_width_cpu(channels, groups, k, s, layout, dtype):
+    for width in (1, 3, 4, 7, 8, 9, 15, 16, 18, 33):
+        x = torch.randn(2, channels, 3, width).to(dtype)
+        logits = torch.randn(2, groups, k * k, s * s, 3, width).mul(3).to(dtype)
+        logits[0, 0, 1:, 0] = -torch.inf  # the weight of tap 0 is 1
+        by_subpixel = logits.permute(0, 3, 1, 2, 4, 5).flatten(2, 3)
+        weights = logits.double().softmax(2).permute(0, 3, 1, 2, 4, 5).flatten(2, 3)
+        expected = ddf_up_reference(x.double(), None, weights, k, s)
+        got = torch.ops.ddf_mm.ddf_softmax(layout(x), by_subpixel, k, s)
+        assert got.dtype == dtype and layout(got).stride() == got.stride()
+        # Largest errors in 12 runs: float64 1.6, float32 3.6, 16-bit 0.4 times the epsilon.
+        allowed = torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 8)
+        torch.testing.assert_close(got.double(), expected, rtol=allowed, atol=allowed)
+
+
+def test_softmax_of_what_is_not_finite_cpu():
+    x, logits = torch.ones(1, 1, 1, 20), torch.zeros(1, 1, 9, 1, 20)
+    logits[0, 0, 4, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    logits[0, 0, :, 0, 3] = -torch.inf
+    logits[0, 0, 4, 0, 4] = 200.0
+    got = torch.ops.ddf_mm.ddf_softmax(x, logits, 3, 1)
+    expected = ddf_up_reference(x, None, logits.softmax(2), 3, 1)
+    torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("stride", [2, 3])

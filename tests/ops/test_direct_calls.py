@@ -15,10 +15,10 @@ from ddf_cases import require_compiled
 from torch._subclasses import FakeTensorMode
 
 from ddf_mm.ops import ddf_reference, ddf_up_reference
-from ddf_mm.ops.reference import filter_norm_reference
+from ddf_mm.ops.reference import ddf_valid_reference, filter_norm_reference
 
 ABSURD = [0, -1, 2, 2**31 - 1, 2**31, 2**62 + 1, 2**63 - 1, -(2**63)]
-ONLY_CPU = ("pointwise_pool",)
+ONLY_CPU = ("ddf_softmax", "ddf_valid", "ddf_valid_backward")
 NEEDS = list(itertools.product((False, True), repeat=3))
 
 
@@ -43,6 +43,7 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
         stride=2,
         kernel_combine="mul",
     )
+    valid = dict(ddf, spatial_filter=random(18, 2, 2))
     up = dict(
         features=random(4, 3, 4),
         channel_filter=random(4, 4, 3, 3),
@@ -57,7 +58,12 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
     calls = dict(
         ddf=ddf,
         ddf_backward=dict(grad=random(4, 3, 3), **ddf, **needs),
+        ddf_valid=valid,
+        ddf_valid_backward=dict(grad=random(4, 2, 2), **valid, **needs),
         ddf_up=up,
+        ddf_softmax=dict(
+            features=random(4, 3, 4), logits=random(4, 18, 3, 4), kernel_size=3, scale_factor=2
+        ),
         ddf_up_backward=dict(grad=random(4, 6, 8), **up, **needs),
         ddf_pack=dict(
             features=random(4, 5, 6),
@@ -95,9 +101,13 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
 def formula(name: str, call: dict) -> list[torch.Tensor]:
     """What the op ``name`` is to return, in float64."""
     call = {k: v.double().cpu() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
-    if name in ("ddf", "ddf_up"):
-        function = ddf_reference if name == "ddf" else ddf_up_reference
-        return [function(*call.values())]
+    references = dict(ddf=ddf_reference, ddf_valid=ddf_valid_reference, ddf_up=ddf_up_reference)
+    if name in references:
+        return [references[name](*call.values())]
+    if name == "ddf_softmax":
+        x, logits, k, s = call.values()
+        weights = logits.unflatten(2, (-1, k * k)).softmax(3).flatten(2, 3)
+        return [ddf_up_reference(x, None, weights, k, s)]
     if name == "filter_norm":
         std = call["scale"] if call["std"] is None else call["scale"] * call["std"]
         return [filter_norm_reference(call["x"], call["filters"], std, call["mean"], call["eps"])]

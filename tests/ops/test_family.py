@@ -24,6 +24,9 @@ from ddf_mm.ops import (
     dynamic_upsampling,
     involution,
 )
+from ddf_mm.ops.checks import check_ddf
+from ddf_mm.ops.ddf import _ddf_with_rim
+from ddf_mm.ops.reference import ddf_valid_reference
 
 B, H, W = 2, 6, 7
 
@@ -100,6 +103,18 @@ def test_convex_upsample(s):
     torch.testing.assert_close(interior, torch.full_like(interior, 3.0 * s))
 
 
+@pytest.mark.parametrize("name", ["convex_upsample", "apply_kernel"])
+def test_softmax_without_gradients_is_the_same(name):
+    """Predictions on a CPU have softmax and filter in one op."""
+    call, sizes = CALLS[name]
+    inputs = [random(*size) for size in sizes]
+    expected = call(*inputs)
+    assert expected.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(call(*inputs), expected.detach())
+    torch.testing.assert_close(call(*(x.detach() for x in inputs)), expected.detach())
+
+
 @pytest.mark.parametrize("norm_type", ["8sum", "8sum_abs"])
 @pytest.mark.parametrize("channels, is_sparse", [(1, True), (3, False)])
 def test_cspn(norm_type, channels, is_sparse):
@@ -164,20 +179,33 @@ def test_paddings(padding, k, dilation, stride, kinds):
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
-def test_valid_padding_copies_no_features():
-    """The compiled op gets the tensor that was given."""
+def test_valid_padding_copies_nothing():
+    """The compiled op gets the tensors that were given, and is the only one called."""
     x, filters = torch.randn(1, 4, 10, 11), torch.randn(1, 9, 8, 9)
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.ddf_mm.ddf.default:
-                seen.append(args[0].data_ptr())
+            seen.append((function, args[0].data_ptr(), args[2].data_ptr()))
             return function(*args, **(kwargs or {}))
 
     with Watch():
         ddf(x, None, filters, padding="valid")
-    assert seen == [x.data_ptr()]
+    assert seen == [(torch.ops.ddf_mm.ddf_valid.default, x.data_ptr(), filters.data_ptr())]
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
+@pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (5, 1, 2), (3, 2, 3), (1, 1, 2)])
+def test_valid_padding_by_a_rim_of_zeros(k, dilation, stride):
+    """As on devices for which the op without padding is not compiled."""
+    options = k, dilation, stride, "mul"
+    x = random(B, 4, 8, 9)
+    size = [(n - dilation * (k - 1) - 1) // stride + 1 for n in (8, 9)]
+    of_channel, of_pixel = random(B, 4, k, k), random(B, 2 * k * k, *size)
+    geometry = check_ddf(x, of_channel, of_pixel, *options, is_valid=True)
+    ours = _ddf_with_rim(x, of_channel, of_pixel, geometry)
+    expected = ddf_valid_reference(x, of_channel, of_pixel, *options)
+    assert_same(ours, expected, [x, of_channel, of_pixel])
 
 
 @pytest.mark.parametrize("upsamples", [False, True])
@@ -195,7 +223,7 @@ def test_errors_name_the_argument():
     filters = torch.randn(1, 9, 6, 6)
     with pytest.raises(ValueError, match="padding must be one of 'zeros', 'reflect', .* 'same'"):
         ddf(x, None, filters, padding="same")
-    with pytest.raises(ValueError, match="4x4 pixels for padding 'valid', got shape"):
+    with pytest.raises(ValueError, match="4x4 pixels without padding, got shape"):
         ddf(x, None, filters, padding="valid")
     with pytest.raises(ValueError, match="more than .* = 8 rows and columns .*, got 6x6"):
         ddf(x, None, filters, 9, padding="valid")
