@@ -68,7 +68,7 @@ class Dispatch:
         out = [-(-size // layer.stride) for size in (layer.height, layer.width)]
         sizes = [batch, layer.channels, layer.height, layer.width, *out, layer.groups]
         sizes += [layer.channels // layer.groups, layer.kernel_size, layer.dilation]
-        geometry = (ctypes.c_int64 * 12)(*sizes, layer.stride, layer.scale)
+        geometry = (ctypes.c_int64 * 13)(*sizes, layer.stride, layer.scale)
         name = f"up {kind}" if layer.op == "ddf_up" else kind
         combine, last = COMBINES.index(layer.combine), layout == "channels_last"
         text = self.function(name.encode(), dtype.encode(), geometry, combine, last).decode()

@@ -85,7 +85,8 @@ def export_program(
         # torch.export would treat equal sizes as one dimension.
         size = Size(max(size.batch, 2), height, width + 32 * (width == height))
     shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
-    images = size.images(channels).to(next(model.parameters()).dtype)
+    images = size.images(channels)
+    images = images.to(next(model.parameters(), images).dtype)
     pools = MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:

@@ -73,7 +73,7 @@ class Call(ctypes.Structure):
         ("channel_filter", HostTensor),
         ("spatial_filter", HostTensor),
         ("results", HostTensor * 3),
-        ("geometry", ctypes.c_int64 * 12),
+        ("geometry", ctypes.c_int64 * 13),  # the last is false
         ("filters", ctypes.c_int64 * 2),
         ("gradients", ctypes.c_int64 * 2),
         ("combine", ctypes.c_int32),
@@ -133,7 +133,7 @@ class Host:
         call = Call(
             *[HostTensor.of(t) for t in (read, x, cf, sf)],
             (HostTensor * 3)(*results),
-            (ctypes.c_int64 * 12)(*geometry),
+            (ctypes.c_int64 * 13)(*geometry),
             combine=COMBINES.index(combine),
         )
         self.start("forward" if names == ["forward"] else "backward", x.dtype, call)
@@ -154,7 +154,7 @@ class Host:
         call = Call(
             *[HostTensor.of(t) for t in (None if kind == "forward" else grad, *inputs)],
             (HostTensor * 3)(*map(HostTensor.of, results)),
-            (ctypes.c_int64 * 12)(*geometry),
+            (ctypes.c_int64 * 13)(*geometry),
             strides(inputs[1:]),
             strides([None, None] if kind == "forward" else results[1:]),
             COMBINES.index(combine),
@@ -171,7 +171,7 @@ class Host:
         call = Call(
             *[HostTensor.of(t) for t in (None, x, cf, sf)],
             (HostTensor * 3)(HostTensor.of(result)),
-            (ctypes.c_int64 * 12)(*geometry),
+            (ctypes.c_int64 * 13)(*geometry),
             combine=COMBINES.index(combine),
             relu=relu,
             scales=(ctypes.c_double * 3)(*PACK_SCALES, 1e-10),
