@@ -277,7 +277,15 @@ def test_all_tensors_with_nothing_in_a_dimension(name, device):
 
 
 @pytest.mark.parametrize("needed", NEEDS, ids=str)
-@pytest.mark.parametrize("name", [name for name in OPS if name.endswith("backward")])
+@pytest.mark.parametrize(
+    "name, device",
+    [
+        pytest.param(name, device, marks=[pytest.mark.cuda] if device == "cuda" else [])
+        for name in OPS
+        for device in ("cpu", "cuda")
+        if name.endswith("backward") and not (device == "cuda" and name in ONLY_CPU)
+    ],
+)
 def test_each_subset_of_gradients(name, needed, device):
     for batch in (0, 2):
         call = good_calls(device, batch)[name]
