@@ -76,17 +76,15 @@ def export_program(
     model: nn.Module, size: Size, channels: int = 3, dynamic: bool = True, guarded: bool = False
 ) -> ExportedProgram:
     """Export a model of images ``Tensor[B, channels, H, W]``, of its parameters' dtype and in
-    evaluation mode, by torch.export. If ``dynamic``, B, H and W of the program are dynamic, and it
-    is traced with larger images if these are small. If ``guarded``, strided max poolings remain,
-    and with them guards on the parity of sizes; ONNX has no guards and is faster with these
-    poolings."""
+    evaluation mode, by torch.export. If ``dynamic``, B, H and W are dynamic, and small images are
+    traced larger. If ``guarded``, strided max poolings remain, faster, with guards on parity."""
     if dynamic:
         height, width = (max(side, _LEAST_TRACED) for side in (size.height, size.width))
         # torch.export would treat equal sizes as one dimension.
         size = Size(max(size.batch, 2), height, width + 32 * (width == height))
     shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
-    images = size.images(channels)
-    images = images.to(next(model.parameters(), images).dtype)
+    dtype = next((weight.dtype for weight in model.parameters()), torch.float32)
+    images = size.images(channels).to(dtype)
     pools = MaximaOfSlices() if dynamic and not guarded else contextlib.nullcontext()
     try:
         with torch.no_grad(), pools:
