@@ -6,9 +6,9 @@ Needs nvcc and torch's headers, but no GPU. --slots also counts the instructions
 innermost loop per output, with cuobjdump, including branches for borders. --gates compares what a
 GPU's speed depends on with cuda_gates.csv beside this file: registers, spilled bytes, stack, the
 warps of a multiprocessor, and of the hot loop the instructions, the loads in flight before the
-of their values is used, and how often an iteration waits for loads. --update writes that file. The
-exit status is 1 if a kernel spills registers, unless SPILLS has a reason for it, or if a gate is
-worse than in the file.
+first of their values is used, and how often an iteration waits for loads. --update writes that
+file. The exit status is 1 if a kernel spills registers, unless SPILLS has a reason for it, or if a
+gate is worse than in the file.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ SPILLS = {
     )
     for arch in ("80", "100", "120")
 }
-
-
 GATES = Path(__file__).with_name("cuda_gates.csv")
 # Kernels without a loop over channels, whose whole code is measured.
 UNROLLED = ("gather_3x3", "gather_3x3_channels_last")

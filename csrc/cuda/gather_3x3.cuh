@@ -21,6 +21,37 @@ struct GatherGrid {
   int lanes;  // quads of channels of a block, in channels_last
 };
 
+// What a block of the grid batch x groups x `seconds` x `firsts` computes.
+struct BlockPlace {
+  int first, second;
+  int64_t group, batch;
+};
+
+DDF_DEVICE BlockPlace place_of_block(int firsts, int seconds, const Geometry& g) {
+  // At most INT32_MAX; divisions of 64 bits are slow.
+  unsigned block = block_index();
+  BlockPlace place;
+  place.first = block % firsts;
+  block /= firsts;
+  place.second = block % seconds;
+  block /= seconds;
+  const unsigned groups = g.groups;
+  place.group = block % groups, place.batch = block / groups;
+  return place;
+}
+
+// Of the result, and of what is gathered.
+struct GatherSizes {
+  int rows, columns, in_rows, in_columns, scale;
+};
+
+template <bool Mirrored>
+DDF_DEVICE GatherSizes gather_sizes(const Geometry& g) {
+  const int height = g.height, width = g.width, out_height = g.out_height, out_width = g.out_width;
+  if (Mirrored) return {height, width, out_height, out_width, static_cast<int>(g.scale)};
+  return {out_height, out_width, height, width, 1};
+}
+
 // The row (or column) of the input that pixel `at` reads under tap `tap` of its window, or -1.
 template <bool Mirrored>
 DDF_DEVICE int gathered_from(int at, int tap, const Geometry& g, int size) {
@@ -37,23 +68,12 @@ gather_3x3(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
   DDF_SHARED(float, channel_taps);
   const Geometry& g = a.geometry;
   const View<const T>& input = Mirrored ? a.grad : a.features;
-  const int rows = Mirrored ? g.height : g.out_height;
-  const int columns = Mirrored ? g.width : g.out_width;
-  const int in_rows = Mirrored ? g.out_height : g.height;
-  const int in_columns = Mirrored ? g.out_width : g.width;
-  const int scale = Mirrored ? static_cast<int>(g.scale) : 1;
+  const auto [rows, columns, in_rows, in_columns, scale] = gather_sizes<Mirrored>(g);
   // Offsets within a plane have 32 bits.
   const int row_stride = input.row_stride, column_stride = input.column_stride;
-  const int filter_row_stride = a.spatial_filter.row_stride;
-  const int filter_column_stride = a.spatial_filter.column_stride;
-  // At most INT32_MAX; divisions of 64 bits are slow.
-  unsigned block = block_index();
-  const int channel_block = block % grid.channel_blocks;
-  block /= grid.channel_blocks;
-  const int pixel = static_cast<int>(block % grid.tiles) * kGatherThreads + thread_index();
-  block /= grid.tiles;
-  const unsigned groups = g.groups;
-  const int64_t group = block % groups, batch = block / groups;
+  const auto [channel_block, tile, group, batch] =
+      place_of_block(grid.channel_blocks, grid.tiles, g);
+  const int pixel = tile * kGatherThreads + thread_index();
   const int64_t first = group * g.group_channels + channel_block * kGatherChannels;
   const int rest = static_cast<int>(g.group_channels) - channel_block * kGatherChannels;
   const int count = rest < kGatherChannels ? rest : kGatherChannels;
@@ -83,8 +103,6 @@ gather_3x3(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
     sync_threads();
     if (!active) continue;
 
-    const T* const planes =
-        a.spatial_filter.at(batch, group * 9, 0, 0) + subpixel * strides.spatial_filter;
     float spatial[9];
     int offsets[9];
     bool inside[9];
@@ -143,11 +161,7 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
   DDF_SHARED(float, channel_taps);
   const Geometry& g = a.geometry;
   const View<const T>& input = Mirrored ? a.grad : a.features;
-  const int rows = Mirrored ? g.height : g.out_height;
-  const int columns = Mirrored ? g.width : g.out_width;
-  const int in_rows = Mirrored ? g.out_height : g.height;
-  const int in_columns = Mirrored ? g.out_width : g.width;
-  const int scale = Mirrored ? static_cast<int>(g.scale) : 1;
+  const auto [rows, columns, in_rows, in_columns, scale] = gather_sizes<Mirrored>(g);
   // Offsets within a plane have 32 bits.
   const int row_stride = input.row_stride, column_stride = input.column_stride;
   const int filter_row_stride = a.spatial_filter.row_stride;
@@ -155,14 +169,8 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
   const int block_channels = grid.lanes * kGatherQuad;
   // Not a multiple of the banks.
   const int tap_stride = block_channels + kGatherQuad;
-  // At most INT32_MAX; divisions of 64 bits are slow.
-  unsigned block = block_index();
-  const int channel_block = block % grid.channel_blocks;
-  block /= grid.channel_blocks;
-  const int tile = block % grid.tiles;
-  block /= grid.tiles;
-  const unsigned groups = g.groups;
-  const int64_t group = block % groups, batch = block / groups;
+  const auto [channel_block, tile, group, batch] =
+      place_of_block(grid.channel_blocks, grid.tiles, g);
   const int lane = thread_index() % grid.lanes, strip = thread_index() / grid.lanes;
   const int strips = kGatherThreads / grid.lanes;
   const int64_t first = group * g.group_channels + channel_block * block_channels;

@@ -20,14 +20,8 @@ grad_filters_gathered(Arguments<T> a, PartialSums<T> partials) {
   const Geometry& g = a.geometry;
   DDF_SHARED(float, shared);
   const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
-  // At most INT32_MAX; divisions of 64 bits are slow.
-  unsigned block = block_index();
-  const int tile = block % partials.tiles;
-  block /= partials.tiles;
-  const int channel_block = block % partials.channel_blocks;
-  block /= partials.channel_blocks;
-  const unsigned groups = g.groups;
-  const int64_t group = block % groups, batch = block / groups;
+  const auto [tile, channel_block, group, batch] =
+      place_of_block(partials.tiles, partials.channel_blocks, g);
   const int rows = g.out_height, columns = g.out_width;
   const int row_stride = a.features.row_stride, column_stride = a.features.column_stride;
 

@@ -141,9 +141,11 @@ def _ddf_padded(
     if padding != "valid":
         features = F.pad(features, (reach,) * 4, mode=padding)
     tensors = _for_batch(*library.autocast_inputs(features, channel_filter, spatial_filter))
+    features, channel_filter, spatial_filter = tensors
     options = kernel_size, dilation, stride, kernel_combine
-    geometry = check_ddf(*tensors, kernel_size, dilation, stride, kernel_combine, is_valid=True)
+    geometry = check_ddf(features, channel_filter, spatial_filter, *options, is_valid=True)
     if not library.serves(features):
+        library.warn_about_reference(features.device.type)
         return ddf_formula(*tensors, geometry)
     # Exporters know only ddf.
     if features.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import Any
 
@@ -40,31 +41,20 @@ def ddf_reference(
     dilation: int = 1,
     stride: int = 1,
     kernel_combine: str = "mul",
+    is_valid: bool = False,
 ) -> Tensor:
     """DDF by its formula, tap by tap, in differentiable PyTorch operations.
 
-    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf`. It runs on every device,
-    supports derivatives of any order and ignores autocast.
+    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf`, with ``is_valid`` for padding
+    ``'valid'``. It runs on every device, supports derivatives of any order and ignores autocast.
     """
-    geometry = check_ddf(
-        features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine
-    )
+    options = kernel_size, dilation, stride, kernel_combine
+    geometry = check_ddf(features, channel_filter, spatial_filter, *options, is_valid)
     return ddf_formula(features, channel_filter, spatial_filter, geometry)
 
 
-def ddf_valid_reference(
-    features: Tensor,
-    channel_filter: Tensor | None,
-    spatial_filter: Tensor | None,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    stride: int = 1,
-    kernel_combine: str = "mul",
-) -> Tensor:
-    """:func:`ddf_reference` without padding."""
-    tensors = features, channel_filter, spatial_filter
-    geometry = check_ddf(*tensors, kernel_size, dilation, stride, kernel_combine, is_valid=True)
-    return ddf_formula(*tensors, geometry)
+# ddf with padding 'valid'.
+ddf_valid_reference = functools.partial(ddf_reference, is_valid=True)
 
 
 def ddf_formula(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -282,52 +283,35 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
         arguments = [*given[:4], *ctx.scales, given[4], ctx.relu, *options]
         return ddf_pack_reference(*arguments)
 
-    flat = raw_channel.flatten(1)
-    need_features, need_channel, need_spatial, need_std, _ = needed
-    needs_of_ddf = need_features, need_channel or need_std, need_spatial
-    # Filters and gradients have the dtypes and memory formats of the raw filters.
-    calls: list[tuple[Any, ...]] = [
-        ("filter_norm", flat, channels, std, None, channel_scale, eps),
-        ("filter_norm", raw_spatial, groups, None, None, spatial_scale, eps),
-        ("ddf_backward", grad, features, raw_channel, raw_spatial, *options, *needs_of_ddf),
-    ]
-    if need_channel or need_std:
-        norm = flat, flat, channels, std, channel_scale, eps, need_channel, need_std, False
-        calls.append(("filter_norm_backward", *norm))
-    if need_spatial:
-        norm = raw_spatial, raw_spatial, groups, None, spatial_scale, eps, True, False, False
-        calls.append(("filter_norm_backward", *norm))
-
-    if (
-        _uses_op(grad)
-        and bias is None
-        and not ctx.relu
-        and all(self_check.passes(*call) for call in calls)
-    ):
-        ops = torch.ops.ddf_mm
-        channel = ops.filter_norm(flat, channels, std, None, channel_scale, eps)
-        spatial = ops.filter_norm(raw_spatial, groups, None, None, spatial_scale, eps)
-        grad_features, grad_channel, grad_spatial = ops.ddf_backward(
-            grad,
-            features,
-            channel.view(raw_channel.shape),
-            spatial,
-            *options,
-            *needs_of_ddf,
+    def by_ops() -> list[Tensor | None]:
+        run, flat = self_check.run, raw_channel.flatten(1)
+        need_features, need_channel, need_spatial, need_std, _ = needed
+        channel = run("filter_norm", flat, channels, std, None, channel_scale, eps)
+        spatial = run("filter_norm", raw_spatial, groups, None, None, spatial_scale, eps)
+        filters = channel.view(raw_channel.shape), spatial
+        needs_of_ddf = need_features, need_channel or need_std, need_spatial
+        grad_features, grad_channel, grad_spatial = run(
+            "ddf_backward", grad, features, *filters, *options, *needs_of_ddf
         )
         grads = [grad_features, None, None, None, None]
         if need_channel or need_std:
-            grad_flat, grads[3], _ = ops.filter_norm_backward(
-                grad_channel.flatten(1), flat, channels, std, channel_scale, eps,
-                need_channel, need_std, False,
+            grad_flat, grads[3], _ = run(
+                "filter_norm_backward", grad_channel.flatten(1), flat, channels, std,
+                channel_scale, eps, need_channel, need_std, False,
             )  # fmt: skip
             grads[1] = grad_flat.view(raw_channel.shape) if need_channel else None
         if need_spatial:
-            grads[2], _, _ = ops.filter_norm_backward(
-                grad_spatial, raw_spatial, groups, None, spatial_scale, eps, True, False, False
-            )
-        grads = _only_needed(grads, needed)
-    else:
+            grads[2], _, _ = run(
+                "filter_norm_backward", grad_spatial, raw_spatial, groups, None,
+                spatial_scale, eps, True, False, False,
+            )  # fmt: skip
+        return _only_needed(grads, needed)
+
+    grads = None
+    if _uses_op(grad) and bias is None and not ctx.relu:
+        with contextlib.suppress(self_check.Failed):
+            grads = by_ops()
+    if grads is None:
         grads = _gradients(formula, ctx.saved_tensors, needed, grad)
     return *grads[:4], None, None, None, grads[4], None, *[None] * len(options)
 

@@ -206,8 +206,9 @@ def passes(op: str, *arguments: Any) -> bool:
     ):
         return True
     case = _small_case(op, *arguments)
+    small_call = device.index, op, case
     try:
-        if (device.index, op, case) not in _passed:
+        if small_call not in _passed:
             _check(op, device, case)
     except torch.OutOfMemoryError:
         raise
@@ -221,8 +222,24 @@ def passes(op: str, *arguments: Any) -> bool:
     if len(_calls) >= MOST_CALLS:
         _calls.clear()
     _calls.add(call)
-    _passed.add((device.index, op, case))
+    _passed.add(small_call)
     return True
+
+
+class Failed(Exception):
+    """An op did not pass its check."""
+
+
+def run(op: str, *arguments: Any) -> Any:
+    """The result of an op that :func:`passes`.
+
+    Raises:
+        Failed: it does not.
+        torch.OutOfMemoryError: the device has no memory for the small case.
+    """
+    if not passes(op, *arguments):
+        raise Failed(op)
+    return getattr(torch.ops.ddf_mm, op)(*arguments)
 
 
 def failures(index: int) -> str:

@@ -1201,7 +1201,7 @@ GATHER_FAULTS = {
         "sync_threads();",
         "",
         f"{ORDER}|shared",
-        "\n    if (!active) continue;\n\n    const T* const planes",
+        "\n    if (!active) continue;\n\n    float spatial[9];",
     ),
     "taps read before they are written, channels_last": Fault(
         "gather_3x3.cuh",
