@@ -249,7 +249,7 @@ def plan_ops() -> tuple[list[Extension], str]:
         link = [f"-fsanitize={sanitize}"]
         # Saves most of the compile time: -O1, and without two checks that AddressSanitizer covers.
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-        cxx += [*link, "-fno-sanitize=null,object-size"]
+        cxx += [*link, "-fno-sanitize=null,object-size", "-DDDF_SANITIZED"]
     libraries = [
         CppExtension(
             "ddf_mm._C",

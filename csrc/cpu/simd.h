@@ -181,7 +181,14 @@ DDF_INLINE auto first_lanes(int64_t count) {
   return index < splat<A, N>(static_cast<A>(count));
 }
 
-#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+// Masked loads and stores access the first lanes alone. AddressSanitizer does not see them.
+#if defined(__x86_64__) && !defined(DDF_SANITIZED)
+#define DDF_MASK_BYTES DDF_VECTOR_BYTES
+#else
+#define DDF_MASK_BYTES 0
+#endif
+
+#if DDF_MASK_BYTES == 64
 // The first count bits.
 DDF_INLINE uint32_t first_bits(int64_t count) { return (uint32_t{1} << count) - 1; }
 #endif
@@ -203,7 +210,7 @@ DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
 // The first count < N elements; the other lanes are zero. Memory after them is not accessed.
 template <int N, class T>
 DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
-#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+#if DDF_MASK_BYTES == 64
   if constexpr (std::is_same_v<T, float> && N == 16)
     return bit_cast<Vector<float, N>>(
         _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(count)), from));
@@ -216,7 +223,7 @@ DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
     std::memcpy(values, &bits, sizeof(bits));
     return load<N>(values);
   }
-#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
+#elif DDF_MASK_BYTES == 32
   if constexpr (std::is_same_v<T, float> && N == 8)
     return bit_cast<Vector<float, N>>(
         _mm256_maskload_ps(from, bit_cast<__m256i>(first_lanes<float, N>(count))));
@@ -231,14 +238,14 @@ DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
 
 template <int N, class T>
 DDF_INLINE void store_some(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
-#if DDF_VECTOR_BYTES == 64 && defined(__x86_64__)
+#if DDF_MASK_BYTES == 64
   if constexpr (std::is_same_v<T, float> && N == 16)
     return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_bits(count)),
                                  bit_cast<__m512>(v));
   else if constexpr (std::is_same_v<T, double> && N == 8)
     return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_bits(count)),
                                  bit_cast<__m512d>(v));
-#elif DDF_VECTOR_BYTES == 32 && defined(__x86_64__)
+#elif DDF_MASK_BYTES == 32
   if constexpr (std::is_same_v<T, float> && N == 8)
     return _mm256_maskstore_ps(to, bit_cast<__m256i>(first_lanes<float, N>(count)),
                                bit_cast<__m256>(v));
