@@ -372,6 +372,7 @@ print(message(lambda: op.ddf(sums, c[:, :1], None, 3, 1 << 15, 1, "mul")))
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory():
     command = [sys.executable, "-c", OUT_OF_MEMORY]
     result = subprocess.run(command, text=True, capture_output=True, check=False)
