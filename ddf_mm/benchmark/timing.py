@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Calls are repeated within a measurement until it takes at least this many seconds.
@@ -117,7 +118,7 @@ def resident(field: str) -> int:
 def peak_extra_bytes(call: Call, device: str) -> int:
     """Peak memory of ``call`` in bytes, without the memory of its results.
 
-    Results that are not a tuple of tensors are included.
+    Results other than tensors in nested tuples, lists and dictionaries are included.
 
     Raises:
         OSError: /proc lacks the peak memory.
@@ -130,8 +131,8 @@ def peak_extra_bytes(call: Call, device: str) -> int:
         before = resident("VmRSS")
     results = call()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
-    tensors = results if isinstance(results, tuple) else ()
-    return max(peak - before - sum(t.numel() * t.element_size() for t in tensors), 0)
+    returned = sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
+    return max(peak - before - returned, 0)
 
 
 def put_all(function: Callable[..., Iterable], args: tuple, queue: multiprocessing.Queue) -> None:
