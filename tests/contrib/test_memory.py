@@ -15,13 +15,14 @@ pytestmark = pytest.mark.skipif(
     reason="for glibc without a CUDA device",
 )
 
-# Page faults of 5 blocks of 40 MB, of which each page is written, once the heap has grown.
+# Page faults of 5 blocks of 40 MB, of which each page is written, after as many as the heap grows
+# by at once, 512 MB: each may be the first to use its pages.
 FAULTS = """
 import resource
 import torch
 from ddf_mm.contrib.memory import keep_memory
 print(keep_memory())
-for _ in range(6):
+for _ in range(20):
     torch.ones(10**7)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):

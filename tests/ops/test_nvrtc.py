@@ -49,6 +49,10 @@ KERNELS = [
 needs_nvrtc = pytest.mark.skipif(
     torch.version.cuda is None or not nvrtc.is_installed(), reason="no NVRTC or no cuda-bindings"
 )
+needs_new_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < library.MIN_TORCH,
+    reason="a torch too old for compiled ops",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +305,7 @@ def without_driver(host, monkeypatch):
     monkeypatch.setattr(library, "_check_against_formula", check)
 
 
+@needs_new_torch
 def test_without_a_driver_the_formula_serves_with_one_warning(without_driver):
     """The answer for a device where anything is missing."""
     info = library.backend_info()
@@ -315,6 +320,7 @@ def test_without_a_driver_the_formula_serves_with_one_warning(without_driver):
         assert not library._runs_on(device)
 
 
+@needs_new_torch
 def test_torch_compile_asks_before_it_records_an_op(without_driver):
     """Its graph could not fall back on the formula."""
     device = torch.device("cuda", 0)
@@ -327,6 +333,7 @@ def test_torch_compile_asks_before_it_records_an_op(without_driver):
         assert function(torch.zeros(1)) == -1
 
 
+@needs_new_torch
 def test_without_cuda_bindings_the_import_says_so(tmp_path):
     """In a process where they are not found."""
     code = (

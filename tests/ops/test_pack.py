@@ -261,6 +261,7 @@ def test_graph_capture(dilation, layout):
 
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 def test_any_number_of_threads_gives_the_same_bits(layout):
+    require_compiled("cpu")
     tensors = make(3, 33, (13, 18), groups=3, layout=layout)
     threads = torch.get_num_threads()
     try:
