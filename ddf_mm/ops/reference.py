@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -198,25 +200,23 @@ def ddf_up_reference(
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
     kernel_size: int = 3,
-    scale_factor: int = 2,
+    scale_factor: int | Sequence[int] = 2,
     dilation: int = 1,
     kernel_combine: str = "mul",
+    is_valid: bool = False,
 ) -> Tensor:
     """DDF upsampling by its formula: :func:`ddf_reference` for each subpixel, and a pixel shuffle.
 
-    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf_up`; otherwise as
-    :func:`ddf_reference`.
+    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf_up`, with ``is_valid`` for
+    padding ``'valid'``; otherwise as :func:`ddf_reference`.
     """
-    geometry = check_ddf_up(
-        features,
-        channel_filter,
-        spatial_filter,
-        kernel_size,
-        scale_factor,
-        dilation,
-        kernel_combine,
-    )
+    options = kernel_size, scale_factor, dilation, kernel_combine
+    geometry = check_ddf_up(features, channel_filter, spatial_filter, *options, is_valid)
     return ddf_up_formula(features, channel_filter, spatial_filter, geometry)
+
+
+# ddf_up with padding 'valid'.
+ddf_up_valid_reference = functools.partial(ddf_up_reference, is_valid=True)
 
 
 def ddf_up_formula(
@@ -233,7 +233,15 @@ def ddf_up_formula(
             None if spatial_filter is None else spatial_filter[:, r],
             geometry,
         )
-        for r in range(geometry.scale_factor**2)
+        for r in range(math.prod(geometry.scale_factors))
     ]
-    out = F.pixel_shuffle(torch.stack(subpixels, dim=2).flatten(1, 2), geometry.scale_factor)
+    out = shuffle_pixels(torch.stack(subpixels, dim=2), *geometry.scale_factors)
     return out.contiguous(memory_format=layout_of(features))
+
+
+def shuffle_pixels(subpixels: Tensor, rows: int, columns: int) -> Tensor:
+    """``Tensor[B, C, rows*columns, H, W]`` -> ``Tensor[B, C, rows*H, columns*W]``."""
+    if rows == columns:
+        return F.pixel_shuffle(subpixels.flatten(1, 2), rows)
+    by_row = subpixels.reshape(*subpixels.shape[:2], rows, columns, *subpixels.shape[3:])
+    return by_row.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)

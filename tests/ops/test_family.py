@@ -21,12 +21,13 @@ from ddf_mm.ops import (
     ddf,
     ddf_reference,
     ddf_up,
+    ddf_up_reference,
     dynamic_upsampling,
     involution,
 )
-from ddf_mm.ops.checks import check_ddf
-from ddf_mm.ops.ddf import _ddf_with_rim
-from ddf_mm.ops.reference import ddf_valid_reference
+from ddf_mm.ops.checks import PADDINGS, check_ddf, check_ddf_up
+from ddf_mm.ops.ddf import _by_rim_of_zeros
+from ddf_mm.ops.reference import ddf_up_valid_reference, ddf_valid_reference
 
 B, H, W = 2, 6, 7
 
@@ -157,25 +158,57 @@ def test_dynamic_upsampling():
     assert_same(dynamic_upsampling(x, filters), expected, [x, filters])
 
 
+def filtered_windows(
+    x: Tensor, k: int, dilation: int, stride: int, padding: str, kinds: str, subpixels: tuple = ()
+) -> tuple[list[Tensor | None], Tensor]:
+    """Random tensors for a call, and its result ``Tensor[B, *subpixels, C, Ho, Wo]`` by the
+    definition: windows of the padded features, each with its filter."""
+    groups, channels = 2, x.shape[1]
+    mode = dict(zeros="constant").get(padding, padding)
+    padded = x if padding == "valid" else F.pad(x, (dilation * (k // 2),) * 4, mode=mode)
+    taps = windows(padded, k, 0, stride, dilation)
+    of_channel = None if kinds == "spatial" else random(B, *subpixels, channels, k, k)
+    size = B, *subpixels, groups * k * k, *taps.shape[3:]
+    of_pixel = None if kinds == "channel" else random(*size)
+    weight = 1.0
+    if of_channel is not None:
+        weight = weight * of_channel.flatten(-2)[..., None, None]
+    if of_pixel is not None:
+        by_group = of_pixel.unflatten(-3, (groups, k * k))
+        weight = weight * by_group.repeat_interleave(channels // groups, -4)
+    return [x, of_channel, of_pixel], ((taps[:, None] if subpixels else taps) * weight).sum(-3)
+
+
 @pytest.mark.parametrize("padding", ["reflect", "replicate", "valid"])
 @pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (5, 1, 2), (3, 2, 3), (3, 1, 2)])
 @pytest.mark.parametrize("kinds", ["both", "channel", "spatial"])
 def test_paddings(padding, k, dilation, stride, kinds):
-    """The definition: windows of the padded features, each with its filter."""
-    groups, reach = 2, dilation * (k // 2)
+    tensors, expected = filtered_windows(random(B, 4, 8, 9), k, dilation, stride, padding, kinds)
+    ours = ddf(*tensors, k, dilation, stride, padding=padding)
+    assert_same(ours, expected, [t for t in tensors if t is not None])
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("factors", [2, (1, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "k, dilation, kinds", [(3, 1, "both"), (5, 1, "channel"), (3, 2, "spatial"), (1, 1, "both")]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_paddings_and_factors_of_upsampling(layout, padding, factors, k, dilation, kinds):
+    rows, columns = (factors, factors) if isinstance(factors, int) else factors
     x = random(B, 4, 8, 9)
-    padded = x if padding == "valid" else F.pad(x, (reach,) * 4, mode=padding)
-    taps = windows(padded, k, 0, stride, dilation)
-    of_channel = None if kinds == "spatial" else random(B, 4, k, k)
-    of_pixel = None if kinds == "channel" else random(B, groups * k * k, *taps.shape[3:])
-    weight = 1.0
-    if of_channel is not None:
-        weight = weight * of_channel.flatten(2)[..., None, None]
-    if of_pixel is not None:
-        weight = weight * of_pixel.unflatten(1, (groups, k * k)).repeat_interleave(2, 1)
-    inputs = [t for t in (x, of_channel, of_pixel) if t is not None]
-    ours = ddf(x, of_channel, of_pixel, k, dilation, stride, padding=padding)
-    assert_same(ours, (taps * weight).sum(2), inputs)
+    tensors, by_subpixel = filtered_windows(x, k, dilation, 1, padding, kinds, (rows * columns,))
+    height, width = by_subpixel.shape[-2:]
+    expected = x.new_zeros(B, 4, rows * height, columns * width)
+    for r in range(rows * columns):
+        expected[..., r // columns :: rows, r % columns :: columns] = by_subpixel[:, r]
+    given = [x.contiguous(memory_format=layout), *tensors[1:]]
+    ours = ddf_up(*given, k, factors, dilation, padding=padding)
+    assert ours.is_contiguous(memory_format=layout)
+    if padding in ("zeros", "valid"):
+        options = k, factors, dilation, "mul", padding == "valid"
+        torch.testing.assert_close(ddf_up_reference(*given, *options), expected)
+    assert_same(ours, expected, [t for t in tensors if t is not None])
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
@@ -195,17 +228,21 @@ def test_valid_padding_copies_nothing():
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
+@pytest.mark.parametrize("upsamples", [False, True])
 @pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (5, 1, 2), (3, 2, 3), (1, 1, 2)])
-def test_valid_padding_by_a_rim_of_zeros(k, dilation, stride):
+def test_valid_padding_by_a_rim_of_zeros(k, dilation, stride, upsamples):
     """As on devices for which the op without padding is not compiled."""
-    options = k, dilation, stride, "mul"
-    x = random(B, 4, 8, 9)
-    size = [(n - dilation * (k - 1) - 1) // stride + 1 for n in (8, 9)]
-    of_channel, of_pixel = random(B, 4, k, k), random(B, 2 * k * k, *size)
-    geometry = check_ddf(x, of_channel, of_pixel, *options, is_valid=True)
-    ours = _ddf_with_rim(x, of_channel, of_pixel, geometry)
-    expected = ddf_valid_reference(x, of_channel, of_pixel, *options)
-    assert_same(ours, expected, [x, of_channel, of_pixel])
+    function, check, reference = ddf, check_ddf, ddf_valid_reference
+    options, subpixels = (k, dilation, stride, "mul"), ()
+    if upsamples:
+        function, check, reference = ddf_up, check_ddf_up, ddf_up_valid_reference
+        options, subpixels, stride = (k, stride, dilation, "mul"), (stride**2,), 1
+    tensors, _ = filtered_windows(
+        random(B, 4, 8, 9), k, dilation, stride, "valid", "both", subpixels
+    )
+    geometry = check(*tensors, *options, is_valid=True)
+    ours = _by_rim_of_zeros(function, *tensors, options, geometry)
+    assert_same(ours, reference(*tensors, *options), tensors)
 
 
 @pytest.mark.parametrize("upsamples", [False, True])
@@ -227,8 +264,24 @@ def test_errors_name_the_argument():
         ddf(x, None, filters, padding="valid")
     with pytest.raises(ValueError, match="more than .* = 8 rows and columns .*, got 6x6"):
         ddf(x, None, filters, 9, padding="valid")
-    with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
-        ddf(x, None, torch.randn(1, 16, 6, 6), 4)
+    with pytest.raises(ValueError, match="more than .* = 6 rows and .*'reflect', got 6x6"):
+        ddf(x, None, filters, 3, 6, padding="reflect")
+    by_subpixel = filters[:, None].expand(1, 6, 9, 6, 6)
+    for padding in ("replicate", "valid"):
+        with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
+            ddf(x, None, torch.randn(1, 16, 6, 6), 4, padding=padding)
+        with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
+            ddf_up(x, None, by_subpixel, 4, (2, 3), padding=padding)
+    with pytest.raises(ValueError, match="padding must be one of 'zeros', 'reflect', .* 'same'"):
+        ddf_up(x, None, by_subpixel, 3, (2, 3), padding="same")
+    with pytest.raises(ValueError, match="the 4x4 pixels of features whose windows lie in them"):
+        ddf_up(x, None, by_subpixel, 3, (2, 3), padding="valid")
+    with pytest.raises(ValueError, match=r"sh\*sw = 8 for scale_factor \(2, 4\)"):
+        ddf_up(x, None, by_subpixel, 3, (2, 4))
+    with pytest.raises(ValueError, match=r"scale_factor must be an int or two, .* got \[2\]"):
+        ddf_up(x, None, by_subpixel, 3, [2])
+    with pytest.raises(ValueError, match=r"scale_factor\[1\] must be at least 1, got 0"):
+        ddf_up(x, None, by_subpixel, 3, (6, 0))
     with pytest.raises(ValueError, match="B = 1, the batch"):
         ddf(x, None, filters.repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match=r"masks must be .* = \[1, 25, 12, 12\]"):
@@ -272,6 +325,14 @@ CALLS = {
     "apply_kernel": (apply_kernel, [(2, 9, 5, 6), (2, 4, 5, 6)]),
     "dynamic_upsampling": (dynamic_upsampling, [(2, 4, 5, 6), (2, 9, 4, 5, 6)]),
     "reflect": (lambda x, f: ddf(x, None, f, padding="reflect"), [(2, 4, 5, 6), (2, 9, 5, 6)]),
+    "replicate, up": (
+        lambda x, f: ddf_up(x, None, f, padding="replicate"),
+        [(2, 4, 5, 6), (2, 4, 9, 5, 6)],
+    ),
+    "valid, two factors": (
+        lambda x, f: ddf_up(x, None, f, 3, (3, 1), padding="valid"),
+        [(2, 4, 5, 6), (2, 3, 18, 3, 4)],
+    ),
 }
 
 
