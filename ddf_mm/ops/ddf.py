@@ -120,15 +120,12 @@ def _prepared(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The tensors cast by autocast, with filters of batch 1 expanded to the batch of the features.
 
-    Features are padded unless with zeros, which ops and formulas do by themselves: all other
+    Features are padded, but not with zeros, which ops and formulas do by themselves: all other
     paddings are ``'valid'`` from here on. The other checks come later.
     """
     if padding not in PADDINGS:
         names = ", ".join(map(repr, PADDINGS))
         raise ValueError(f"padding must be one of {names}, got {padding!r}")
-    features, channel_filter, spatial_filter = library.autocast_inputs(
-        features, channel_filter, spatial_filter
-    )
     if padding in ("reflect", "replicate"):
         check_features(features)
         reach = check_int("dilation", dilation, 1) * (check_kernel_size(kernel_size) // 2)
@@ -138,7 +135,11 @@ def _prepared(
                 f"features must have more than dilation * (kernel_size // 2) = {reach} rows and "
                 f"columns for padding 'reflect', got {height}x{width}"
             )
+        # Before the cast, because autocast pads in float32.
         features = F.pad(features, (reach,) * 4, mode=padding)
+    features, channel_filter, spatial_filter = library.autocast_inputs(
+        features, channel_filter, spatial_filter
+    )
     if not _is_usual(features) or shape_of(features)[0] == 1:
         return features, channel_filter, spatial_filter
     return features, _expand(channel_filter, features), _expand(spatial_filter, features)
