@@ -165,6 +165,7 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
 
 
+@untraced
 def check_features(features: Tensor, name: str = "features") -> None:
     """Raises unless ``features`` is a floating-point ``Tensor[B, C, H, W]``, C, H, W > 0."""
     check_tensor(name, features)
@@ -235,9 +236,11 @@ def check_ddf(
             f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {ceil_h}x{ceil_w} pixels "
             f"without padding, got shape {list(spatial_filter.shape)}"
         )
-    # The official op requires the floor, which omits the last window of an odd size.
-    if not is_valid and (
-        out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride)
+    # The official op requires the floor, which omits the last window of an odd size. torch.compile
+    # evaluates `in` wrongly for a number and symbolic sizes.
+    if not is_valid and not (
+        (out_h == ceil_h or out_h == height // stride)
+        and (out_w == ceil_w or out_w == width // stride)
     ):
         raise ValueError(
             f"spatial_filter must be {ceil_h}x{ceil_w} pixels, features' {height}x{width} over "
@@ -312,20 +315,15 @@ def _check_filters(
             "channel_filter and spatial_filter are both None; at least one must be given"
         )
     # The filters of ddf_up have a dimension of subpixels after the batch.
-    subpixels: tuple[int, ...] = ()
-    axis = scaled = ""
-    if scale_factors is not None:
-        rows, columns = scale_factors
-        subpixels = (rows * columns,)
-        name, factor = ("s*s", rows) if rows == columns else ("sh*sw", scale_factors)
-        axis, scaled = f"{name}, ", f", {name} = {subpixels[0]} for scale_factor {factor}"
+    subpixels = () if scale_factors is None else (scale_factors[0] * scale_factors[1],)
+    axis = "" if scale_factors is None else f"{_subpixels(scale_factors)}, "
     if channel_filter is not None:
         check_tensor("channel_filter", channel_filter, like=features)
         expected = (batch, *subpixels, channels, kernel_size, kernel_size)
         if tuple(channel_filter.shape) != expected:
             raise ValueError(
                 f"channel_filter must be a Tensor[B, {axis}C, k, k] = {list(expected)} to match "
-                f"features {list(features.shape)}{scaled} and kernel_size "
+                f"features {list(features.shape)}{_scaled(scale_factors)} and kernel_size "
                 f"{kernel_size}, got {list(channel_filter.shape)}"
             )
     if spatial_filter is None:
@@ -337,6 +335,18 @@ def _check_filters(
         size = "H, W" if subpixels else "Ho, Wo"
         raise ValueError(
             f"spatial_filter must be a Tensor[B, {axis}groups*k*k, {size}] with B = {batch}, the "
-            f"batch of features{scaled}, got shape {list(spatial_filter.shape)}"
+            f"batch of features{_scaled(scale_factors)}, got shape {list(spatial_filter.shape)}"
         )
     return check_groups(shape[at], kernel_size, channels, "spatial_filter")
+
+
+def _subpixels(scale_factors: tuple[int, int]) -> str:
+    return "s*s" if scale_factors[0] == scale_factors[1] else "sh*sw"
+
+
+def _scaled(scale_factors: tuple[int, int] | None) -> str:
+    if scale_factors is None:
+        return ""
+    rows, columns = scale_factors
+    factor = rows if rows == columns else scale_factors
+    return f", {_subpixels(scale_factors)} = {rows * columns} for scale_factor {factor}"
