@@ -6,9 +6,13 @@ gradients in float64.
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from ddf_cases import channels_last, contiguous, transposed, value_and_gradients
 from torch import Tensor
 
 from ddf_mm.ops import (
@@ -25,7 +29,7 @@ from ddf_mm.ops import (
     dynamic_upsampling,
     involution,
 )
-from ddf_mm.ops.checks import PADDINGS, check_ddf, check_ddf_up
+from ddf_mm.ops.checks import DTYPES, PADDINGS, check_ddf, check_ddf_up
 from ddf_mm.ops.ddf import _by_rim_of_zeros
 from ddf_mm.ops.reference import ddf_up_valid_reference, ddf_valid_reference
 
@@ -336,16 +340,87 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", list(CALLS))
-def test_autocast_compile_and_trace(name):
-    call, sizes = CALLS[name]
-    inputs = [torch.rand(size) for size in sizes]
+EVERY_CALL = pytest.mark.parametrize("name", list(CALLS))
+
+
+def inputs_of(name: str) -> list[Tensor]:
+    # Positive, so that sums are not near 0.
+    return [torch.rand(size, dtype=torch.float64) + 0.1 for size in CALLS[name][1]]
+
+
+def last(x: Tensor) -> Tensor:
+    return channels_last(x) if x.dim() == 4 else x
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x + torch.nan], -1)[..., 0]
+
+
+@EVERY_CALL
+def test_dtypes_and_layouts(name):
+    call, exact = CALLS[name][0], inputs_of(name)
+    grad = torch.rand_like(call(*exact))
+    every = (True,) * len(exact)
+    want = value_and_gradients(call, exact, grad, (), every)
+    for dtype, layout in itertools.product(DTYPES, (contiguous, last, strided, transposed)):
+        inputs = [layout(x.to(dtype)) for x in exact]
+        got = value_and_gradients(call, inputs, layout(grad.to(dtype)), (), every)
+        # Largest error in 20 runs: 5.8 times the epsilon, of the gradient of cspn's affinities.
+        allowed = 8 * torch.finfo(dtype).eps
+        for ours, value in zip(got, want, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(
+                ours.double(), value, rtol=allowed, atol=allowed * value.abs().max().item()
+            )
+    for needed in itertools.product((True, False), repeat=len(exact)):
+        some = value_and_gradients(call, exact, grad, (), needed)
+        for ours, value, need in zip(some, want, (True, *needed), strict=True):
+            assert (ours is None) != need
+            if need:
+                torch.testing.assert_close(ours, value)
+    nothing = value_and_gradients(call, [x[:0] for x in exact], grad[:0], (), every)
+    assert [t.shape for t in nothing] == [t[:0].shape for t in want]
+
+
+@EVERY_CALL
+def test_autocast(name):
+    call, inputs = CALLS[name][0], [x.float() for x in inputs_of(name)]
     expected = call(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         out = call(inputs[0], inputs[1].bfloat16())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), expected)
-    mapped = torch.func.vmap(call)(*(x[None].expand(3, *x.shape) for x in inputs))
-    torch.testing.assert_close(mapped[2], expected)
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_in_one_graph(name, dynamic):
+    torch._dynamo.reset()
+    call, inputs = CALLS[name][0], inputs_of(name)
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
+
+
+@EVERY_CALL
+def test_transforms_exports_and_traces(name):
+    call, inputs = CALLS[name][0], inputs_of(name)
+    several = [torch.stack([x, x / 2, 3 * x]) for x in inputs]
+    mapped = torch.func.vmap(call)(*several)
+    torch.testing.assert_close(mapped[2], call(*(x[2] for x in several)))
+    gradients = torch.func.grad(lambda *tensors: call(*tensors).sin().sum(), (0, 1))(*inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.testing.assert_close(gradients, torch.autograd.grad(call(*leaves).sin().sum(), leaves))
+
+    class Module(torch.nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return call(first, second)
+
+    other = [torch.cat([x, 2 * x]) for x in inputs]
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Module(), tuple(inputs), dynamic_shapes=[{0: batch}] * 2)
+    torch.testing.assert_close(program.module()(*other), call(*other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        graph = torch.jit.trace(Module(), tuple(inputs))
+    assert "ddf_mm::" not in str(graph.inlined_graph)
+    torch.testing.assert_close(graph(*other), call(*other))
