@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from ddf_mm.ops.checks import (
     check_kernel_size,
     shape_of,
 )
-from ddf_mm.ops.reference import ddf_formula, ddf_up_formula, layout_of, shuffle_pixels
+from ddf_mm.ops.reference import by_subpixel, ddf_formula, ddf_up_formula
 
 
 @library.with_formula
@@ -209,8 +210,8 @@ def ddf_up(
         spatial_filter: ``Tensor[B, s*s, g*k*k, H, W]``, or ``None``.
         kernel_size: k, odd.
         scale_factor: s, the factor of upsampling; or two, of the height and the width, of which
-            s*s above is the product and r = sw*p + q. With two that differ the subpixels are filter
-            groups of one call of :func:`ddf`, for which the features are copied sh*sw times.
+            s*s above is the product and r = sw*p + q. With two that differ each subpixel is a call
+            of :func:`ddf`, before a pixel shuffle.
         dilation: distance in pixels between neighbouring taps.
         kernel_combine: ``'mul'`` or ``'add'``.
         padding: as for :func:`ddf`; with ``'valid'`` H and W of the spatial filters and the result
@@ -238,7 +239,14 @@ def ddf_up(
     if library.serves(features):
         factor, of_width = geometry.scale_factors
         if factor != of_width:
-            return _ddf_up_by_groups(*tensors, geometry)
+            subpixel = functools.partial(
+                ddf,
+                kernel_size=kernel_size,
+                dilation=dilation,
+                kernel_combine=kernel_combine,
+                padding="valid" if geometry.is_valid else "zeros",
+            )
+            return by_subpixel(subpixel, *tensors, geometry)
         options = kernel_size, factor, dilation, kernel_combine
         call = *tensors, *options
         if geometry.is_valid:
@@ -249,24 +257,3 @@ def ddf_up(
             return torch.ops.ddf_mm.ddf_up(*call)
     library.warn_about_reference(features.device.type)
     return ddf_up_formula(*tensors, geometry)
-
-
-def _ddf_up_by_groups(
-    features: Tensor,
-    channel_filter: Tensor | None,
-    spatial_filter: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    """:func:`ddf_up` by one call of :func:`ddf`, in which each subpixel has a copy of the features
-    and filter groups of its own. For two scale factors, which the op lacks."""
-    rows, columns = geometry.scale_factors
-    out = ddf(
-        torch.cat([features] * (rows * columns), dim=1),
-        None if channel_filter is None else channel_filter.flatten(1, 2),
-        None if spatial_filter is None else spatial_filter.flatten(1, 2),
-        *geometry[:4],
-        padding="valid" if geometry.is_valid else "zeros",
-    )
-    subpixels = out.unflatten(1, (rows * columns, features.shape[1])).transpose(1, 2)
-    upsampled = shuffle_pixels(subpixels, rows, columns)
-    return upsampled.contiguous(memory_format=layout_of(features))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -226,17 +226,33 @@ def ddf_up_formula(
     geometry: Geometry,
 ) -> Tensor:
     """:func:`ddf_up_reference` for validated arguments of the given geometry."""
+    tensors = features, channel_filter, spatial_filter
+    return by_subpixel(functools.partial(ddf_formula, geometry=geometry), *tensors, geometry)
+
+
+def by_subpixel(
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """DDF upsampling by a function that computes DDF, of each subpixel, and a pixel shuffle."""
     subpixels = [
-        ddf_formula(
+        function(
             features,
             None if channel_filter is None else channel_filter[:, r],
             None if spatial_filter is None else spatial_filter[:, r],
-            geometry,
         )
         for r in range(math.prod(geometry.scale_factors))
     ]
-    out = shuffle_pixels(torch.stack(subpixels, dim=2), *geometry.scale_factors)
-    return out.contiguous(memory_format=layout_of(features))
+    rows, columns = geometry.scale_factors
+    if layout_of(features) is not torch.channels_last:
+        return shuffle_pixels(torch.stack(subpixels, dim=2), rows, columns)
+    # The same with the channels last, which stay adjacent.
+    by_pixel = torch.stack([subpixel.permute(0, 2, 3, 1) for subpixel in subpixels], dim=3)
+    by_row = by_pixel.reshape(*by_pixel.shape[:3], rows, columns, by_pixel.shape[4]).transpose(2, 3)
+    return by_row.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def shuffle_pixels(subpixels: Tensor, rows: int, columns: int) -> Tensor:
