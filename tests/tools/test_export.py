@@ -116,7 +116,6 @@ class EveryKind(torch.nn.Module):
             ddf(x.half(), per_channel[..., :3, :3].half(), per_pixel.half(), **plain),
             ddf(x, None, per_pixel, padding="reflect"),
             ddf_up(x, None, torch.stack([per_pixel] * 4, 1), padding="replicate"),
-            ddf_up(x, per_channel[:, None, :, :3, :3], per_pixel[:, None], 3, 1, padding="reflect"),
             ddf_up(x, None, torch.stack([per_pixel, -per_pixel], 1), 3, (1, 2)),
             filter_norm(per_pixel[:, :9].double(), 1, "spatial", 0.5),
             filter_norm(per_pixel[:, :9] * 0, 1, "spatial", 1.0, 2.0),
