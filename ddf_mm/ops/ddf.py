@@ -181,9 +181,10 @@ def _by_rim_of_zeros(
         after = rows - geometry.height, columns - geometry.width
         spatial_filter = F.pad(spatial_filter, (first, after[1], first, after[0]))
     out = function(features, channel_filter, spatial_filter, *options)
-    height, width = geometry.output_size
-    top, left = (factor * first for factor in geometry.scale_factors)
-    return out[:, :, top : top + height, left : left + width]
+    # Not output_size: torch.compile of torch 2.10 knows no properties of named tuples.
+    rows, columns = geometry.scale_factors
+    bottom, right = first + geometry.height, first + geometry.width
+    return out[:, :, rows * first : rows * bottom, columns * first : columns * right]
 
 
 @library.with_formula

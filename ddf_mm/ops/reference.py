@@ -257,7 +257,8 @@ def by_subpixel(
 
 def shuffle_pixels(subpixels: Tensor, rows: int, columns: int) -> Tensor:
     """``Tensor[B, C, rows*columns, H, W]`` -> ``Tensor[B, C, rows*H, columns*W]``."""
-    if rows == columns:
+    # PyTorch has no gradient of the pixel shuffle of an empty batch.
+    if rows == columns and shape_of(subpixels)[0]:
         return F.pixel_shuffle(subpixels.flatten(1, 2), rows)
     by_row = subpixels.reshape(*subpixels.shape[:2], rows, columns, *subpixels.shape[3:])
     return by_row.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
