@@ -7,8 +7,6 @@ cast as those of ddf; call with it disabled where flows or depths need float32.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -266,7 +264,10 @@ def dynamic_upsampling(x: Tensor, filters: Tensor) -> Tensor:
 
 def _root(number: int) -> int:
     """The square root, rounded up; of a symbolic size of torch.compile as a number, too."""
-    return next(root for root in itertools.count() if root * root >= number)
+    root = 0
+    while root * root < number:
+        root += 1
+    return root
 
 
 def _is_fused(features: Tensor, logits: Tensor) -> bool:
