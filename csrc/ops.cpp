@@ -37,12 +37,21 @@ STABLE_TORCH_LIBRARY(ddf_mm, m) {
   m.def(
       "ddf_up(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
       "int kernel_size, int scale_factor, int dilation, str kernel_combine) -> Tensor");
-  // ddf_up of the softmax of logits over the taps, with a channel filter of ones. For the CPU, and
-  // forward only.
-  m.def("ddf_softmax(Tensor features, Tensor logits, int kernel_size, int scale_factor) -> Tensor");
   m.def(
       "ddf_up_backward(Tensor grad, Tensor features, Tensor? channel_filter, "
       "Tensor? spatial_filter, int kernel_size, int scale_factor, int dilation, str "
       "kernel_combine, "
       "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
+  // ddf_up and its gradients without padding. For the CPU.
+  m.def(
+      "ddf_up_valid(Tensor features, Tensor? channel_filter, Tensor? spatial_filter, "
+      "int kernel_size, int scale_factor, int dilation, str kernel_combine) -> Tensor");
+  m.def(
+      "ddf_up_valid_backward(Tensor grad, Tensor features, Tensor? channel_filter, "
+      "Tensor? spatial_filter, int kernel_size, int scale_factor, int dilation, str "
+      "kernel_combine, "
+      "bool need_features, bool need_channel, bool need_spatial) -> (Tensor, Tensor, Tensor)");
+  // ddf_up of the softmax of logits over the taps, with a channel filter of ones. For the CPU, and
+  // forward only.
+  m.def("ddf_softmax(Tensor features, Tensor logits, int kernel_size, int scale_factor) -> Tensor");
 }

@@ -495,10 +495,14 @@ template <class T, class Combine>
 void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   const Geometry& g = b.geometry;
   // Windows of grad, which start `halo` before the first subpixel of a pixel.
-  const int64_t halo = g.scale * g.padding() + g.scale - 1;
+  const int64_t after = (g.kernel - 1) * g.dilation - g.padding();
+  const int64_t halo = g.scale * std::max(g.padding(), after) + g.scale - 1;
   Geometry padded_geometry = g;
-  padded_geometry.height = g.scale * g.height;
-  padded_geometry.width = g.scale * g.width;
+  padded_geometry.is_valid = false;
+  padded_geometry.height = g.scale * g.out_height;
+  padded_geometry.width = g.scale * g.out_width;
+  padded_geometry.out_height = g.height;
+  padded_geometry.out_width = g.width;
   padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = 1;
   padded_geometry.stride = g.scale;

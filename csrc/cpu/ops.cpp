@@ -198,12 +198,13 @@ Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
                     features, channel_filter, spatial_filter, combine_of(kernel_combine));
 }
 
+template <bool kIsValid>
 Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
               const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
               int64_t dilation, const std::string& kernel_combine) {
-  return forward_of(
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      features, channel_filter, spatial_filter, combine_of(kernel_combine));
+  return forward_of(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1,
+                                scale_factor, kIsValid),
+                    features, channel_filter, spatial_filter, combine_of(kernel_combine));
 }
 
 Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor& raw_spatial,
@@ -237,15 +238,16 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
                      need_features, need_channel, need_spatial);
 }
 
+template <bool kIsValid>
 std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
     const Tensor& grad, const Tensor& features, const OptionalTensor& channel_filter,
     const OptionalTensor& spatial_filter, int64_t kernel_size, int64_t scale_factor,
     int64_t dilation, const std::string& kernel_combine, bool need_features, bool need_channel,
     bool need_spatial) {
-  return backward_of(
-      geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1, scale_factor),
-      grad, features, channel_filter, spatial_filter, combine_of(kernel_combine), need_features,
-      need_channel, need_spatial);
+  return backward_of(geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, 1,
+                                 scale_factor, kIsValid),
+                     grad, features, channel_filter, spatial_filter, combine_of(kernel_combine),
+                     need_features, need_channel, need_spatial);
 }
 
 }  // namespace
@@ -260,6 +262,8 @@ STABLE_TORCH_LIBRARY_IMPL(ddf_mm, CPU, m) {
   m.impl("filter_norm_backward", TORCH_BOX(&ddf::cpu::filter_norm_backward));
   m.impl("ddf_pack", TORCH_BOX(&ddf::cpu::ddf_pack));
   m.impl("ddf_softmax", TORCH_BOX(&ddf::cpu::ddf_softmax));
-  m.impl("ddf_up", TORCH_BOX(&ddf::cpu::ddf_up));
-  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::ddf_up_backward));
+  m.impl("ddf_up", TORCH_BOX(&ddf::cpu::ddf_up<false>));
+  m.impl("ddf_up_backward", TORCH_BOX(&ddf::cpu::ddf_up_backward<false>));
+  m.impl("ddf_up_valid", TORCH_BOX(&ddf::cpu::ddf_up<true>));
+  m.impl("ddf_up_valid_backward", TORCH_BOX(&ddf::cpu::ddf_up_backward<true>));
 }

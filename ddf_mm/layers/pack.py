@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModule
@@ -21,6 +22,7 @@ from ddf_mm.ops.checks import (
     check_int,
     check_kernel_size,
     check_number,
+    check_scale_factors,
     check_tensor,
     shape_of,
 )
@@ -342,10 +344,10 @@ def _stack_filters(branches: nn.ModuleList, inputs: list[Tensor]) -> Tensor:
 # torch.fx records it as one call, since it depends on sizes.
 @torch.fx.wrap
 def _guides(
-    x: Tensor, joint_x: Tensor | None, scale_factor: int, joint_channels: int
+    x: Tensor, joint_x: Tensor | None, scale_factors: tuple[int, int], joint_channels: int
 ) -> list[Tensor]:
     """The input of each spatial branch of a DDFUpPack."""
-    s = scale_factor
+    rows, columns = scale_factors
     if joint_x is None:
         channels = shape_of(x)[1]
         if joint_channels != channels:
@@ -357,11 +359,11 @@ def _guides(
     batch, _, height, width = shape_of(x)
     given = shape_of(joint_x)
     own = (batch, joint_channels, height, width)
-    upsampled = (batch, joint_channels, s * height, s * width)
+    upsampled = (batch, joint_channels, rows * height, columns * width)
     if given == own:
-        return [joint_x] * s**2
+        return [joint_x] * (rows * columns)
     if given == upsampled:
-        return [joint_x[:, :, p::s, q::s] for p in range(s) for q in range(s)]
+        return [joint_x[:, :, p::rows, q::columns] for p in range(rows) for q in range(columns)]
     raise ValueError(
         f"joint_x must be a Tensor[B, joint_channels, H, W] = {list(own)} or, of the "
         f"upsampled size, {list(upsampled)}, got shape {list(given)}"
@@ -370,7 +372,7 @@ def _guides(
 
 @MODELS.register_module("DDFUp")
 class DDFUpPack(BaseModule):
-    """DDF upsampling: one pair of filter branches for each of the scale_factor**2 subpixels.
+    """DDF upsampling: one pair of filter branches for each of the s*s subpixels.
 
     Registered as the upsample layer ``DDFUp`` (``build_upsample_layer(dict(type='DDFUp', …))``).
     Arguments and parameter names are those of the official layer (theFoxofSky/ddfnet,
@@ -380,7 +382,7 @@ class DDFUpPack(BaseModule):
     Args:
         in_channels: channels C of the input and output.
         kernel_size: k, odd, at least 3.
-        scale_factor: upsampling factor s.
+        scale_factor: upsampling factor s; or two, of the height and the width.
         dilation: distance between neighbouring taps.
         head: filter groups. Divides C.
         se_ratio: width of the channel branches' bottleneck over C.
@@ -407,7 +409,7 @@ class DDFUpPack(BaseModule):
         self,
         in_channels: int,
         kernel_size: int = 3,
-        scale_factor: int = 2,
+        scale_factor: int | Sequence[int] = 2,
         dilation: int = 1,
         head: int = 1,
         se_ratio: float = 0.2,
@@ -421,12 +423,12 @@ class DDFUpPack(BaseModule):
         in_channels, kernel_size, dilation, head = _check_pack_arguments(
             in_channels, kernel_size, dilation, head, se_ratio, kernel_combine
         )
-        scale_factor = check_int("scale_factor", scale_factor, 1)
+        rows, columns = check_scale_factors(scale_factor)
         dw_kernel_size = check_kernel_size(dw_kernel_size, "dw_kernel_size")
         joint_channels = check_int("joint_channels", joint_channels)
         self.in_channels = in_channels
         self.kernel_size = kernel_size
-        self.scale_factor = scale_factor
+        self.scale_factor = rows if rows == columns else (rows, columns)
         self.dilation = dilation
         self.head = head
         self.joint_channels = joint_channels if joint_channels >= 1 else in_channels
@@ -434,7 +436,7 @@ class DDFUpPack(BaseModule):
 
         self.spatial_branch = nn.ModuleList()
         self.channel_branch = nn.ModuleList()
-        for _ in range(scale_factor**2):
+        for _ in range(rows * columns):
             spatial = _spatial_branch(self.joint_channels, kernel_size, head, nonlinearity)
             if joint_channels < 1:
                 depthwise = nn.Conv2d(
@@ -508,7 +510,8 @@ class DDFUpPack(BaseModule):
             check_tensor("joint_x", joint_x)
             _check_placement("joint_x", joint_x, self.spatial_branch[0])
         k, count = self.kernel_size, len(self.spatial_branch)
-        guides = _guides(x, joint_x, self.scale_factor, self.joint_channels)
+        factors = check_scale_factors(self.scale_factor)
+        guides = _guides(x, joint_x, factors, self.joint_channels)
         channel_filter = _stack_filters(self.channel_branch, [x] * count)
         return (
             channel_filter.reshape(-1, count, self.in_channels, k, k),

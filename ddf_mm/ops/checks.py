@@ -30,16 +30,16 @@ class Geometry(NamedTuple):
     dilation: int
     stride: int
     kernel_combine: str
-    height: int  # of the output; for ddf_up divided by scale_factor
+    height: int  # of the output; for ddf_up divided by the scale factor
     width: int
     groups: int
     group_channels: int
-    scale_factor: int = 1
+    scale_factors: tuple[int, int] = (1, 1)  # of the height and the width
     is_valid: bool = False  # whether there is no padding
 
     @property
     def output_size(self) -> tuple[int, int]:
-        return self.scale_factor * self.height, self.scale_factor * self.width
+        return self.scale_factors[0] * self.height, self.scale_factors[1] * self.width
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -90,6 +90,20 @@ def check_kernel_size(kernel_size: int, name: str = "kernel_size", minimum: int 
             "whose first or last row and column are zeros: torch.nn.functional.pad adds them)"
         )
     return kernel_size
+
+
+def check_scale_factors(scale_factor: int | Sequence[int]) -> tuple[int, int]:
+    """The scale factors of the height and the width; raises unless ``scale_factor`` is one
+    positive integer for both, or two."""
+    if isinstance(scale_factor, str) or not isinstance(scale_factor, Sequence):
+        factor = check_int("scale_factor", scale_factor, 1)
+        return factor, factor
+    factors = check_ints("scale_factor", scale_factor, "of height and width", 1)
+    if len(factors) != 2:
+        raise ValueError(
+            f"scale_factor must be an int or two, of height and width, got {scale_factor!r}"
+        )
+    return factors[0], factors[1]
 
 
 def check_ints(name: str, values: Sequence[int], of: str, minimum: int | None = None) -> list[int]:
@@ -151,6 +165,7 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
 
 
+@untraced
 def check_features(features: Tensor, name: str = "features") -> None:
     """Raises unless ``features`` is a floating-point ``Tensor[B, C, H, W]``, C, H, W > 0."""
     check_tensor(name, features)
@@ -208,12 +223,7 @@ def check_ddf(
     options = kernel_size, dilation, stride, kernel_combine
     check_features(features)
     _, channels, height, width = features.shape
-    extent = dilation * (kernel_size - 1) if is_valid else 0
-    if is_valid and min(height, width) <= extent:
-        raise ValueError(
-            f"features must have more than dilation * (kernel_size - 1) = {extent} rows and "
-            f"columns for padding 'valid', got {height}x{width}"
-        )
+    extent = _valid_extent(features, kernel_size, dilation) if is_valid else 0
     # Written like the output size of a convolution, so that symbolic sizes compare without a guard.
     ceil_h, ceil_w = (height - extent - 1) // stride + 1, (width - extent - 1) // stride + 1
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
@@ -226,9 +236,11 @@ def check_ddf(
             f"spatial_filter must be a Tensor[B, groups*k*k, Ho, Wo] of {ceil_h}x{ceil_w} pixels "
             f"without padding, got shape {list(spatial_filter.shape)}"
         )
-    # The official op requires the floor, which omits the last window of an odd size.
-    if not is_valid and (
-        out_h not in (ceil_h, height // stride) or out_w not in (ceil_w, width // stride)
+    # The official op requires the floor, which omits the last window of an odd size. torch.compile
+    # evaluates `in` wrongly for a number and symbolic sizes.
+    if not is_valid and not (
+        (out_h == ceil_h or out_h == height // stride)
+        and (out_w == ceil_w or out_w == width // stride)
     ):
         raise ValueError(
             f"spatial_filter must be {ceil_h}x{ceil_w} pixels, features' {height}x{width} over "
@@ -246,30 +258,47 @@ def check_ddf_up(
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
     kernel_size: int,
-    scale_factor: int,
+    scale_factor: int | Sequence[int],
     dilation: int,
     kernel_combine: str,
+    is_valid: bool = False,
 ) -> Geometry:
-    """Checks the arguments of :func:`ddf_mm.ops.ddf_up`.
+    """Checks the arguments of :func:`ddf_mm.ops.ddf_up`; ``is_valid``: with padding ``'valid'``.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: wrong value, shape or device of an argument.
     """
     check_kernel_size(kernel_size)
-    check_int("scale_factor", scale_factor, 1)
+    factors = check_scale_factors(scale_factor)
     check_int("dilation", dilation, 1)
     check_combine(kernel_combine)
     check_features(features)
-    groups = _check_filters(features, channel_filter, spatial_filter, kernel_size, scale_factor)
+    groups = _check_filters(features, channel_filter, spatial_filter, kernel_size, factors)
     _, channels, height, width = features.shape
-    if spatial_filter is not None and spatial_filter.shape[3:] != features.shape[2:]:
+    if is_valid:
+        extent = _valid_extent(features, kernel_size, dilation)
+        height, width = height - extent, width - extent
+    if spatial_filter is not None and tuple(spatial_filter.shape[3:]) != (height, width):
+        which = " whose windows lie in them" if is_valid else ""
         raise ValueError(
-            f"spatial_filter must have the {height}x{width} pixels of features, got "
+            f"spatial_filter must have the {height}x{width} pixels of features{which}, got "
             f"{spatial_filter.shape[3]}x{spatial_filter.shape[4]}"
         )
     options = kernel_size, dilation, 1, kernel_combine
-    return Geometry(*options, height, width, groups, channels // groups, scale_factor)
+    return Geometry(*options, height, width, groups, channels // groups, factors, is_valid)
+
+
+def _valid_extent(features: Tensor, kernel_size: int, dilation: int) -> int:
+    """The rows, and columns, by which padding ``'valid'`` makes the output smaller."""
+    extent = dilation * (kernel_size - 1)
+    height, width = features.shape[2:]
+    if min(height, width) <= extent:
+        raise ValueError(
+            f"features must have more than dilation * (kernel_size - 1) = {extent} rows and "
+            f"columns for padding 'valid', got {height}x{width}"
+        )
+    return extent
 
 
 def _check_filters(
@@ -277,7 +306,7 @@ def _check_filters(
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
     kernel_size: int,
-    scale_factor: int | None = None,
+    scale_factors: tuple[int, int] | None = None,
 ) -> int:
     """Checks the filters except the spatial size; returns the number of filter groups."""
     batch, channels = features.shape[:2]
@@ -286,15 +315,15 @@ def _check_filters(
             "channel_filter and spatial_filter are both None; at least one must be given"
         )
     # The filters of ddf_up have a dimension of subpixels after the batch.
-    subpixels = () if scale_factor is None else (scale_factor**2,)
-    axis = "s*s, " if subpixels else ""
+    subpixels = () if scale_factors is None else (scale_factors[0] * scale_factors[1],)
+    axis = "" if scale_factors is None else f"{_subpixels(scale_factors)}, "
     if channel_filter is not None:
         check_tensor("channel_filter", channel_filter, like=features)
         expected = (batch, *subpixels, channels, kernel_size, kernel_size)
         if tuple(channel_filter.shape) != expected:
             raise ValueError(
                 f"channel_filter must be a Tensor[B, {axis}C, k, k] = {list(expected)} to match "
-                f"features {list(features.shape)}{_scaled(scale_factor)} and kernel_size "
+                f"features {list(features.shape)}{_scaled(scale_factors)} and kernel_size "
                 f"{kernel_size}, got {list(channel_filter.shape)}"
             )
     if spatial_filter is None:
@@ -306,12 +335,18 @@ def _check_filters(
         size = "H, W" if subpixels else "Ho, Wo"
         raise ValueError(
             f"spatial_filter must be a Tensor[B, {axis}groups*k*k, {size}] with B = {batch}, the "
-            f"batch of features{_scaled(scale_factor)}, got shape {list(spatial_filter.shape)}"
+            f"batch of features{_scaled(scale_factors)}, got shape {list(spatial_filter.shape)}"
         )
     return check_groups(shape[at], kernel_size, channels, "spatial_filter")
 
 
-def _scaled(scale_factor: int | None) -> str:
-    if scale_factor is None:
+def _subpixels(scale_factors: tuple[int, int]) -> str:
+    return "s*s" if scale_factors[0] == scale_factors[1] else "sh*sw"
+
+
+def _scaled(scale_factors: tuple[int, int] | None) -> str:
+    if scale_factors is None:
         return ""
-    return f", s*s = {scale_factor**2} for scale_factor {scale_factor}"
+    rows, columns = scale_factors
+    factor = rows if rows == columns else scale_factors
+    return f", {_subpixels(scale_factors)} = {rows * columns} for scale_factor {factor}"

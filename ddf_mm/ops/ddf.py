@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +21,7 @@ from ddf_mm.ops.checks import (
     check_kernel_size,
     shape_of,
 )
-from ddf_mm.ops.reference import ddf_formula, ddf_up_formula
+from ddf_mm.ops.reference import by_subpixel, ddf_formula, ddf_up_formula
 
 
 @library.with_formula
@@ -88,23 +91,56 @@ def ddf(
     tensors = features, channel_filter, spatial_filter
     options = kernel_size, dilation, stride, kernel_combine
     if has_torch_function_variadic(*tensors):  # torch.fx records the call
-        kept = options if padding == "zeros" else (*options, padding)
-        return handle_torch_function(ddf, tensors, *tensors, *kept)
-    if padding != "zeros":
-        return _ddf_padded(*tensors, kernel_size, dilation, stride, kernel_combine, padding=padding)
-    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
-    geometry = check_ddf(features, channel_filter, spatial_filter, *options)
-    call = features, channel_filter, spatial_filter, *options
-    if library.serves(features) and self_check.passes("ddf", *call):
-        return torch.ops.ddf_mm.ddf(*call)
+        return handle_torch_function(ddf, tensors, *tensors, *options, *_unless_zeros(padding))
+    tensors = _prepared(*tensors, kernel_size, dilation, padding)
+    call = *tensors, *options
+    geometry = check_ddf(*call, is_valid=padding != "zeros")
+    if library.serves(features):
+        if geometry.is_valid:
+            if _has_ops_for_valid(features):
+                return torch.ops.ddf_mm.ddf_valid(*call)
+            return _by_rim_of_zeros(ddf, *tensors, options, geometry)
+        if self_check.passes("ddf", *call):
+            return torch.ops.ddf_mm.ddf(*call)
     library.warn_about_reference(features.device.type)
-    return ddf_formula(features, channel_filter, spatial_filter, geometry)
+    return ddf_formula(*tensors, geometry)
 
 
-def _for_batch(
-    features: Tensor, channel_filter: Tensor | None, spatial_filter: Tensor | None
+def _unless_zeros(padding: str) -> tuple[str, ...]:
+    """The argument, unless it has its default."""
+    return () if padding == "zeros" else (padding,)
+
+
+def _prepared(
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    padding: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Expands filters of batch 1 to the batch of the features. The checks come later."""
+    """The tensors cast by autocast, with filters of batch 1 expanded to the batch of the features.
+
+    Features are padded, but not with zeros, which ops and formulas do by themselves: all other
+    paddings are ``'valid'`` from here on. The other checks come later.
+    """
+    if padding not in PADDINGS:
+        names = ", ".join(map(repr, PADDINGS))
+        raise ValueError(f"padding must be one of {names}, got {padding!r}")
+    if padding in ("reflect", "replicate"):
+        check_features(features)
+        reach = check_int("dilation", dilation, 1) * (check_kernel_size(kernel_size) // 2)
+        height, width = shape_of(features)[2:]
+        if padding == "reflect" and min(height, width) <= reach:
+            raise ValueError(
+                f"features must have more than dilation * (kernel_size // 2) = {reach} rows and "
+                f"columns for padding 'reflect', got {height}x{width}"
+            )
+        # Before the cast, because autocast pads in float32.
+        features = F.pad(features, (reach,) * 4, mode=padding)
+    features, channel_filter, spatial_filter = library.autocast_inputs(
+        features, channel_filter, spatial_filter
+    )
     if not _is_usual(features) or shape_of(features)[0] == 1:
         return features, channel_filter, spatial_filter
     return features, _expand(channel_filter, features), _expand(spatial_filter, features)
@@ -121,58 +157,34 @@ def _is_usual(tensor: Tensor) -> bool:
     return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
 
 
-def _ddf_padded(
+def _has_ops_for_valid(features: Tensor) -> bool:
+    """Whether the ops for padding ``'valid'`` are used; exporters know only the others."""
+    return features.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _by_rim_of_zeros(
+    function: Callable[..., Tensor],
     features: Tensor,
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
-    kernel_combine: str,
-    padding: str,
-) -> Tensor:
-    """:func:`ddf` of other padding than zeros: of padded features."""
-    if padding not in PADDINGS:
-        names = ", ".join(map(repr, PADDINGS))
-        raise ValueError(f"padding must be one of {names}, got {padding!r}")
-    check_features(features)
-    check_kernel_size(kernel_size)
-    reach = check_int("dilation", dilation, 1) * (kernel_size // 2)
-    if padding != "valid":
-        features = F.pad(features, (reach,) * 4, mode=padding)
-    tensors = _for_batch(*library.autocast_inputs(features, channel_filter, spatial_filter))
-    features, channel_filter, spatial_filter = tensors
-    options = kernel_size, dilation, stride, kernel_combine
-    geometry = check_ddf(features, channel_filter, spatial_filter, *options, is_valid=True)
-    if not library.serves(features):
-        library.warn_about_reference(features.device.type)
-        return ddf_formula(*tensors, geometry)
-    # Exporters know only ddf.
-    if features.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.ops.ddf_mm.ddf_valid(*tensors, *options)
-    return _ddf_with_rim(*tensors, geometry)
-
-
-def _ddf_with_rim(
-    features: Tensor,
-    channel_filter: Tensor | None,
-    spatial_filter: Tensor | None,
+    options: tuple,
     geometry: Geometry,
 ) -> Tensor:
-    """Padding 'valid' by zero padding, for spatial filters with a rim of zeros."""
+    """Padding ``'valid'`` by zero padding, for spatial filters with a rim of zeros."""
     stride, reach = geometry.stride, geometry.dilation * (geometry.kernel_size // 2)
-    height, width = features.shape[2:]
-    out_h, out_w = geometry.output_size
     # The centre of the first window, reach, must be one of the pixels 0, stride, 2 * stride, ...
     if shift := -reach % stride:
         features = F.pad(features, (shift, 0, shift, 0))
-        height, width = height + shift, width + shift
     first = (reach + shift) // stride
     if spatial_filter is not None:
-        after = [(size - 1) // stride + 1 - first for size in (width, height)]
-        spatial_filter = F.pad(spatial_filter, (first, after[0] - out_w, first, after[1] - out_h))
-    out = ddf(features, channel_filter, spatial_filter, *geometry[:4])
-    return out[:, :, first : first + out_h, first : first + out_w]
+        rows, columns = ((size - 1) // stride + 1 - first for size in features.shape[2:])
+        after = rows - geometry.height, columns - geometry.width
+        spatial_filter = F.pad(spatial_filter, (first, after[1], first, after[0]))
+    out = function(features, channel_filter, spatial_filter, *options)
+    # Not output_size: torch.compile of torch 2.10 knows no properties of named tuples.
+    rows, columns = geometry.scale_factors
+    bottom, right = first + geometry.height, first + geometry.width
+    return out[:, :, rows * first : rows * bottom, columns * first : columns * right]
 
 
 @library.with_formula
@@ -181,25 +193,30 @@ def ddf_up(
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
     kernel_size: int = 3,
-    scale_factor: int = 2,
+    scale_factor: int | Sequence[int] = 2,
     dilation: int = 1,
     kernel_combine: str = "mul",
+    padding: str = "zeros",
 ) -> Tensor:
     r"""Upsamples with s*s decoupled dynamic filters, one for each subpixel.
 
     Output pixel (s*i + p, s*j + q) is the DDF of :func:`ddf` at pixel (i, j) with the filters of
     subpixel r = s*p + q (`DDFUpPack` in the official ddf/ddf.py). The compiled op writes the
-    upsampled features directly. Accumulation, autocast and the choice between the compiled op and
-    the formula are as for :func:`ddf`.
+    upsampled features directly. Accumulation, autocast, filters of batch 1 and the choice between
+    the compiled op and the formula are as for :func:`ddf`.
 
     Args:
         features: ``Tensor[B, C, H, W]``, as for :func:`ddf`.
         channel_filter: ``Tensor[B, s*s, C, k, k]``, or ``None``.
         spatial_filter: ``Tensor[B, s*s, g*k*k, H, W]``, or ``None``.
         kernel_size: k, odd.
-        scale_factor: s, the factor of upsampling.
+        scale_factor: s, the factor of upsampling; or two, of the height and the width, of which
+            s*s above is the product and r = sw*p + q. With two that differ each subpixel is a call
+            of :func:`ddf`, before a pixel shuffle.
         dilation: distance in pixels between neighbouring taps.
         kernel_combine: ``'mul'`` or ``'add'``.
+        padding: as for :func:`ddf`; with ``'valid'`` H and W of the spatial filters and the result
+            are those of the features less d*(k-1).
 
     Returns:
         ``Tensor[B, C, s*H, s*W]`` of the dtype and memory format of ``features``.
@@ -216,11 +233,28 @@ def ddf_up(
     tensors = features, channel_filter, spatial_filter
     options = kernel_size, scale_factor, dilation, kernel_combine
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(ddf_up, tensors, *tensors, *options)
-    features, channel_filter, spatial_filter = _for_batch(*library.autocast_inputs(*tensors))
-    geometry = check_ddf_up(features, channel_filter, spatial_filter, *options)
-    call = features, channel_filter, spatial_filter, *options
-    if library.serves(features) and self_check.passes("ddf_up", *call):
-        return torch.ops.ddf_mm.ddf_up(*call)
+        return handle_torch_function(ddf_up, tensors, *tensors, *options, *_unless_zeros(padding))
+    tensors = _prepared(*tensors, kernel_size, dilation, padding)
+    call = *tensors, *options
+    geometry = check_ddf_up(*call, is_valid=padding != "zeros")
+    if library.serves(features):
+        factor, of_width = geometry.scale_factors
+        if factor != of_width:
+            subpixel = functools.partial(
+                ddf,
+                kernel_size=kernel_size,
+                dilation=dilation,
+                kernel_combine=kernel_combine,
+                padding="valid" if geometry.is_valid else "zeros",
+            )
+            return by_subpixel(subpixel, *tensors, geometry)
+        options = kernel_size, factor, dilation, kernel_combine
+        call = *tensors, *options
+        if geometry.is_valid:
+            if _has_ops_for_valid(features):
+                return torch.ops.ddf_mm.ddf_up_valid(*call)
+            return _by_rim_of_zeros(ddf_up, *tensors, options, geometry)
+        if self_check.passes("ddf_up", *call):
+            return torch.ops.ddf_mm.ddf_up(*call)
     library.warn_about_reference(features.device.type)
-    return ddf_up_formula(features, channel_filter, spatial_filter, geometry)
+    return ddf_up_formula(*tensors, geometry)

@@ -7,8 +7,6 @@ cast as those of ddf; call with it disabled where flows or depths need float32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +21,7 @@ from ddf_mm.ops.checks import (
     shape_of,
 )
 from ddf_mm.ops.ddf import ddf, ddf_up
+from ddf_mm.ops.reference import split_channels
 
 
 def carafe(
@@ -53,6 +52,7 @@ def carafe(
     batch, _, height, width = shape_of(features)
     expected = (batch, groups * k * k, s * height, s * width)
     _check_shape("masks", masks, "B, group_size*k*k, s*H, s*W", expected)
+    batch, _, height, width = features.shape  # which traces of torch.jit record
     # [B, g*k*k, H, s, W, s] -> [B, s*s, g*k*k, H, W]
     by_subpixel = masks.view(batch, groups * k * k, height, s, width, s).permute(0, 3, 5, 1, 2, 4)
     return ddf_up(features, None, by_subpixel.flatten(1, 2), k, s)
@@ -142,7 +142,7 @@ def convex_upsample(flow: Tensor, mask: Tensor, scale_factor: int = 8) -> Tensor
     s = check_int("scale_factor", scale_factor, 1)
     batch, _, height, width = shape_of(flow)
     _check_shape("mask", mask, "B, 9*s*s, H, W", (batch, 9 * s * s, height, width))
-    logits = mask.view(batch, 9, s * s, height, width)
+    logits = split_channels(mask, 9, s * s)
     if _is_fused(flow, mask):
         return torch.ops.ddf_mm.ddf_softmax(s * flow, logits.transpose(1, 2), 3, s)
     return ddf_up(s * flow, None, logits.softmax(dim=1).transpose(1, 2), 3, s)
@@ -188,7 +188,7 @@ def cspn(
     given = guidance.abs() if norm_type == "8sum_abs" else guidance
     padded = F.pad(given, (1,) * 4)
     taps = [
-        padded[:, 7 - n, row : row + height, column : column + width]
+        padded[:, 7 - n, row : row - 2 or None, column : column - 2 or None]
         for n, (row, column) in enumerate(
             (t // 3, t % 3)
             for t in range(9)
@@ -225,7 +225,7 @@ def apply_kernel(weights: Tensor, data: Tensor, normalize: bool = True) -> Tenso
     """
     check_tensor("weights", weights)
     shape = shape_of(weights)
-    k = math.isqrt(shape[1]) if len(shape) == 4 else 0
+    k = _root(shape[1]) if len(shape) == 4 else 0
     if len(shape) != 4 or k * k != shape[1]:
         raise ValueError(f"weights must be a Tensor[B, k*k, H, W], got shape {list(shape)}")
     k = check_kernel_size(k, "weights' kernel size k")
@@ -255,11 +255,19 @@ def dynamic_upsampling(x: Tensor, filters: Tensor) -> Tensor:
     """
     check_tensor("filters", filters)
     shape = shape_of(filters)
-    k, s = (math.isqrt(size) for size in shape[1:3]) if len(shape) == 5 else (0, 0)
+    k, s = (_root(size) for size in shape[1:3]) if len(shape) == 5 else (0, 0)
     if len(shape) != 5 or (k * k, s * s) != tuple(shape[1:3]):
         raise ValueError(f"filters must be a Tensor[B, k*k, s*s, H, W], got shape {list(shape)}")
     k = check_kernel_size(k, "filters' kernel size k")
     return ddf_up(x, None, filters.transpose(1, 2), k, s)
+
+
+def _root(number: int) -> int:
+    """The square root, rounded up; of a symbolic size of torch.compile as a number, too."""
+    root = 0
+    while root * root < number:
+        root += 1
+    return root
 
 
 def _is_fused(features: Tensor, logits: Tensor) -> bool:

@@ -76,8 +76,8 @@ def register() -> None:
     """Registers the formulas if the ops are compiled."""
     if library.COMPILED:
         ops = torch.ops.ddf_mm
-        register_flop_formula([ops.ddf, ops.ddf_valid, ops.ddf_up])(_forward_flops)
-        backwards = [ops.ddf_backward, ops.ddf_valid_backward, ops.ddf_up_backward]
-        register_flop_formula(backwards)(_backward_flops)
+        for name in ("ddf", "ddf_valid", "ddf_up", "ddf_up_valid"):
+            register_flop_formula(getattr(ops, name))(_forward_flops)
+            register_flop_formula(getattr(ops, f"{name}_backward"))(_backward_flops)
         register_flop_formula(ops.ddf_pack)(_pack_flops)
         register_flop_formula(ops.ddf_softmax)(_softmax_flops)

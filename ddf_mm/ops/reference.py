@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -198,25 +200,23 @@ def ddf_up_reference(
     channel_filter: Tensor | None,
     spatial_filter: Tensor | None,
     kernel_size: int = 3,
-    scale_factor: int = 2,
+    scale_factor: int | Sequence[int] = 2,
     dilation: int = 1,
     kernel_combine: str = "mul",
+    is_valid: bool = False,
 ) -> Tensor:
     """DDF upsampling by its formula: :func:`ddf_reference` for each subpixel, and a pixel shuffle.
 
-    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf_up`; otherwise as
-    :func:`ddf_reference`.
+    Arguments, result and errors are those of :func:`ddf_mm.ops.ddf_up`, with ``is_valid`` for
+    padding ``'valid'``; otherwise as :func:`ddf_reference`.
     """
-    geometry = check_ddf_up(
-        features,
-        channel_filter,
-        spatial_filter,
-        kernel_size,
-        scale_factor,
-        dilation,
-        kernel_combine,
-    )
+    options = kernel_size, scale_factor, dilation, kernel_combine
+    geometry = check_ddf_up(features, channel_filter, spatial_filter, *options, is_valid)
     return ddf_up_formula(features, channel_filter, spatial_filter, geometry)
+
+
+# ddf_up with padding 'valid'.
+ddf_up_valid_reference = functools.partial(ddf_up_reference, is_valid=True)
 
 
 def ddf_up_formula(
@@ -226,14 +226,39 @@ def ddf_up_formula(
     geometry: Geometry,
 ) -> Tensor:
     """:func:`ddf_up_reference` for validated arguments of the given geometry."""
+    tensors = features, channel_filter, spatial_filter
+    return by_subpixel(functools.partial(ddf_formula, geometry=geometry), *tensors, geometry)
+
+
+def by_subpixel(
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    features: Tensor,
+    channel_filter: Tensor | None,
+    spatial_filter: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """DDF upsampling by a function that computes DDF, of each subpixel, and a pixel shuffle."""
     subpixels = [
-        ddf_formula(
+        function(
             features,
             None if channel_filter is None else channel_filter[:, r],
             None if spatial_filter is None else spatial_filter[:, r],
-            geometry,
         )
-        for r in range(geometry.scale_factor**2)
+        for r in range(math.prod(geometry.scale_factors))
     ]
-    out = F.pixel_shuffle(torch.stack(subpixels, dim=2).flatten(1, 2), geometry.scale_factor)
-    return out.contiguous(memory_format=layout_of(features))
+    rows, columns = geometry.scale_factors
+    if layout_of(features) is not torch.channels_last:
+        return shuffle_pixels(torch.stack(subpixels, dim=2), rows, columns)
+    # The same with the channels last, which stay adjacent.
+    by_pixel = torch.stack([subpixel.permute(0, 2, 3, 1) for subpixel in subpixels], dim=3)
+    by_row = by_pixel.reshape(*by_pixel.shape[:3], rows, columns, by_pixel.shape[4]).transpose(2, 3)
+    return by_row.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def shuffle_pixels(subpixels: Tensor, rows: int, columns: int) -> Tensor:
+    """``Tensor[B, C, rows*columns, H, W]`` -> ``Tensor[B, C, rows*H, columns*W]``."""
+    # PyTorch has no gradient of the pixel shuffle of an empty batch.
+    if rows == columns and shape_of(subpixels)[0]:
+        return F.pixel_shuffle(subpixels.flatten(1, 2), rows)
+    by_row = subpixels.reshape(*subpixels.shape[:2], rows, columns, *subpixels.shape[3:])
+    return by_row.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)

@@ -24,6 +24,7 @@ from ddf_mm.ops.reference import (
     ddf_pack_reference,
     ddf_reference,
     ddf_up_reference,
+    ddf_up_valid_reference,
     ddf_valid_reference,
     filter_norm_op_reference,
     layout_of,
@@ -87,13 +88,15 @@ def _fake_backward(
         def gradient(of: Tensor | None, need: bool, is_contiguous: bool) -> Tensor:
             if of is None or not need:
                 return features.new_empty(0)
-            layout = torch.contiguous_format if is_contiguous else layout_of(of)
+            layout = torch.contiguous_format
+            if of.dim() == 4 and not is_contiguous:  # filters of ddf_up have five dimensions
+                layout = layout_of(of)
             return torch.empty_like(of, memory_format=layout)
 
         return (
             gradient(features, need_features, False),
             gradient(channel_filter, need_channel, True),
-            gradient(spatial_filter, need_spatial, check is check_ddf_up),
+            gradient(spatial_filter, need_spatial, False),
         )
 
     return fake
@@ -325,6 +328,7 @@ def register() -> None:
         ("ddf", check_ddf, ddf_reference),
         ("ddf_valid", functools.partial(check_ddf, is_valid=True), ddf_valid_reference),
         ("ddf_up", check_ddf_up, ddf_up_reference),
+        ("ddf_up_valid", functools.partial(check_ddf_up, is_valid=True), ddf_up_valid_reference),
     ):
         derivative = _derivative_of(f"{name}_backward", reference)
         register_fake(f"ddf_mm::{name}", _fake(check))

@@ -134,9 +134,9 @@ def _draw_channel_matrix(axis: Axes, filters: Filters):
         interpolation="nearest",
     )
     if subpixels > 1:
-        s = round(subpixels**0.5)
+        columns = filters.scale_factors[1]
         centres = [(n + 0.5) * k * k - 0.5 for n in range(subpixels)]
-        names = [f"subpixel\n{n // s},{n % s}" for n in range(subpixels)]
+        names = [f"subpixel\n{n // columns},{n % columns}" for n in range(subpixels)]
         axis.set_xticks(centres, names, fontsize=8)
         for n in range(1, subpixels):
             axis.axvline(n * k * k - 0.5, color="black", linewidth=1)
@@ -275,8 +275,7 @@ def _draw_combined_block(
     axis.text(0.5, 0.5, f"spatial\n{sign} channel", ha="center", va="center", fontsize=9)
     channel_limit, spatial_limit = limit_of(ours.channel), limit_of(ours.spatial[0])
     # For an upsampling layer: the subpixel of the first point.
-    s = round(subpixels**0.5)
-    subpixel = cells[0][0] % s * s + cells[0][1] % s
+    subpixel = ours.subpixel(*cells[0])
     for j, channel in enumerate(chosen, 1):
         draw(0, j, ours.channel[subpixel, channel], channel_limit, "black", 1)
         axis.text(first + step * (j - 1) + 0.5, -0.08, f"ch {channel}", ha="center", fontsize=8)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
 
 from ddf_mm.layers import DDFPack, DDFUpPack
+from ddf_mm.ops.checks import check_scale_factors
+from ddf_mm.ops.reference import shuffle_pixels
 
 DEFAULT_POINTS = 4
 _STAGE = re.compile(r"(?:^|\.)layer(\d+)\.")
@@ -27,11 +28,13 @@ class Filters:
         channel: ``float[r, C, k, k]``, the taps of each channel; r is 1, or the number of
             subpixels of an upsampling layer.
         kernel_combine: how the two combine, ``'mul'`` or ``'add'``.
+        scale_factors: those of an upsampling layer, of the height and the width.
     """
 
     spatial: np.ndarray
     channel: np.ndarray
     kernel_combine: str
+    scale_factors: tuple[int, int] = (1, 1)
 
     @property
     def kernel_size(self) -> int:
@@ -56,13 +59,16 @@ class Filters:
         rows, columns = self.spatial.shape[-2:]
         return y * rows // height, x * columns // width
 
+    def subpixel(self, row: int, column: int) -> int:
+        """The subpixel of a pixel of the output, an index of the channel filters."""
+        rows, columns = self.scale_factors
+        return row % rows * columns + column % columns
+
     def combined(self, row: int, column: int, channel: int) -> np.ndarray:
         """``float[k, k]``: the filter that is applied to one channel at one pixel of the output."""
-        scale_factor = round(len(self.channel) ** 0.5)
-        subpixel = row % scale_factor * scale_factor + column % scale_factor
         group = channel * self.groups // self.channel.shape[1]
         spatial = self.spatial[group, :, :, row, column]
-        ours = self.channel[subpixel, channel]
+        ours = self.channel[self.subpixel(row, column), channel]
         return spatial * ours if self.kernel_combine == "mul" else spatial + ours
 
 
@@ -134,16 +140,18 @@ def capture_filters(
     def keep_filters(label: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             channel, spatial = (f[0].float().cpu() for f in layer.generate_filters(*args, **kwargs))
-            k = layer.kernel_size
+            k, factors = layer.kernel_size, (1, 1)
             if isinstance(layer, DDFUpPack):
                 # From subpixels to pixels of the output.
-                spatial = pixel_shuffle(spatial.transpose(0, 1).flatten(0, 1), layer.scale_factor)
+                factors = check_scale_factors(layer.scale_factor)
+                spatial = shuffle_pixels(spatial.transpose(0, 1)[None], *factors)[0]
             else:
                 channel = channel[None]
             filters[label] = Filters(
                 spatial.unflatten(0, (layer.head, k, k)).numpy(),
                 channel.numpy(),
                 layer.kernel_combine,
+                factors,
             )
 
         return hook

@@ -82,6 +82,7 @@ def write_page(
             dict(
                 label=label,
                 combine=ours.kernel_combine,
+                scale_factors=ours.scale_factors,
                 spatial=_packed(ours.spatial),
                 channel=_packed(ours.channel),
                 distance=_data_uri(_colored(distance, DISTANCE_CMAP, 0, float(distance.max()))),

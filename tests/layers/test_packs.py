@@ -145,16 +145,22 @@ def test_up_pack_upsamples_any_size(dw_kernel_size, scale_factor, kernel_size, h
     assert up(torch.randn(2, 4, 5, 3)).shape == (2, 4, 5 * scale_factor, 3 * scale_factor)
 
 
-def test_up_pack_writes_branch_ij_to_subpixel_ij():
-    up = DDFUpPack(4, scale_factor=3, kernel_combine="add").double()
+@pytest.mark.parametrize("rows, columns", [(3, 3), (1, 2), (3, 2)])
+def test_up_pack_writes_branch_ij_to_subpixel_ij(rows, columns):
+    up = DDFUpPack(4, scale_factor=(rows, columns), kernel_combine="add", joint_channels=2).double()
+    assert up.scale_factor == (3 if rows == columns else (rows, columns))
     x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
-    out = up(x)
-    for p in range(3):
-        for q in range(3):
-            r = 3 * p + q
+    guide = torch.randn(2, 2, 5 * rows, 3 * columns, dtype=torch.float64)
+    out, of_same_guide = up(x, guide), up(x, guide[..., :5, :3])
+    for p in range(rows):
+        for q in range(columns):
+            r = columns * p + q
             channel = up.channel_branch[r](x).view(2, 4, 3, 3)
-            want = ddf(x, channel, up.spatial_branch[r](x), kernel_combine="add")
-            torch.testing.assert_close(out[:, :, p::3, q::3], want)
+            for got, seen in (
+                (out, guide[:, :, p::rows, q::columns]), (of_same_guide, guide[..., :5, :3])
+            ):  # fmt: skip
+                want = ddf(x, channel, up.spatial_branch[r](seen), kernel_combine="add")
+                torch.testing.assert_close(got[:, :, p::rows, q::columns], want)
 
 
 def by_branches(up, x):
@@ -288,6 +294,8 @@ def test_bad_arguments_of_one_layer_are_named():
         DDFPack(8, stride=0)
     with pytest.raises(ValueError, match="scale_factor must be at least 1, got 0"):
         DDFUpPack(8, scale_factor=0)
+    with pytest.raises(ValueError, match="scale_factor must be an int or two, .* got .1, 2, 3"):
+        DDFUpPack(8, scale_factor=(1, 2, 3))
     with pytest.raises(ValueError, match="dw_kernel_size must be odd.*got 2"):
         DDFUpPack(8, dw_kernel_size=2)
     for given in (None, "3", 3.0, True):

@@ -15,10 +15,16 @@ from ddf_cases import require_compiled
 from torch._subclasses import FakeTensorMode
 
 from ddf_mm.ops import ddf_reference, ddf_up_reference
-from ddf_mm.ops.reference import ddf_valid_reference, filter_norm_reference
+from ddf_mm.ops.reference import (
+    ddf_up_valid_reference,
+    ddf_valid_reference,
+    filter_norm_reference,
+)
 
 ABSURD = [0, -1, 2, 2**31 - 1, 2**31, 2**62 + 1, 2**63 - 1, -(2**63)]
-ONLY_CPU = ("ddf_softmax", "ddf_valid", "ddf_valid_backward")
+ONLY_CPU = (
+    "ddf_softmax", "ddf_valid", "ddf_valid_backward", "ddf_up_valid", "ddf_up_valid_backward"
+)  # fmt: skip
 NEEDS = list(itertools.product((False, True), repeat=3))
 
 
@@ -53,6 +59,7 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
         dilation=1,
         kernel_combine="mul",
     )
+    up_valid = dict(up, features=random(4, 5, 6))
     norm = dict(x=random(18, 3, 4), filters=2, std=torch.rand(18))
     needs = dict(need_features=True, need_channel=True, need_spatial=True)
     calls = dict(
@@ -65,6 +72,8 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
             features=random(4, 3, 4), logits=random(4, 18, 3, 4), kernel_size=3, scale_factor=2
         ),
         ddf_up_backward=dict(grad=random(4, 6, 8), **up, **needs),
+        ddf_up_valid=up_valid,
+        ddf_up_valid_backward=dict(grad=random(4, 6, 8), **up_valid, **needs),
         ddf_pack=dict(
             features=random(4, 5, 6),
             raw_channel=random(4, 3, 3),
@@ -101,7 +110,12 @@ def good_calls(device: str = "cpu", batch: int = 2) -> dict[str, dict]:
 def formula(name: str, call: dict) -> list[torch.Tensor]:
     """What the op ``name`` is to return, in float64."""
     call = {k: v.double().cpu() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
-    references = dict(ddf=ddf_reference, ddf_valid=ddf_valid_reference, ddf_up=ddf_up_reference)
+    references = dict(
+        ddf=ddf_reference,
+        ddf_valid=ddf_valid_reference,
+        ddf_up=ddf_up_reference,
+        ddf_up_valid=ddf_up_valid_reference,
+    )
     if name in references:
         return [references[name](*call.values())]
     if name == "ddf_softmax":

@@ -6,9 +6,13 @@ gradients in float64.
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from ddf_cases import channels_last, contiguous, transposed, value_and_gradients
 from torch import Tensor
 
 from ddf_mm.ops import (
@@ -21,12 +25,13 @@ from ddf_mm.ops import (
     ddf,
     ddf_reference,
     ddf_up,
+    ddf_up_reference,
     dynamic_upsampling,
     involution,
 )
-from ddf_mm.ops.checks import check_ddf
-from ddf_mm.ops.ddf import _ddf_with_rim
-from ddf_mm.ops.reference import ddf_valid_reference
+from ddf_mm.ops.checks import DTYPES, PADDINGS, check_ddf, check_ddf_up
+from ddf_mm.ops.ddf import _by_rim_of_zeros
+from ddf_mm.ops.reference import ddf_up_valid_reference, ddf_valid_reference
 
 B, H, W = 2, 6, 7
 
@@ -157,25 +162,57 @@ def test_dynamic_upsampling():
     assert_same(dynamic_upsampling(x, filters), expected, [x, filters])
 
 
+def filtered_windows(
+    x: Tensor, k: int, dilation: int, stride: int, padding: str, kinds: str, subpixels: tuple = ()
+) -> tuple[list[Tensor | None], Tensor]:
+    """Random tensors for a call, and its result ``Tensor[B, *subpixels, C, Ho, Wo]`` by the
+    definition: windows of the padded features, each with its filter."""
+    groups, channels = 2, x.shape[1]
+    mode = dict(zeros="constant").get(padding, padding)
+    padded = x if padding == "valid" else F.pad(x, (dilation * (k // 2),) * 4, mode=mode)
+    taps = windows(padded, k, 0, stride, dilation)
+    of_channel = None if kinds == "spatial" else random(B, *subpixels, channels, k, k)
+    size = B, *subpixels, groups * k * k, *taps.shape[3:]
+    of_pixel = None if kinds == "channel" else random(*size)
+    weight = 1.0
+    if of_channel is not None:
+        weight = weight * of_channel.flatten(-2)[..., None, None]
+    if of_pixel is not None:
+        by_group = of_pixel.unflatten(-3, (groups, k * k))
+        weight = weight * by_group.repeat_interleave(channels // groups, -4)
+    return [x, of_channel, of_pixel], ((taps[:, None] if subpixels else taps) * weight).sum(-3)
+
+
 @pytest.mark.parametrize("padding", ["reflect", "replicate", "valid"])
 @pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (5, 1, 2), (3, 2, 3), (3, 1, 2)])
 @pytest.mark.parametrize("kinds", ["both", "channel", "spatial"])
 def test_paddings(padding, k, dilation, stride, kinds):
-    """The definition: windows of the padded features, each with its filter."""
-    groups, reach = 2, dilation * (k // 2)
+    tensors, expected = filtered_windows(random(B, 4, 8, 9), k, dilation, stride, padding, kinds)
+    ours = ddf(*tensors, k, dilation, stride, padding=padding)
+    assert_same(ours, expected, [t for t in tensors if t is not None])
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("factors", [2, (1, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "k, dilation, kinds", [(3, 1, "both"), (5, 1, "channel"), (3, 2, "spatial"), (1, 1, "both")]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_paddings_and_factors_of_upsampling(layout, padding, factors, k, dilation, kinds):
+    rows, columns = (factors, factors) if isinstance(factors, int) else factors
     x = random(B, 4, 8, 9)
-    padded = x if padding == "valid" else F.pad(x, (reach,) * 4, mode=padding)
-    taps = windows(padded, k, 0, stride, dilation)
-    of_channel = None if kinds == "spatial" else random(B, 4, k, k)
-    of_pixel = None if kinds == "channel" else random(B, groups * k * k, *taps.shape[3:])
-    weight = 1.0
-    if of_channel is not None:
-        weight = weight * of_channel.flatten(2)[..., None, None]
-    if of_pixel is not None:
-        weight = weight * of_pixel.unflatten(1, (groups, k * k)).repeat_interleave(2, 1)
-    inputs = [t for t in (x, of_channel, of_pixel) if t is not None]
-    ours = ddf(x, of_channel, of_pixel, k, dilation, stride, padding=padding)
-    assert_same(ours, (taps * weight).sum(2), inputs)
+    tensors, by_subpixel = filtered_windows(x, k, dilation, 1, padding, kinds, (rows * columns,))
+    height, width = by_subpixel.shape[-2:]
+    expected = x.new_zeros(B, 4, rows * height, columns * width)
+    for r in range(rows * columns):
+        expected[..., r // columns :: rows, r % columns :: columns] = by_subpixel[:, r]
+    given = [x.contiguous(memory_format=layout), *tensors[1:]]
+    ours = ddf_up(*given, k, factors, dilation, padding=padding)
+    assert ours.is_contiguous(memory_format=layout)
+    if padding in ("zeros", "valid"):
+        options = k, factors, dilation, "mul", padding == "valid"
+        torch.testing.assert_close(ddf_up_reference(*given, *options), expected)
+    assert_same(ours, expected, [t for t in tensors if t is not None])
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
@@ -195,17 +232,21 @@ def test_valid_padding_copies_nothing():
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "compiled", reason="no compiled ops")
+@pytest.mark.parametrize("upsamples", [False, True])
 @pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (5, 1, 2), (3, 2, 3), (1, 1, 2)])
-def test_valid_padding_by_a_rim_of_zeros(k, dilation, stride):
+def test_valid_padding_by_a_rim_of_zeros(k, dilation, stride, upsamples):
     """As on devices for which the op without padding is not compiled."""
-    options = k, dilation, stride, "mul"
-    x = random(B, 4, 8, 9)
-    size = [(n - dilation * (k - 1) - 1) // stride + 1 for n in (8, 9)]
-    of_channel, of_pixel = random(B, 4, k, k), random(B, 2 * k * k, *size)
-    geometry = check_ddf(x, of_channel, of_pixel, *options, is_valid=True)
-    ours = _ddf_with_rim(x, of_channel, of_pixel, geometry)
-    expected = ddf_valid_reference(x, of_channel, of_pixel, *options)
-    assert_same(ours, expected, [x, of_channel, of_pixel])
+    function, check, reference = ddf, check_ddf, ddf_valid_reference
+    options, subpixels = (k, dilation, stride, "mul"), ()
+    if upsamples:
+        function, check, reference = ddf_up, check_ddf_up, ddf_up_valid_reference
+        options, subpixels, stride = (k, stride, dilation, "mul"), (stride**2,), 1
+    tensors, _ = filtered_windows(
+        random(B, 4, 8, 9), k, dilation, stride, "valid", "both", subpixels
+    )
+    geometry = check(*tensors, *options, is_valid=True)
+    ours = _by_rim_of_zeros(function, *tensors, options, geometry)
+    assert_same(ours, reference(*tensors, *options), tensors)
 
 
 @pytest.mark.parametrize("upsamples", [False, True])
@@ -227,8 +268,24 @@ def test_errors_name_the_argument():
         ddf(x, None, filters, padding="valid")
     with pytest.raises(ValueError, match="more than .* = 8 rows and columns .*, got 6x6"):
         ddf(x, None, filters, 9, padding="valid")
-    with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
-        ddf(x, None, torch.randn(1, 16, 6, 6), 4)
+    with pytest.raises(ValueError, match="more than .* = 6 rows and .*'reflect', got 6x6"):
+        ddf(x, None, filters, 3, 6, padding="reflect")
+    by_subpixel = filters[:, None].expand(1, 6, 9, 6, 6)
+    for padding in ("replicate", "valid"):
+        with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
+            ddf(x, None, torch.randn(1, 16, 6, 6), 4, padding=padding)
+        with pytest.raises(ValueError, match="must be odd.* got 4 .*5 x 5 whose first or last row"):
+            ddf_up(x, None, by_subpixel, 4, (2, 3), padding=padding)
+    with pytest.raises(ValueError, match="padding must be one of 'zeros', 'reflect', .* 'same'"):
+        ddf_up(x, None, by_subpixel, 3, (2, 3), padding="same")
+    with pytest.raises(ValueError, match="the 4x4 pixels of features whose windows lie in them"):
+        ddf_up(x, None, by_subpixel, 3, (2, 3), padding="valid")
+    with pytest.raises(ValueError, match=r"sh\*sw = 8 for scale_factor \(2, 4\)"):
+        ddf_up(x, None, by_subpixel, 3, (2, 4))
+    with pytest.raises(ValueError, match=r"scale_factor must be an int or two, .* got \[2\]"):
+        ddf_up(x, None, by_subpixel, 3, [2])
+    with pytest.raises(ValueError, match=r"scale_factor\[1\] must be at least 1, got 0"):
+        ddf_up(x, None, by_subpixel, 3, (6, 0))
     with pytest.raises(ValueError, match="B = 1, the batch"):
         ddf(x, None, filters.repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match=r"masks must be .* = \[1, 25, 12, 12\]"):
@@ -272,19 +329,99 @@ CALLS = {
     "apply_kernel": (apply_kernel, [(2, 9, 5, 6), (2, 4, 5, 6)]),
     "dynamic_upsampling": (dynamic_upsampling, [(2, 4, 5, 6), (2, 9, 4, 5, 6)]),
     "reflect": (lambda x, f: ddf(x, None, f, padding="reflect"), [(2, 4, 5, 6), (2, 9, 5, 6)]),
+    "replicate, up": (
+        lambda x, f: ddf_up(x, None, f, padding="replicate"),
+        [(2, 4, 5, 6), (2, 4, 9, 5, 6)],
+    ),
+    "valid, two factors": (
+        lambda x, f: ddf_up(x, None, f, 3, (3, 1), padding="valid"),
+        [(2, 4, 5, 6), (2, 3, 18, 3, 4)],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", list(CALLS))
-def test_autocast_compile_and_trace(name):
-    call, sizes = CALLS[name]
-    inputs = [torch.rand(size) for size in sizes]
+EVERY_CALL = pytest.mark.parametrize("name", list(CALLS))
+
+
+def inputs_of(name: str) -> list[Tensor]:
+    # Positive, so that sums are not near 0.
+    return [torch.rand(size, dtype=torch.float64) + 0.1 for size in CALLS[name][1]]
+
+
+def last(x: Tensor) -> Tensor:
+    return channels_last(x) if x.dim() == 4 else x
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x + torch.nan], -1)[..., 0]
+
+
+@EVERY_CALL
+def test_dtypes_and_layouts(name):
+    call, exact = CALLS[name][0], inputs_of(name)
+    grad = torch.rand_like(call(*exact))
+    every = (True,) * len(exact)
+    want = value_and_gradients(call, exact, grad, (), every)
+    for dtype, layout in itertools.product(DTYPES, (contiguous, last, strided, transposed)):
+        inputs = [layout(x.to(dtype)) for x in exact]
+        got = value_and_gradients(call, inputs, layout(grad.to(dtype)), (), every)
+        # Largest error in 20 runs: 5.8 times the epsilon, of the gradient of cspn's affinities.
+        allowed = 8 * torch.finfo(dtype).eps
+        for ours, value in zip(got, want, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(
+                ours.double(), value, rtol=allowed, atol=allowed * value.abs().max().item()
+            )
+    for needed in itertools.product((True, False), repeat=len(exact)):
+        some = value_and_gradients(call, exact, grad, (), needed)
+        for ours, value, need in zip(some, want, (True, *needed), strict=True):
+            assert (ours is None) != need
+            if need:
+                torch.testing.assert_close(ours, value)
+    nothing = value_and_gradients(call, [x[:0] for x in exact], grad[:0], (), every)
+    assert [t.shape for t in nothing] == [t[:0].shape for t in want]
+
+
+@EVERY_CALL
+def test_autocast(name):
+    call, inputs = CALLS[name][0], [x.float() for x in inputs_of(name)]
     expected = call(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         out = call(inputs[0], inputs[1].bfloat16())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), expected)
-    mapped = torch.func.vmap(call)(*(x[None].expand(3, *x.shape) for x in inputs))
-    torch.testing.assert_close(mapped[2], expected)
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_in_one_graph(name, dynamic):
+    torch._dynamo.reset()
+    call, inputs = CALLS[name][0], inputs_of(name)
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
+
+
+@EVERY_CALL
+def test_transforms_exports_and_traces(name):
+    call, inputs = CALLS[name][0], inputs_of(name)
+    several = [torch.stack([x, x / 2, 3 * x]) for x in inputs]
+    mapped = torch.func.vmap(call)(*several)
+    torch.testing.assert_close(mapped[2], call(*(x[2] for x in several)))
+    gradients = torch.func.grad(lambda *tensors: call(*tensors).sin().sum(), (0, 1))(*inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.testing.assert_close(gradients, torch.autograd.grad(call(*leaves).sin().sum(), leaves))
+
+    class Module(torch.nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return call(first, second)
+
+    other = [torch.cat([x, 2 * x]) for x in inputs]
+    if backend_info()["cpu"] == "compiled":  # torch 2.6 exports the formula for one size
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(Module(), tuple(inputs), dynamic_shapes=[{0: batch}] * 2)
+        torch.testing.assert_close(program.module()(*other), call(*other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        graph = torch.jit.trace(Module(), tuple(inputs))
+    assert "ddf_mm::" not in str(graph.inlined_graph)
+    torch.testing.assert_close(graph(*other), call(*other))

@@ -51,16 +51,18 @@ def results(*args) -> list[Tensor]:
     return [t for t in value_and_gradients(*args) if t is not None]
 
 
-def check(tensors, options, needed=(True, True, True)) -> list[Tensor]:
+def check(tensors, options, needed=(True, True, True), padding="zeros") -> list[Tensor]:
     """Every result lies within what rounding may do to sums of its terms."""
+    function = partial(ddf_up, padding=padding)
+    reference = partial(ddf_up_reference, is_valid=padding == "valid")
     dtype = tensors[0].dtype
     exact = [None if t is None else t.double() for t in tensors]
-    grad = torch.randn_like(ddf_up_reference(*exact, *options)).to(dtype)
-    got = results(ddf_up, tensors, grad, options, needed)
-    want = results(ddf_up_reference, exact, grad.double(), options, needed)
+    grad = torch.randn_like(reference(*exact, *options)).to(dtype)
+    got = results(function, tensors, grad, options, needed)
+    want = results(reference, exact, grad.double(), options, needed)
     # The sums of the terms' absolute values, which are as many as 4 * 9 * 200 here.
     sizes = [None if t is None else t.abs() for t in exact]
-    size = results(ddf_up_reference, sizes, grad.double().abs(), larger_terms(options), needed)
+    size = results(reference, sizes, grad.double().abs(), larger_terms(options), needed)
     sum_eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
     stored = torch.finfo(dtype)
     for g, w, s in zip(got, want, size, strict=True):
@@ -100,6 +102,8 @@ def test_sizes_around_whole_vectors(scale, layout, dtype, device):
         tensors = make(1, channels, (3, width), scale=scale, dtype=dtype, device=device)
         tensors[0] = layout(tensors[0])
         check(tensors, (3, scale))
+        tensors[0] = layout(torch.randn(1, channels, 5, width + 2, device=device).to(dtype))
+        check(tensors, (3, scale), padding="valid")
 
 
 @pytest.mark.kernels

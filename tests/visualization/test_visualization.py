@@ -29,17 +29,19 @@ class Pad(BaseDataPreprocessor):
 class Net(BaseModel):
     """A stage of two DDF layers, an upsampler guided by its result, and a layer that never runs."""
 
-    def __init__(self, head: int = 2, kernel_combine: str = "mul") -> None:
+    def __init__(
+        self, head: int = 2, kernel_combine: str = "mul", scale_factor: int | tuple[int, int] = 2
+    ) -> None:
         super().__init__(Pad())
         options = dict(head=head, kernel_combine=kernel_combine)
         self.stem = nn.Conv2d(3, 8, 1)
         self.layer1 = nn.Sequential(DDFPack(8, **options), DDFPack(8, stride=2, **options))
-        self.up = DDFUpPack(8, joint_channels=8, **options)
+        self.up = DDFUpPack(8, scale_factor=scale_factor, joint_channels=8, **options)
         self.unused = DDFPack(8)
 
     def forward(self, inputs, data_samples=None, mode: str = "predict"):
         x = self.stem(inputs / 255)
-        return self.up(self.layer1(x), joint_x=x)
+        return self.up(self.layer1(x), joint_x=x[..., ::2, ::2])
 
 
 @pytest.fixture
@@ -71,9 +73,9 @@ def test_chooses_layers():
         visualization.find_layers(DDFPack(8), stages=[1])
 
 
-@pytest.mark.parametrize("kernel_combine", ["mul", "add"])
-def test_filters_are_those_the_layers_apply(sample, kernel_combine):
-    model = Net(kernel_combine=kernel_combine).train()
+@pytest.mark.parametrize("kernel_combine, factors", [("mul", (2, 2)), ("add", (1, 3))])
+def test_filters_are_those_the_layers_apply(sample, kernel_combine, factors):
+    model = Net(kernel_combine=kernel_combine, scale_factor=factors).train()
     seen = {}
     for name in ("layer1.1", "up"):
         model.get_submodule(name).register_forward_hook(
@@ -81,7 +83,8 @@ def test_filters_are_those_the_layers_apply(sample, kernel_combine):
         )
     filters, up = capture(model, sample, layers=["layer1.1", "up"])
     assert model.training and list(filters) == ["layer1.1", "up"]
-    assert up.shape == (8, 12, 16) and filters["up"].spatial.shape == (2, 3, 3, 12, 16)
+    size = 6 * factors[0], 8 * factors[1]
+    assert up.shape == (8, *size) and filters["up"].spatial.shape == (2, 3, 3, *size)
 
     x, y = seen["layer1.1"]
     ours = filters["layer1.1"]
@@ -91,12 +94,12 @@ def test_filters_are_those_the_layers_apply(sample, kernel_combine):
     torch.testing.assert_close(expected, y)
 
     # Each combined filter, applied to its window, gives a pixel of the result.
-    for name, stride, s in (("layer1.1", 2, 1), ("up", 1, 2)):
+    for name, stride, (rows, columns) in (("layer1.1", 2, (1, 1)), ("up", 1, factors)):
         x, y = seen[name]
         for row, column, c in ((0, 0, 0), (3, 5, 3), (4, 2, 4), (5, 7, 7)):
             taps = torch.from_numpy(filters[name].combined(row, column, c))
             at = conv2d(x[None, c : c + 1], taps[None, None], None, stride, 1)[0, 0]
-            torch.testing.assert_close(at[row // s, column // s], y[c, row, column])
+            torch.testing.assert_close(at[row // rows, column // columns], y[c, row, column])
 
 
 def test_leaves_no_hooks_and_says_what_did_not_run(sample):
