@@ -35,11 +35,8 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
   const int width = g.width;
   const int lane = thread_index() % kLanes;
   const int warp = thread_index() / kLanes;
-  const int tile = block_index() % partials.tiles;
-  const int64_t image = block_index() / partials.tiles;
-  const int channel_block = image % partials.channel_blocks;
-  const int64_t group = image / partials.channel_blocks % g.groups;
-  const int64_t batch = image / partials.channel_blocks / g.groups;
+  const auto [tile, channel_block, group, batch] =
+      place_of_block(partials.tiles, partials.channel_blocks, g);
   const int quads_per_row = (width + kColumns - 1) / kColumns;
   const int quad = tile * kLanes + lane;
   const int top = quad / quads_per_row * kRows;
