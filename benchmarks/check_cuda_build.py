@@ -58,11 +58,6 @@ SPILLS = {
         "warps are resident"
     )
     for dtype in ("bfloat16", "float", "half")
-} | {
-    ("backward_3x3<float, mul, vector>", arch): (
-        "one to four registers; without spills, an iteration waits four times for memory"
-    )
-    for arch in ("80", "100", "120")
 }
 GATES = Path(__file__).with_name("cuda_gates.csv")
 # Kernels without a loop over channels, whose whole code is measured.
@@ -195,7 +190,7 @@ def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
             written = registers_of(first) if writes else []
             for register in written:
                 pending.pop(register, None)
-            if name.startswith("LDG") and written:
+            if name.startswith("LDG.") and written:
                 number += 1
                 words_read = 4 if ".128" in name else 2 if ".64" in name else 1
                 pending |= {written[0] + i: number for i in range(words_read)}

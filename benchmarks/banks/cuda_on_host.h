@@ -196,5 +196,22 @@ DDF_ALWAYS_INLINE void load_shared4(float* to, const banks::Recorded<float>* p) 
 DDF_ALWAYS_INLINE void store_shared4(banks::Recorded<float>* p, const float*) {
   banks::record(p, 4 * sizeof(float));
 }
+template <int Count, typename T>
+DDF_ALWAYS_INLINE void copy_to_shared(banks::Recorded<float>* to, const T*) {
+  banks::record(to, Count * sizeof(T));
+}
+inline void end_copies() {}
+template <int Pending>
+void await_copies() {}
+template <typename T>
+DDF_ALWAYS_INLINE float load_copied(const banks::Recorded<float>* p, int) {
+  banks::record(p, 4);
+  return 0;
+}
+template <typename T>
+DDF_ALWAYS_INLINE void load_copied4(float* to, const banks::Recorded<float>* p) {
+  banks::record(p, 4 * sizeof(T));
+  std::fill(to, to + 4, 0.f);
+}
 
 }  // namespace ddf::cuda

@@ -320,7 +320,7 @@ void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides&
 // Splits the channels of a group if a large GPU would have too few blocks.
 template <typename T>
 void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
-  int64_t block_channels = std::min(g.group_channels, most);
+  int64_t block_channels = ceil_div(g.group_channels, ceil_div(g.group_channels, most));
   const auto blocks = [&] {
     return g.batch * g.groups * partials.tiles * ceil_div(g.group_channels, block_channels);
   };
@@ -395,13 +395,15 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
     PartialSums<T> partials{};
     partials.tiles =
         ceil_div(ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns), kLanes);
-    split_channels(partials, g, kBackwardBlockChannels);
-    const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
-    if (blocks > kMaxBlocks) return false;
     const bool vector = g.width % 4 == 0 && has_aligned_rows(a.grad) &&
                         has_aligned_rows(a.features) && has_aligned_rows(a.result);
+    split_channels(partials, g, backward_block_channels<T>(vector));
+    const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
+    if (blocks > kMaxBlocks) return false;
+    const int copied = vector ? 2 * kBackwardCopied<T> : 0;
     const size_t shared =
-        sizeof(float) * std::max(kBackwardTapStride * partials.block_channels, kBackwardSumFloats);
+        sizeof(float) *
+        std::max(kBackwardTapStride * partials.block_channels + copied, kBackwardSumFloats);
     const auto kernel = with_combine(a.combine, [&](auto combine) {
       using Combine = decltype(combine);
       return vector ? DDF_HANDLE(backward_3x3<T, Combine, true>)

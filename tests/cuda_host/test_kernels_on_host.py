@@ -728,10 +728,51 @@ class FaultyHost(Host):
             self.planted_fault.value = -1
 
 
+# Faults whose results are wrong, but the same in every order of the threads.
+COPY_FAULTS = {
+    "copies read before they are there": Fault(
+        "backward_3x3.cuh", "await_copies<1>();", "await_copies<2>();", "off by"
+    ),
+    "copies over what is read": Fault(
+        "backward_3x3.cuh", "copy_next(other);", "copy_next(0);", "off by"
+    ),
+    "copies of the wrong side": Fault(
+        "backward_3x3.cuh", "line + 1 - kHalo", "line + 2 - kHalo", "off by"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPY_FAULTS)
+def test_a_fault_of_copies_to_shared_memory_is_found(faulty_host, name):
+    tensors = make(batch=1, channels=9, size=(4, 20))
+
+    def check_all():
+        for of, got in zip(
+            PASSES[1:], faulty_host.run_several(PASSES[1:], *tensors, 3, 1, 1, "mul"), strict=True
+        ):
+            compare(of, got, tensors, 3, 1, 1, "mul")
+
+    check_all()
+    assert "backward_3x3<float, ddf::Mul, true>" in faulty_host.last_kernels
+    fault = COPY_FAULTS[name]
+    with faulty_host.plant(fault), pytest.raises(AssertionError, match=fault.message):
+        check_all()
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_backward_of_more_channels_than_a_block_has(host, dtype):
+    """In equal blocks: the copies of vectors leave room for 341 channels of float32."""
+    tensors = make(batch=1, channels=620, size=(2, 4), dtype=dtype)
+    got = host.run_several(PASSES[1:], *tensors, 3, 1, 1, "mul")
+    for name, result in zip(PASSES[1:], got, strict=True):
+        compare(name, result, tensors, 3, 1, 1, "mul")
+    assert "backward_3x3<" in host.last_kernels
+
+
 @pytest.fixture(scope="module")
 def faulty_host(tmp_path_factory: pytest.TempPathFactory) -> FaultyHost:
     faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), *GATHER_FAULTS.values()]
-    faults.append(NORM_FAULT)
+    faults += [NORM_FAULT, *COPY_FAULTS.values()]
     return FaultyHost(tmp_path_factory.mktemp("faulty_host"), faults)
 
 
