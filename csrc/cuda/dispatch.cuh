@@ -21,6 +21,11 @@ inline Tiling tiling_of(const Geometry& g) {
   while (tiling.tile_lanes < tiling.tiles && tiling.tile_lanes < kForward3x3Threads) {
     tiling.tile_lanes *= 2;
   }
+  // Fewer tiles in a block, and more lanes for each, where many lanes of the last block have none.
+  const auto active = [&](int64_t lanes) {
+    return static_cast<double>(tiling.tiles) / (ceil_div(tiling.tiles, lanes) * lanes);
+  };
+  while (tiling.tile_lanes > 16 && active(tiling.tile_lanes) < 0.85) tiling.tile_lanes /= 2;
   // Larger channel blocks read the spatial filter less often; smaller ones give more blocks, and a
   // large GPU needs several for each of its about 130 multiprocessors.
   const int64_t lanes = kForward3x3Threads / tiling.tile_lanes;
