@@ -5,17 +5,20 @@
 Needs nvcc and torch's headers, but no GPU. --slots also counts the instructions of each kernel's
 innermost loop per output, with cuobjdump, including branches for borders. --gates compares what a
 GPU's speed depends on with cuda_gates.csv beside this file: registers, spilled bytes, stack, the
-warps of a multiprocessor, and of the hot loop the instructions, the loads in flight before the
-first of their values is used, and how often an iteration waits for loads. --update writes that
-file. The exit status is 1 if a kernel spills registers, unless SPILLS has a reason for it, or if a
-gate is worse than in the file.
+warps of a multiprocessor; of the hot loop the instructions, the loads in flight before the
+first of their values is used, and how often an iteration waits for loads; and how many times as
+long bank conflicts of shared memory make an access (bank_conflicts.py), at most and in percent of
+all. --update writes that file. The exit status is 1 if a kernel spills registers, unless SPILLS has
+a reason for it, or if a gate is worse than in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bank_conflicts import bank_conflicts
 from cuda_dispatch import Dispatch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
@@ -54,11 +58,6 @@ SPILLS = {
         "warps are resident"
     )
     for dtype in ("bfloat16", "float", "half")
-} | {
-    ("backward_3x3<float, mul, vector>", arch): (
-        "one to four registers; without spills, an iteration waits four times for memory"
-    )
-    for arch in ("80", "100", "120")
 }
 GATES = Path(__file__).with_name("cuda_gates.csv")
 # Kernels without a loop over channels, whose whole code is measured.
@@ -102,6 +101,13 @@ class Compiled:
     seconds: float
 
 
+def demangle(text: str) -> str:
+    """``text`` with the names of kernels as C++ writes them, without their parameters."""
+    return subprocess.run(
+        ["c++filt", "-p"], input=text, text=True, capture_output=True, check=True
+    ).stdout
+
+
 def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folder: str) -> Compiled:
     """Compiles the kernels of ``source`` for sm_``arch``; with ``cuobjdump`` also disassembles
     them."""
@@ -122,12 +128,13 @@ def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folde
     if cuobjdump:
         dump = [cuobjdump, "-sass", cubin]
         code = subprocess.run(dump, text=True, capture_output=True, check=True).stdout
-    return Compiled(run.stderr, code, seconds)
+    return Compiled(demangle(run.stderr), demangle(code), seconds)
 
 
 def hot_loops(code: str) -> dict[str, list[str]]:
-    """The instructions of the longest innermost loop of each kernel, by mangled name."""
-    longest = {}
+    """The instructions of the loop of each kernel that multiplies and adds most, without those of
+    the loops in it."""
+    hot = {}
     for function in re.split(r"\n\s*Function : ", code)[1:]:
         name, body = function.split("\n", 1)
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)
@@ -136,20 +143,27 @@ def hot_loops(code: str) -> dict[str, list[str]]:
         end = max((address for address, text in lines if "EXIT" in text), default=0)
         kernel = Kernel.of(name)
         if kernel is not None and kernel.name in UNROLLED:
-            longest[name] = [text for address, text in lines if address <= end]
+            hot[name] = [text for address, text in lines if address <= end]
             continue
         loops = set()
         for address, text in lines:
             target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
             if target and int(target.group(1), 16) < address < end:
                 loops.add((int(target.group(1), 16), address))
-        bodies = (
-            [text for address, text in lines if first <= address <= last]
-            for first, last in loops
-            if not any((first, last) != o and first <= o[0] and o[1] <= last for o in loops)
+        bodies = []
+        for first, last in loops:
+            inner = [o for o in loops if (first, last) != o and first <= o[0] and o[1] <= last]
+            bodies.append(
+                [
+                    text
+                    for address, text in lines
+                    if first <= address <= last and not any(a <= address <= b for a, b in inner)
+                ]
+            )
+        hot[name] = max(
+            bodies, key=lambda body: (sum("FFMA" in text for text in body), len(body)), default=[]
         )
-        longest[name] = max(bodies, key=len, default=[])
-    return longest
+    return hot
 
 
 def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
@@ -176,7 +190,7 @@ def memory_parallelism(loop: Sequence[str]) -> tuple[int, int]:
             written = registers_of(first) if writes else []
             for register in written:
                 pending.pop(register, None)
-            if name.startswith("LDG") and written:
+            if name.startswith("LDG.") and written:
                 number += 1
                 words_read = 4 if ".128" in name else 2 if ".64" in name else 1
                 pending |= {written[0] + i: number for i in range(words_read)}
@@ -192,9 +206,9 @@ def registers_of(operands: str) -> list[int]:
 
 
 def usages(report: str) -> dict[str, Usage]:
-    """Registers, spills and stack of each kernel, by mangled name, from the report of ptxas."""
+    """Registers, spills and stack of each kernel, from the report of ptxas."""
     pattern = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"Compiling entry function '([^']+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
@@ -206,7 +220,8 @@ def usages(report: str) -> dict[str, Usage]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's name and template arguments, parsed from its mangled name."""
+    """A kernel's name and template arguments, parsed from what C++ writes, for example
+    ``ddf::cuda::upsample_3x3<float, ddf::Mul>``."""
 
     name: str
     dtype: str
@@ -215,17 +230,18 @@ class Kernel:
     flags: tuple[bool, ...]
 
     @classmethod
-    def of(cls, mangled: str) -> Kernel | None:
-        match = re.fullmatch(r"_ZN3ddf4cuda\d+(\w+?)I(.+?)EEv.*", mangled)
+    def of(cls, written: str) -> Kernel | None:
+        match = re.fullmatch(r"ddf::cuda::(\w+)<(.+)>", written)
         if match is None:
             return None
         name, arguments = match.groups()
-        types = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
-        dtype = next(types[t] for t in types if arguments.startswith(t))
-        numbers = tuple(map(int, re.findall(r"Li(\d+)", arguments)))
-        combine = re.search(r"NS_\d+(\w+?)E", arguments)
-        flags = tuple(flag == "1" for flag in re.findall(r"Lb([01])", arguments))
-        return cls(name, dtype, numbers, combine and combine[1].lower(), flags)
+        dtype, *others = arguments.split(", ")
+        # The types of nvcc and those of the host.
+        dtype = re.sub("__nv_|__|ddf::cuda::", "", dtype).lower()
+        numbers = tuple(int(a) for a in others if a.isdigit())
+        combine = next((a[5:].lower() for a in others if a.startswith("ddf::")), None)
+        flags = tuple(a == "true" for a in others if a in ("true", "false"))
+        return cls(name, dtype, numbers, combine, flags)
 
     def __str__(self) -> str:
         """For example ``forward_3x3<float, mul, vector>``."""
@@ -233,7 +249,7 @@ class Kernel:
             "forward_3x3": ("mirrored", "vector", "pack"),
             "forward_3x3_channels_last": ("mirrored", "pack"),
             "backward_3x3": ("vector",),
-            "forward_tiled": ("mirrored", "channels_last", "pack"),
+            "forward_tiled": ("mirrored", "channels_last"),
             "grad_filters": ("vector",),
             "gather_3x3": ("mirrored",),
             "gather_3x3_channels_last": ("mirrored",),
@@ -251,8 +267,8 @@ class Kernel:
         return instructions / outputs(*self.numbers) if outputs else None
 
 
-def readable(mangled: str) -> str:
-    return str(Kernel.of(mangled) or mangled)
+def readable(written: str) -> str:
+    return str(Kernel.of(written) or written)
 
 
 def print_slots(codes: dict[str, str]) -> None:
@@ -271,11 +287,11 @@ def print_slots(codes: dict[str, str]) -> None:
 
 # Columns of GATES after the registers; a larger value of the first ones is worse, a smaller one of
 # the others.
-COSTS = ("spilled bytes", "stack bytes", "instructions", "waits")
+COSTS = ("spilled bytes", "stack bytes", "instructions", "waits", "conflict", "conflicts %")
 CAPACITIES = ("warps", "loads in flight")
 
 
-def measure(usage: Usage, loop: Sequence[str]) -> dict[str, int]:
+def measure(usage: Usage, loop: Sequence[str], conflicts: tuple[int, int]) -> dict[str, int]:
     """The gates of a kernel."""
     loads, waits = memory_parallelism(loop)
     # Registers are allocated to a warp in units of 256.
@@ -286,6 +302,8 @@ def measure(usage: Usage, loop: Sequence[str]) -> dict[str, int]:
         "stack bytes": usage.stack_bytes,
         "instructions": len(loop),
         "waits": waits,
+        "conflict": conflicts[0],
+        "conflicts %": conflicts[1],
         "warps": warps,
         "loads in flight": loads,
     }
@@ -313,31 +331,42 @@ def write_source_of_gates(folder: Path) -> Path:
 def check_gates(compiled: dict[str, list[Compiled]], version: str, update: bool) -> list[str]:
     """Compares the gates with GATES, or writes them; returns what got worse."""
     rows = {}
+    conflicts = {
+        str(Kernel.of(name)): (math.ceil(worst), round(100 * mean))
+        for name, (worst, mean) in bank_conflicts().items()
+    }
     for arch, parts in compiled.items():
         for part in parts:
             used = usages(part.report)
             for name, loop in hot_loops(part.code).items():
-                rows[readable(name), arch] = measure(used[name], loop)
+                kernel = Kernel.of(name)
+                of_float = str(dataclasses.replace(kernel, dtype="float"))
+                found = conflicts.get(of_float, (1, 100))
+                rows[str(kernel), arch] = measure(used[name], loop, found)
     names = ["registers", *COSTS, *CAPACITIES]
-    of, known = version, {}
+    header, known = ["kernel", "arch", *names, version], {}
+    found_header = header
     if GATES.exists():
         with GATES.open(newline="") as file:
-            (*_, of), *lines = csv.reader(file)
+            found_header, *lines = csv.reader(file)
         known = {
-            (kernel, arch): dict(zip(names, map(int, values), strict=True))
+            (kernel, arch): dict(zip(found_header[2:-1], map(int, values), strict=True))
             for kernel, arch, *values in lines
         }
     if update:
         # Other architectures keep their rows.
         kept = {key: row for key, row in known.items() if key[1] not in compiled}
-        rows |= kept if of == version else {}
+        rows |= kept if found_header == header else {}
         with GATES.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["kernel", "arch", *names, version])
+            writer.writerow(header)
             writer.writerows([*key, *(rows[key][n] for n in names)] for key in sorted(rows))
         return []
-    if of != version:
-        return [f"{GATES.name} was written with nvcc {of}, this is {version}: --update writes it"]
+    if found_header != header:
+        was = (
+            f"it was written with nvcc {found_header[-1]}, this is {version}, or has other columns"
+        )
+        return [f"{GATES.name}: {was}: --update writes it"]
     found = [
         f"{kernel} on sm_{arch}: {change}"
         for (kernel, arch), now in rows.items()

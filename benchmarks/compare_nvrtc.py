@@ -18,7 +18,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from check_cuda_build import CSRC, Kernel, compile_for, find_cuobjdump, find_nvcc, readable, usages
+from check_cuda_build import (
+    CSRC,
+    Kernel,
+    compile_for,
+    demangle,
+    find_cuobjdump,
+    find_nvcc,
+    readable,
+    usages,
+)
 from torch.hub import tqdm
 
 from ddf_mm.ops import library, nvrtc
@@ -31,7 +40,7 @@ class Size:
 
 
 def instructions(code: str) -> dict[str, int]:
-    """Mangled name of each kernel to the number of its instructions, padding included."""
+    """The number of each kernel's instructions, padding included."""
     functions = (part.split("\n", 1) for part in re.split(r"\n\s*Function : ", code)[1:])
     return {n: len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[^;]*;", body)) for n, body in functions}
 
@@ -50,14 +59,6 @@ def by_nvcc(nvcc: str, cuobjdump: str, arch: str, sources: list[Path]) -> dict[s
     return sizes
 
 
-def expressions(names: list[str]) -> dict[str, str]:
-    """Mangled name of each kernel to what C++ writes."""
-    filtered = subprocess.run(["c++filt", *names], text=True, capture_output=True, check=True)
-    # void NAME(PARAMETERS)
-    demangled = (text.removeprefix("void ").split("(")[0] for text in filtered.stdout.splitlines())
-    return dict(zip(names, demangled, strict=True))
-
-
 def missing(names: list[str]) -> list[str]:
     """What the ops can launch but is not in ``names``, and the reverse."""
     host = library.cuda_library()
@@ -65,17 +66,15 @@ def missing(names: list[str]) -> list[str]:
         raise SystemExit(f"compare_nvrtc.py: error: no CUDA ops: {library.backend_info()}")
     types = {"ddf::cuda::Half": "__half", "ddf::cuda::BFloat16": "__nv_bfloat16"}
     listed = {re.sub("|".join(types), lambda m: types[m[0]], n) for n in nvrtc.names(host)}
-    return sorted(listed ^ set(expressions(names).values()))
+    return sorted(listed ^ set(names))
 
 
 def by_nvrtc(cuobjdump: str, arch: str, names: list[str]) -> dict[str, Size]:
-    """Of kernels with these mangled names."""
     sizes = {}
-    written = expressions(names)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         for name in tqdm(names, desc=f"NVRTC, sm_{arch}"):
-            symbol, code = nvrtc.compile_kernel(written[name], int(arch))
-            if symbol.decode() != name:
+            symbol, code = nvrtc.compile_kernel(name, int(arch))
+            if demangle(symbol.decode()) != name:
                 raise SystemExit(f"compare_nvrtc.py: error: {name} is {symbol.decode()}")
             Path(file.name).write_bytes(code)
             usage, sass = (
@@ -85,7 +84,7 @@ def by_nvrtc(cuobjdump: str, arch: str, names: list[str]) -> dict[str, Size]:
                 for of in ("-res-usage", "-sass")
             )
             (registers,) = re.findall(r"REG:(\d+)", usage)
-            sizes[name] = Size(int(registers), instructions(sass)[name])
+            sizes[name] = Size(int(registers), instructions(demangle(sass))[name])
     return sizes
 
 

@@ -1,6 +1,11 @@
 // A library for ctypes that tells which kernels a call starts, without running them: the kernels
-// are known by name only.
+// are known by name only. With DDF_BANKS it also runs the first and the last block of each, for the
+// bank conflicts (banks/cuda_on_host.h).
+#if !defined(DDF_BANKS)
 #define DDF_KERNELS_BY_NAME
+#endif
+#include <dlfcn.h>
+
 #include <sstream>
 
 #include "dispatch.cuh"
@@ -44,7 +49,21 @@ double active_lanes(const std::string& kernel, const Arguments<T>& a,
   if (kernel.find("gathered") != std::string::npos) {
     return fraction(g.out_height * g.out_width, int64_t{partials.tiles} * kGatheredTile);
   }
-  return fraction(g.out_height * ceil_div(g.out_width, kLaneOutputs), partials.tiles * kLanes);
+  return 1;
+}
+template <typename T>
+double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>&,
+                    const QuadGrid& grid) {
+  const Geometry& g = a.geometry;
+  return fraction(g.out_height * ceil_div(g.out_width, kQuadOutputs), grid.tiles * kTileQuads);
+}
+template <typename T>
+double active_lanes(const std::string&, const Arguments<T>& a, const QuadGrid& grid, int, bool) {
+  const Geometry& g = a.geometry;
+  const int64_t lanes = kTiledThreads / kTileQuads,
+                quads = ceil_div(g.group_channels, kThreadChannels);
+  return fraction(g.out_height * ceil_div(g.out_width, kQuadOutputs), grid.tiles * kTileQuads) *
+         fraction(quads, ceil_div(quads, lanes) * lanes);
 }
 template <typename T>
 double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>& partials,
@@ -71,7 +90,24 @@ struct Launch {
   void operator()(const char*, const Handle<Parameters...>& kernel, int64_t blocks, int threads,
                   size_t shared_bytes, const Given&... given) const {
     launches << *kernel.name << '\t' << blocks << '\t' << threads << '\t' << shared_bytes << '\t'
-             << active_lanes(*kernel.name, given...) << '\n';
+             << active_lanes(*kernel.name, given...);
+#if defined(DDF_BANKS)
+    auto& recorder = ddf::banks::recorder;
+    recorder.patterns.clear();
+    for (const int64_t block : {int64_t{0}, blocks - 1}) {
+      recorder.run([&] { kernel.compiled(given...); }, block, threads, shared_bytes);
+    }
+    for (const auto& [address, pattern] : recorder.patterns) {
+      // As addr2line takes it, of the call that returns there.
+      Dl_info info;
+      dladdr(address, &info);
+      const auto offset =
+          static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase) - 1;
+      launches << '\t' << offset << ' ' << pattern.requests << ' ' << pattern.wavefronts << ' '
+               << pattern.least << ' ' << pattern.worst;
+    }
+#endif
+    launches << '\n';
   }
 };
 
@@ -117,6 +153,10 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
     launch_pack(a, scratch, Launch{});
   } else if (pass == "backward") {
     launch_backward(a, to, floats, Launch{});
+  } else if (pass == "grad_features") {
+    launch_backward(a, Gradients<T>{to.features, {}, {}}, floats, Launch{});
+  } else if (pass == "grad_filters") {
+    launch_backward(a, Gradients<T>{{}, to.channel_filter, to.spatial_filter}, floats, Launch{});
   } else if (pass == "up forward") {
     a.result = out;
     if (launch_upsample_3x3(a, strides, Launch{})) return;
@@ -134,7 +174,9 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
 
 }  // namespace
 
-// A line for each launch: the kernel, blocks, threads, bytes of shared memory, active lanes.
+// A line for each launch: the kernel, blocks, threads, bytes of shared memory, active lanes; then
+// for each instruction that accesses shared memory its address, the requests of warps, their
+// wavefronts, the least of these, and the worst.
 extern "C" const char* ddf_dispatch(const char* pass, const char* dtype, const ddf::Geometry* g,
                                     int combine, bool channels_last) {
   static std::string text;
@@ -142,7 +184,9 @@ extern "C" const char* ddf_dispatch(const char* pass, const char* dtype, const d
   const auto mode = static_cast<ddf::CombineMode>(combine);
   const std::string type = dtype;
   if (type == "float32") dispatch<float>(pass, *g, mode, channels_last);
+#if !defined(DDF_BANKS)
   if (type == "bfloat16") dispatch<BFloat16>(pass, *g, mode, channels_last);
+#endif
   text = launches.str();
   return text.c_str();
 }

@@ -3,6 +3,7 @@ the C++ compiler without its kernels (cuda_dispatch.cpp)."""
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import os
 import shlex
@@ -35,6 +36,35 @@ class Layer(NamedTuple):
 
 
 FIELDS = Layer._fields
+TABLE = HERE / "kernels_of_recipes.csv"
+
+
+def recipes() -> list[tuple[Layer, list[str]]]:
+    """The layers of TABLE, and the kernels of each."""
+    with TABLE.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    if tuple(header[: len(FIELDS)]) != FIELDS:
+        raise ValueError(f"{TABLE.name} must begin with the columns {FIELDS}, got {header}")
+    text = {"op", "combine", "filters"}
+    return [
+        (
+            Layer(
+                *(v if f in text else int(v) for f, v in zip(FIELDS, line, strict=False))  # type: ignore[arg-type]
+            ),
+            line[len(FIELDS) :],
+        )
+        for line in lines
+    ]
+
+
+class Pattern(NamedTuple):
+    """How the warps of a block access shared memory by one instruction."""
+
+    address: int  # of the instruction, in the library
+    requests: int
+    wavefronts: int  # cycles of shared memory
+    least: int  # the same without conflicts of banks
+    worst: float  # wavefronts by the least, of one request
 
 
 class Launch(NamedTuple):
@@ -43,14 +73,19 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     active_lanes: float  # fraction of the threads that have work, where it is known
+    patterns: tuple[Pattern, ...]  # of the first and the last block, with banks
 
 
 class Dispatch:
+    def __init__(self, banks: bool = False) -> None:
+        self.options = ["-DDDF_BANKS", f"-I{HERE / 'banks'}", "-O1", "-g"] if banks else []
+
     def __enter__(self) -> Dispatch:
         self.folder = tempfile.TemporaryDirectory()
-        library = Path(self.folder.name, "dispatch.so")
+        self.library = library = Path(self.folder.name, "dispatch.so")
         command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-fPIC", "-shared"]
-        command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / "cuda_dispatch.cpp", "-o", library]
+        command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *self.options]
+        command += [HERE / "cuda_dispatch.cpp", "-ldl", "-o", library]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
         self.function = loaded.ddf_dispatch
@@ -64,7 +99,8 @@ class Dispatch:
     def launches(
         self, layer: Layer, kind: str, layout: str, dtype: str = "float32", batch: int = 2
     ) -> list[Launch]:
-        """The launches of a pass (``"forward"``, ``"backward"`` or ``"pack"``) of a layer."""
+        """The launches of a pass of a layer: ``"forward"`` or ``"backward"``, and of ddf also
+        ``"pack"``, ``"grad_features"`` and ``"grad_filters"``."""
         out = [-(-size // layer.stride) for size in (layer.height, layer.width)]
         sizes = [batch, layer.channels, layer.height, layer.width, *out, layer.groups]
         sizes += [layer.channels // layer.groups, layer.kernel_size, layer.dilation]
@@ -72,11 +108,16 @@ class Dispatch:
         name = f"up {kind}" if layer.op == "ddf_up" else kind
         combine, last = COMBINES.index(layer.combine), layout == "channels_last"
         text = self.function(name.encode(), dtype.encode(), geometry, combine, last).decode()
-        lines = [line.split("\t") for line in text.splitlines()]
-        return [
-            Launch(kernel, *map(int, numbers), active_lanes=float(active))
-            for kernel, *numbers, active in lines
-        ]
+        launches = []
+        for line in text.splitlines():
+            kernel, *numbers = line.split("\t")
+            patterns = []
+            for pattern in numbers[4:]:
+                *counts, worst = pattern.split()
+                patterns.append(Pattern(*map(int, counts), worst=float(worst)))
+            sizes, active = map(int, numbers[:3]), float(numbers[3])
+            launches.append(Launch(kernel, *sizes, active, tuple(patterns)))
+        return launches
 
     def kernels_of(self, layer: Layer) -> list[str]:
         """The kernels of forward and backward pass, for each of LAYOUTS."""

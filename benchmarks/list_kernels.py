@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from check_backbone_swap import families, resnet50_config, swapped
-from cuda_dispatch import FIELDS, LAYOUTS, Dispatch, Layer
+from cuda_dispatch import FIELDS, LAYOUTS, TABLE, Dispatch, Layer
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch.overrides import TorchFunctionMode
@@ -78,9 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_name("kernels_of_recipes.csv")
-    )
+    parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     recorder, failed = Recorder(), []
 

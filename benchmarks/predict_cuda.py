@@ -4,7 +4,8 @@
     python benchmarks/predict_cuda.py [--shapes 2,256,200,304 ...] [--arch 90]
 
 For each shape, dtype, memory format and pass: the kernels, the lanes that have work, the waves of
-blocks, and the predicted fraction of the bandwidth of a copy, with H100's and H200's. Needs
+blocks, what bounds them (waits, issue slots, or bytes), and the predicted fraction of the bandwidth
+of a copy, with H100's and H200's. Needs
 cuda_gates.csv (check_cuda_build.py --update) and a C++ compiler. The model: a step of a hot loop
 costs its issue slots, its waits for memory of LATENCY cycles, which the other warps of the
 multiprocessor fill, or its bytes at the bandwidth of a copy, whichever is most; lanes without work
@@ -31,39 +32,33 @@ SCHEDULERS, SHARED_BYTES = 4, 227 * 1024
 ELEMENTS = {"backward_3x3": 3}
 
 
-def kernel_of(name: str) -> Kernel:
-    """A kernel from its demangled name, as ``ddf::cuda::upsample_3x3<float, ddf::Mul>``."""
-    name, _, rest = name.removesuffix(">").partition("<")
-    dtype, *arguments = rest.replace("ddf::cuda::", "").replace("ddf::", "").split(", ")
-    combine = next((a.lower() for a in arguments if a in ("Mul", "Add")), None)
-    numbers = tuple(int(a) for a in arguments if a.isdigit())
-    flags = tuple(a == "true" for a in arguments if a in ("true", "false"))
-    return Kernel(name.removeprefix("ddf::cuda::"), dtype.lower(), numbers, combine, flags)
-
-
 def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: int, size: int,
-            bandwidth: float) -> tuple[float, float]:  # fmt: skip
-    """The predicted time of a launch, and its waves of blocks."""
-    kernel = kernel_of(launch.kernel)
+            bandwidth: float) -> tuple[float, str]:  # fmt: skip
+    """The predicted time of a launch, and what explains it, or ""."""
+    kernel = Kernel.of(launch.kernel)
     if gates is None or kernel.name not in OUTPUTS:
-        return LAUNCH_SECONDS, math.nan
+        return LAUNCH_SECONDS, ""
     block_warps = launch.threads // 32
     blocks = min(gates["warps"], SHARED_BYTES // max(launch.shared_bytes, 1) * block_warps)
     blocks = max(1, blocks // block_warps)
     waves = launch.blocks / (MULTIPROCESSORS * blocks)
     warps = min(blocks, math.ceil(launch.blocks / MULTIPROCESSORS)) * block_warps
     outputs = 32 * OUTPUTS[kernel.name](*kernel.numbers)  # of a step of a warp
-    elements = ELEMENTS.get(kernel.name, 2) * (1 + layer.groups * 9 / layer.channels)
+    filters = layer.groups * layer.kernel_size**2 / layer.channels
+    elements = ELEMENTS.get(kernel.name, 2) * (1 + filters)
     instructions = gates["instructions"]
-    steps_per_cycle = min(
-        warps / (gates["waits"] * LATENCY + instructions),
-        SCHEDULERS / instructions,
-        bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * elements),
-    )
+    rates = {  # steps in a cycle
+        # What is loaded for the next step is there after the latency, too.
+        "waits": warps / max(gates["waits"] * LATENCY + instructions, LATENCY),
+        "slots": SCHEDULERS / instructions,
+        "bytes": bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * elements),
+    }
+    bound = min(rates, key=lambda of: rates[of])
     count = batch * layer.channels * math.ceil(layer.height / layer.stride)
     steps = count * math.ceil(layer.width / layer.stride) / outputs / launch.active_lanes
     full = waves / math.ceil(waves) if waves > 1 else 1
-    return steps / (MULTIPROCESSORS * steps_per_cycle * CLOCK) / full, waves
+    why = f"{kernel.name} lanes {launch.active_lanes:.0%} waves {waves:.1f} {bound}"
+    return steps / (MULTIPROCESSORS * rates[bound] * CLOCK) / full, why
 
 
 def main() -> int:
@@ -71,6 +66,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B,C,H,W")
+    parser.add_argument("--kernel-size", type=int, default=3)
     parser.add_argument("--arch", default="90", help="compute capability without the dot")
     args = parser.parse_args()
     with GATES.open(newline="") as file:
@@ -84,8 +80,9 @@ def main() -> int:
     with Dispatch() as dispatch:
         for shape in args.shapes:
             batch, channels, height, width = map(int, shape.split(","))
-            layer = Layer("ddf", channels, 1, height, width, 3, 1, 1, 1, "mul", "both")
-            elements = batch * height * width * (channels + 9)
+            k = args.kernel_size
+            layer = Layer("ddf", channels, 1, height, width, k, 1, 1, 1, "mul", "both")
+            elements = batch * height * width * (channels + k * k)
             for dtype, size in (("float32", 4), ("bfloat16", 2)):
                 for layout in LAYOUTS:
                     for kind, times in (("forward", 2), ("backward", 3)):
@@ -93,18 +90,13 @@ def main() -> int:
                         found, notes = [], []
                         for bandwidth in GPUS.values():
                             each = [
-                                (run, *seconds(run, known.get(str(kernel_of(run.kernel))), layer,
-                                               batch, size, bandwidth))
+                                seconds(run, known.get(str(Kernel.of(run.kernel))), layer, batch,
+                                        size, bandwidth)
                                 for run in launches
                             ]  # fmt: skip
                             floor = times * elements * size / bandwidth
-                            found.append(floor / sum(time for _, time, _ in each))
-                            notes = [
-                                f"{kernel_of(run.kernel).name} lanes {run.active_lanes:.0%} "
-                                f"waves {waves:.1f}"
-                                for run, _, waves in each
-                                if not math.isnan(waves)
-                            ]
+                            found.append(floor / sum(time for time, _ in each))
+                            notes = [why for _, why in each if why]
                         title = f"{shape:>15} {dtype:<8} {layout:<13} {kind:<8}"
                         percents = (f"{fraction:6.0%}" for fraction in found)
                         print(title.ljust(60), *percents, " ", "; ".join(notes))

@@ -16,13 +16,16 @@
 
 namespace ddf {
 
-// Whether t is channels_last and not also contiguous, as a tensor of one pixel or one channel is.
+// Whether t is channels_last, or a slice of such a tensor, and not also contiguous, as a tensor of
+// one pixel or one channel is.
 inline bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  const int64_t expected[4] = {height * width * channels, 1, width * channels, channels};
-  for (int i = 0; i < 4; ++i)
-    if (t.size(i) != 1 && t.stride(i) != expected[i]) return false;
+  if (t.is_contiguous() || t.size(1) == 1) return false;
+  int64_t least = 1;
+  for (const int i : {1, 3, 2, 0}) {
+    if (t.size(i) == 1) continue;
+    if (i == 1 ? t.stride(i) != 1 : t.stride(i) < least) return false;
+    least = t.stride(i) * t.size(i);
+  }
   return true;
 }
 

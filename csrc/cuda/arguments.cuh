@@ -91,6 +91,25 @@ struct Arguments {
   PackOptions<Accumulate<T>> pack;
 };
 
+// What a block of the grid batch x groups x `seconds` x `firsts` computes.
+struct BlockPlace {
+  int first, second;
+  int64_t group, batch;
+};
+
+DDF_DEVICE BlockPlace place_of_block(int firsts, int seconds, const Geometry& g) {
+  // At most INT32_MAX; divisions of 64 bits are slow.
+  unsigned block = block_index();
+  BlockPlace place;
+  place.first = block % firsts;
+  block /= firsts;
+  place.second = block % seconds;
+  block /= seconds;
+  const unsigned groups = g.groups;
+  place.group = block % groups, place.batch = block / groups;
+  return place;
+}
+
 // The gradients of a call; data is null where a gradient is not needed.
 template <typename T>
 struct Gradients {

@@ -16,11 +16,28 @@ constexpr int kBackwardColumns = 4;
 constexpr int kBackwardTaps = 9;
 // Floats of shared memory from one channel filter to the next: each row of taps is 16-byte aligned.
 constexpr int kBackwardTapStride = 12;
-// Channels of a block, whose filters fill the 48 KiB of shared memory that every launch may use.
-constexpr int kBackwardBlockChannels = 1024;
 // Floats of shared memory for the sums of grad_spatial of half of the warps.
 constexpr int kBackwardSumFloats =
     kBackwardWarps / 2 * kBackwardTaps * kBackwardRows * kBackwardColumns * kLanes;
+
+// With aligned rows, a thread copies what it reads of a channel to shared memory while it computes
+// the one before, so that no load is waited for: the vectors of the rows of grad and features, then
+// the elements on the left and on the right of those of grad, each with room for two channels.
+constexpr int kBackwardVectors = 2 * kBackwardRows + 2;
+constexpr int kBackwardHalos = 2 * (kBackwardRows + 2);
+// Floats of shared memory for one channel.
+template <typename T>
+constexpr int kBackwardCopied =
+    (kBackwardVectors * static_cast<int>(sizeof(T)) + kBackwardHalos) * kBackwardThreads;
+
+// Floats of the 48 KiB of shared memory that every launch may use.
+constexpr int kBackwardMostFloats = 48 * 1024 / 4;
+
+// Channels of a block, whose filters take the rest of the shared memory.
+template <typename T>
+constexpr int backward_block_channels(bool vector) {
+  return (kBackwardMostFloats - (vector ? 2 * kBackwardCopied<T> : 0)) / kBackwardTapStride;
+}
 
 // a.result is grad_features. Vector as for forward_3x3.
 template <typename T, typename Combine, bool Vector>
@@ -35,11 +52,8 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
   const int width = g.width;
   const int lane = thread_index() % kLanes;
   const int warp = thread_index() / kLanes;
-  const int tile = block_index() % partials.tiles;
-  const int64_t image = block_index() / partials.tiles;
-  const int channel_block = image % partials.channel_blocks;
-  const int64_t group = image / partials.channel_blocks % g.groups;
-  const int64_t batch = image / partials.channel_blocks / g.groups;
+  const auto [tile, channel_block, group, batch] =
+      place_of_block(partials.tiles, partials.channel_blocks, g);
   const int quads_per_row = (width + kColumns - 1) / kColumns;
   const int quad = tile * kLanes + lane;
   const int top = quad / quads_per_row * kRows;
@@ -93,9 +107,52 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
             ? Combine::kNeutral
             : load(a.channel_filter.at(batch, channel + i / kTaps, tap / 3, tap % 3));
   }
+
+  // Floats of a vector; two elements of 16 bits are copied for one beside a vector.
+  constexpr int kFloats = sizeof(T), kHalo = 4 / sizeof(T);
+  auto* const copied = shared + kBackwardTapStride * partials.block_channels;
+  auto* vectors = copied + thread_index() * kFloats;
+  auto* halos = copied + kBackwardVectors * kBackwardThreads * kFloats + thread_index();
+  // From the channel that is computed to the room for the next, or back.
+  int other = kBackwardCopied<T>;
+  const auto vector_at = [&](int y) { return vectors + y * kBackwardThreads * kFloats; };
+  const auto halo_at = [&](int y, int right) { return halos + (2 * y + right) * kBackwardThreads; };
+  const auto copy_next = [&](int to) {
+    DDF_UNROLL
+    for (int y = 0; y < kRows + 2; ++y) {
+      const T* const line = gradient + y * a.grad.row_stride;
+      if (row_inside[y]) copy_to_shared<kColumns>(vector_at(y) + to, line + 1);
+      if (row_inside[y] && column_inside[0]) {
+        copy_to_shared<kHalo>(halo_at(y, 0) + to, line + 1 - kHalo);
+      }
+      if (row_inside[y] && column_inside[kColumns + 1]) {
+        copy_to_shared<kHalo>(halo_at(y, 1) + to, line + kColumns + 1);
+      }
+      if (y < kRows && row_inside[y + 1]) {
+        copy_to_shared<kColumns>(vector_at(kRows + 2 + y) + to,
+                                 features + y * a.features.row_stride);
+      }
+    }
+    gradient += kBackwardWarps * a.grad.channel_stride;
+    features += kBackwardWarps * a.features.channel_stride;
+  };
+  if (Vector) {
+    // Of what is outside the image, nothing is copied.
+    DDF_UNROLL_NOT
+    for (int i = thread_index(); i < 2 * kBackwardCopied<T>; i += kBackwardThreads) copied[i] = 0.f;
+  }
   sync_threads();
+  if (Vector) {
+    if (warp < channels) copy_next(0);
+    end_copies();
+  }
   DDF_UNROLL_NOT
   for (int i = warp; i < channels; i += kBackwardWarps) {
+    if (Vector) {
+      if (i + kBackwardWarps < channels) copy_next(other);
+      end_copies();
+      await_copies<1>();
+    }
     float values[kRows][kColumns] = {};
     float channel_sums[kTaps] = {};
     float sums[kRows][kColumns] = {};
@@ -106,16 +163,10 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
       const T* const grad_line = gradient + y * a.grad.row_stride;
       const T* const line = features + y * a.features.row_stride;
       if (Vector) {
-        window[0] = load_if(grad_line, row_inside[y] && column_inside[0]);
-        load4_if(&window[1], grad_line + 1, row_inside[y]);
-        window[kColumns + 1] =
-            load_if(grad_line + kColumns + 1, row_inside[y] && column_inside[kColumns + 1]);
-        if (y < kRows && sizeof(T) == 2) {
-          load4_if(values[y], line, row_inside[y + 1]);
-        } else if (y < kRows && row_inside[y + 1]) {
-          // With all loads of float32 in flight together, it would spill registers.
-          load4(values[y], line);
-        }
+        window[0] = load_copied<T>(halo_at(y, 0), kHalo - 1);
+        load_copied4<T>(&window[1], vector_at(y));
+        window[kColumns + 1] = load_copied<T>(halo_at(y, 1), 0);
+        if (y < kRows) load_copied4<T>(values[y], vector_at(kRows + 2 + y));
       } else {
         // Without conditions on rows, it would spill registers.
         DDF_UNROLL
@@ -173,11 +224,18 @@ backward_3x3(Arguments<T> a, PartialSums<T> partials) {
       if (lane < kTaps - 1) store(partial + lane, channel_sums[0]);
       if (lane == kTaps - 1) store(partial + lane, channel_sums[kTaps - 1]);
     }
-    gradient += kBackwardWarps * a.grad.channel_stride;
-    features += kBackwardWarps * a.features.channel_stride;
+    if (Vector) {
+      vectors += other;
+      halos += other;
+      other = -other;
+    } else {
+      gradient += kBackwardWarps * a.grad.channel_stride;
+      features += kBackwardWarps * a.features.channel_stride;
+    }
     target += kBackwardWarps * a.result.channel_stride;
     partial += kBackwardWarps * kTaps;
   }
+  if (Vector) await_copies<0>();
 
   if (!partials.needs_spatial()) return;
   sum_over_warps<kBackwardWarps>(spatial_sums, shared, warp, lane);

@@ -48,5 +48,14 @@ template <typename T>
 void store2(T* p, const float* from);
 void load_shared4(float* to, const float* p);
 void store_shared4(float* p, const float* from);
+template <int Count, typename T>
+void copy_to_shared(float* to, const T* from);
+void end_copies();
+template <int Pending>
+void await_copies();
+template <typename T>
+float load_copied(const float* p, int index);
+template <typename T>
+void load_copied4(float* to, const float* p);
 
 }  // namespace ddf::cuda

@@ -21,6 +21,11 @@ inline Tiling tiling_of(const Geometry& g) {
   while (tiling.tile_lanes < tiling.tiles && tiling.tile_lanes < kForward3x3Threads) {
     tiling.tile_lanes *= 2;
   }
+  // Fewer tiles in a block, and more lanes for each, where many lanes of the last block have none.
+  const auto active = [&](int64_t lanes) {
+    return static_cast<double>(tiling.tiles) / (ceil_div(tiling.tiles, lanes) * lanes);
+  };
+  while (tiling.tile_lanes > 16 && active(tiling.tile_lanes) < 0.85) tiling.tile_lanes /= 2;
   // Larger channel blocks read the spatial filter less often; smaller ones give more blocks, and a
   // large GPU needs several for each of its about 130 multiprocessors.
   const int64_t lanes = kForward3x3Threads / tiling.tile_lanes;
@@ -146,8 +151,18 @@ bool launch_forward_3x3_channels_last(const Arguments<T>& a, const char* name, L
   }
 }
 
+inline QuadGrid quad_grid_of(const Geometry& g) {
+  QuadGrid grid;
+  const int quads = ceil_div(g.out_width, kQuadOutputs);
+  const int bands = ceil_div(quads, kBandQuads);
+  grid.band_quads = ceil_div(quads, bands);
+  grid.band_tiles = ceil_div(g.out_height * grid.band_quads, kTileQuads);
+  grid.tiles = bands * grid.band_tiles;
+  return grid;
+}
+
 // Runs forward_tiled if it supports the call; returns whether it did.
-template <bool Mirrored, bool Pack, typename T, typename Launch>
+template <bool Mirrored, typename T, typename Launch>
 bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& launch) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
@@ -164,22 +179,19 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
       if constexpr ((kKernel == 3 && kStride == 1) || (Mirrored && kStride != 1)) {
         return false;
       } else {
-        const int tiles =
-            ceil_div(g.out_height * ceil_div(g.out_width, kThreadOutputs), kBlockQuads);
+        const QuadGrid grid = quad_grid_of(g);
         const int channel_blocks = ceil_div(g.group_channels, kBlockChannels);
-        const int64_t blocks = g.batch * g.groups * tiles * channel_blocks;
+        const int64_t blocks = g.batch * g.groups * grid.tiles * channel_blocks;
         if (blocks > kMaxBlocks) return false;
         const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 && has_aligned_rows(input) &&
                             has_aligned_rows(a.result);
         const auto kernel = with_combine(a.combine, [&](auto combine) {
           using Combine = decltype(combine);
-          return rows ? DDF_HANDLE(
-                            forward_tiled<T, kKernel, kStride, Combine, Mirrored, false, Pack>)
-                      : DDF_HANDLE(
-                            forward_tiled<T, kKernel, kStride, Combine, Mirrored, true, Pack>);
+          return rows ? DDF_HANDLE(forward_tiled<T, kKernel, kStride, Combine, Mirrored, false>)
+                      : DDF_HANDLE(forward_tiled<T, kKernel, kStride, Combine, Mirrored, true>);
         });
         launch(name, kernel, blocks, kTiledThreads, sizeof(float) * forward_tiled_floats(kKernel),
-               a, tiles, channel_blocks, vector);
+               a, grid, channel_blocks, vector);
         return true;
       }
     });
@@ -235,8 +247,10 @@ bool launch_gather_3x3(const Arguments<T>& a, const SubpixelStrides& strides, co
   }
 }
 
+// With the epilogue of a.pack.
 template <typename T, typename Launch>
 void launch_forward_any(const Arguments<T>& a, const char* name, Launch&& launch) {
+  if (launch_forward_tiled<false>(a, name, launch)) return;
   if (launch_gather_3x3<false>(a, {}, name, launch)) return;
   const Geometry& g = a.geometry;
   launch_slices(a, name, DDF_HANDLE(forward_generic<T>), g.channels, g.out_height, g.out_width,
@@ -249,7 +263,6 @@ void launch_forward(const Arguments<T>& a, Launch&& launch) {
   if (launch_forward_3x3_channels_last<false, false>(a, "ddf forward, 3x3 channels_last", launch)) {
     return;
   }
-  if (launch_forward_tiled<false, false>(a, "ddf forward, tiled", launch)) return;
   launch_forward_any(a, "ddf forward", launch);
 }
 
@@ -261,7 +274,6 @@ void launch_pack(Arguments<T> a, Allocate&& allocate, Launch&& launch) {
   if (launch_forward_3x3<false, true>(a, "ddf_pack, 3x3", launch)) return;
   if (launch_forward_3x3_channels_last<false, true>(a, "ddf_pack, 3x3 channels_last", launch))
     return;
-  if (launch_forward_tiled<false, true>(a, "ddf_pack, tiled", launch)) return;
   const Geometry& g = a.geometry;
   const auto normalize = [&](View<const T>& filter, int64_t filters, int64_t pixels,
                              bool taps_inner, Accumulate<T> scale, const Accumulate<T>* std) {
@@ -292,7 +304,7 @@ void launch_grad_features(const Arguments<T>& a, Launch&& launch) {
                                                     launch)) {
     return;
   }
-  if (launch_forward_tiled<true, false>(a, "ddf grad_features, tiled", launch)) return;
+  if (launch_forward_tiled<true>(a, "ddf grad_features, tiled", launch)) return;
   if (launch_gather_3x3<true>(a, {}, "ddf grad_features, gathered", launch)) return;
   const Geometry& g = a.geometry;
   launch_slices(a, "ddf grad_features", DDF_HANDLE(grad_features_generic<T>), g.channels, g.height,
@@ -313,7 +325,7 @@ void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides&
 // Splits the channels of a group if a large GPU would have too few blocks.
 template <typename T>
 void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
-  int64_t block_channels = std::min(g.group_channels, most);
+  int64_t block_channels = ceil_div(g.group_channels, ceil_div(g.group_channels, most));
   const auto blocks = [&] {
     return g.batch * g.groups * partials.tiles * ceil_div(g.group_channels, block_channels);
   };
@@ -388,13 +400,15 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
     PartialSums<T> partials{};
     partials.tiles =
         ceil_div(ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns), kLanes);
-    split_channels(partials, g, kBackwardBlockChannels);
-    const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
-    if (blocks > kMaxBlocks) return false;
     const bool vector = g.width % 4 == 0 && has_aligned_rows(a.grad) &&
                         has_aligned_rows(a.features) && has_aligned_rows(a.result);
+    split_channels(partials, g, backward_block_channels<T>(vector));
+    const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
+    if (blocks > kMaxBlocks) return false;
+    const int copied = vector ? 2 * kBackwardCopied<T> : 0;
     const size_t shared =
-        sizeof(float) * std::max(kBackwardTapStride * partials.block_channels, kBackwardSumFloats);
+        sizeof(float) *
+        std::max(kBackwardTapStride * partials.block_channels + copied, kBackwardSumFloats);
     const auto kernel = with_combine(a.combine, [&](auto combine) {
       using Combine = decltype(combine);
       return vector ? DDF_HANDLE(backward_3x3<T, Combine, true>)
@@ -422,7 +436,8 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
       PartialSums<T> partials{};
-      partials.tiles = ceil_div(g.out_height * ceil_div(g.out_width, kLaneOutputs), kLanes);
+      const QuadGrid grid = quad_grid_of(g);
+      partials.tiles = grid.tiles;
       split_channels(partials, g, g.group_channels);
       const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
       if (blocks > kMaxBlocks) return false;
@@ -436,7 +451,7 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
       });
       launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
         launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
-               sizeof(float) * grad_filters_shared_floats(kKernel), a, ready);
+               sizeof(float) * grad_filters_shared_floats(kKernel), a, ready, grid);
       });
       return true;
     });

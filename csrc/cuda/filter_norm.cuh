@@ -74,9 +74,9 @@ DDF_DEVICE Moments<Accumulate<T>> moments_of(const T* x, int taps, int64_t strid
 
 // FilterNorm of one filter in place, values[tap * step]; `std` has a factor for each tap, or is
 // null.
-template <int Taps, typename A>
-DDF_DEVICE void normalize(A* values, int step, A scale, A eps, const A* std = nullptr) {
-  const auto m = moments_of([&](int tap) { return values[tap * step]; }, Taps, eps);
+template <int Taps, typename Values, typename A>
+DDF_DEVICE void normalize(Values values, int step, A scale, A eps, const A* std = nullptr) {
+  const auto m = moments_of([&](int tap) -> A { return values[tap * step]; }, Taps, eps);
   for (int tap = 0; tap < Taps; ++tap) {
     A value = m.standardized(values[tap * step]) * scale;
     if (std != nullptr) value *= load(std + tap);
@@ -90,8 +90,8 @@ DDF_DEVICE void normalize_spatial(const PackOptions<A>& pack, A* values, int ste
   normalize<Taps>(values, step, pack.spatial_scale, pack.eps);
 }
 
-template <int Taps, typename A>
-DDF_DEVICE void normalize_channel(const PackOptions<A>& pack, int64_t channel, A* values,
+template <int Taps, typename A, typename Values>
+DDF_DEVICE void normalize_channel(const PackOptions<A>& pack, int64_t channel, Values values,
                                   int step) {
   const A* const std = pack.channel_std;
   normalize<Taps>(values, step, pack.channel_scale, pack.eps,
@@ -164,7 +164,7 @@ DDF_KERNEL(kFilterNormThreads)
 filter_norm_grad_parameters(FilterNormArguments<T> a) {
   using A = Accumulate<T>;
   DDF_SHARED(A, sums);
-  A* const sums_alone = sums + kFilterNormThreads;
+  auto* const sums_alone = sums + kFilterNormThreads;
   const int64_t filter = block_index() / a.taps, stride = a.tap_stride();
   const int taps = a.taps, tap = block_index() % taps;
   A with_x = 0, alone = 0;

@@ -21,10 +21,6 @@ struct Tiling {
   int block_channels, channel_blocks;  // channels of a block; blocks of a group
 };
 
-struct alignas(16) Four {
-  float values[4];
-};
-
 // Mirrored: grad_features. Vector: the width and the addresses of the rows, in elements, are
 // multiples of 4. Pack: with the prologue and epilogue of a.pack.
 template <typename T, typename Combine, bool Mirrored, bool Vector, bool Pack>
@@ -58,7 +54,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
     // The taps of a filter were written by several threads.
     sync_threads();
     for (int channel = thread_index(); channel < channels; channel += kForward3x3Threads) {
-      float* const taps = channel_taps + channel * kTapStride;
+      auto* const taps = channel_taps + channel * kTapStride;
       normalize_channel<kForward3x3Taps>(a.pack, first + channel, taps, 1);
       taps[kForward3x3Taps] = a.pack.bias_of(first + channel);
     }
@@ -151,9 +147,7 @@ forward_3x3(Arguments<T> a, Tiling tiling) {
     float taps[kTapStride];
     DDF_UNROLL
     for (int quarter = 0; quarter < kTapStride / 4; ++quarter) {
-      const Four four = reinterpret_cast<const Four*>(channel_taps + channel * kTapStride)[quarter];
-      DDF_UNROLL
-      for (int i = 0; i < 4; ++i) taps[4 * quarter + i] = four.values[i];
+      load_shared4(taps + 4 * quarter, channel_taps + channel * kTapStride + 4 * quarter);
     }
 
     DDF_UNROLL

@@ -14,9 +14,11 @@ constexpr int kStripRows = 2;
 constexpr int kStripColumns = 16;  // at most
 constexpr int kStripChannels = 4;
 constexpr int kStripTaps = 9;
-// Floats of shared memory for the taps of a pixel, 16-byte aligned, and of a strip.
+constexpr int kStripPixels = kStripRows * kStripColumns;
+// Floats of shared memory for the taps of a pixel, 16-byte aligned, and from one strip to the next:
+// strips that a warp reads together begin in different banks.
 constexpr int kStripTapStride = 12;
-constexpr int kStripFloats = kStripRows * kStripColumns * kStripTapStride;
+constexpr int kStripFloats = kStripPixels * kStripTapStride + 4;
 
 struct StripGrid {
   int columns, per_row, rows;  // columns of a strip; strips per row and column of the image
@@ -56,9 +58,8 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
     return place;
   };
 
-  for (int i = thread_index(); i < grid.per_block * kStripRows * kStripColumns;
-       i += kStripThreads) {
-    const Place place = place_of(i / (kStripRows * kStripColumns));
+  for (int i = thread_index(); i < grid.per_block * kStripPixels; i += kStripThreads) {
+    const Place place = place_of(i / kStripPixels);
     const int row = place.top + i / kStripColumns % kStripRows;
     const int column = place.left + i % kStripColumns;
     const bool inside = place.inside && row < height && column < width;
@@ -75,9 +76,11 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
       }
     }
     if (Pack) normalize_spatial<kStripTaps>(a.pack, taps, 1);
+    auto* const to =
+        spatial_taps + i / kStripPixels * kStripFloats + i % kStripPixels * kStripTapStride;
     DDF_UNROLL
     for (int quarter = 0; quarter < kStripTapStride / 4; ++quarter) {
-      store_shared4(spatial_taps + i * kStripTapStride + 4 * quarter, taps + 4 * quarter);
+      store_shared4(to + 4 * quarter, taps + 4 * quarter);
     }
   }
   sync_threads();
@@ -111,7 +114,7 @@ forward_3x3_channels_last(Arguments<T> a, StripGrid grid) {
   const View<const T>& input = Mirrored ? a.grad : a.features;
   const T* source = input.at(place.batch, channel, place.top - 1, place.left - 1);
   T* target = a.result.at(place.batch, channel, place.top, place.left);
-  const float* spatial = spatial_taps + strip * kStripFloats;
+  const auto* spatial = spatial_taps + strip * kStripFloats;
   bool row_inside[kRows];
   DDF_UNROLL
   for (int y = 0; y < kRows; ++y) {

@@ -21,25 +21,6 @@ struct GatherGrid {
   int lanes;  // quads of channels of a block, in channels_last
 };
 
-// What a block of the grid batch x groups x `seconds` x `firsts` computes.
-struct BlockPlace {
-  int first, second;
-  int64_t group, batch;
-};
-
-DDF_DEVICE BlockPlace place_of_block(int firsts, int seconds, const Geometry& g) {
-  // At most INT32_MAX; divisions of 64 bits are slow.
-  unsigned block = block_index();
-  BlockPlace place;
-  place.first = block % firsts;
-  block /= firsts;
-  place.second = block % seconds;
-  block /= seconds;
-  const unsigned groups = g.groups;
-  place.group = block % groups, place.batch = block / groups;
-  return place;
-}
-
 // Of the result, and of what is gathered.
 struct GatherSizes {
   int rows, columns, in_rows, in_columns, scale;

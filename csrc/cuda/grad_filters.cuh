@@ -1,6 +1,6 @@
 // The gradients of both filters in one pass over grad and features, over rows that are contiguous
 // in memory (NCHW), dilation 1.
-// A block has a tile of outputs, 4 neighbours in a row for each lane of a warp. 3 x 3: the warps
+// A block has a tile of outputs, a quad for each lane of a warp. 3 x 3: the warps
 // divide the channels; grad_spatial is summed in registers over the channels of a warp, then over
 // the warps. Larger: each warp has one row of taps, because registers hold no more, and all
 // channels. grad_channel is summed over the lanes of a warp, then over the tiles by
@@ -11,8 +11,6 @@
 
 namespace ddf::cuda {
 
-constexpr int kLaneOutputs = 4;
-
 // Rows of taps of a warp, and warps that divide the channels.
 constexpr int tap_rows(int kernel) { return kernel == 3 ? 3 : 1; }
 constexpr int channel_warps(int kernel) { return kernel == 3 ? 4 : 1; }
@@ -21,17 +19,17 @@ constexpr int grad_filters_threads(int kernel) {
 }
 // Floats of shared memory for the sums of half of the warps.
 constexpr int grad_filters_shared_floats(int kernel) {
-  return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kLaneOutputs * kLanes;
+  return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kQuadOutputs * kLanes;
 }
 // Length of an array for sum_over_lanes that holds `taps` sums.
 constexpr int summed_taps(int taps) { return taps == 7 ? 8 : taps; }
 
 // Adds the sums of Warps warps in shared memory; the first gets the total.
-template <int Warps, int N>
-DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int lane) {
+template <int Warps, int N, typename Shared>
+DDF_DEVICE void sum_over_warps(float (&sums)[N], Shared* shared, int warp, int lane) {
   DDF_UNROLL_NOT
   for (int half = Warps / 2; half >= 1; half /= 2) {
-    float* const slot = shared + warp % half * N * kLanes + lane;
+    auto* const slot = shared + warp % half * N * kLanes + lane;
     // The sums of the previous step are read before they are overwritten.
     sync_threads();
     if (warp >= half && warp < 2 * half) {
@@ -48,7 +46,7 @@ DDF_DEVICE void sum_over_warps(float (&sums)[N], float* shared, int warp, int la
 
 template <typename T, int Kernel, int Stride, typename Combine, bool Vector>
 DDF_KERNEL(grad_filters_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
-grad_filters(Arguments<T> a, PartialSums<T> partials) {
+grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
   constexpr int kRows = tap_rows(Kernel);
   constexpr int kTaps = kRows * Kernel;
   constexpr int kWarps = channel_warps(Kernel);
@@ -60,20 +58,14 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
   const int lane = thread_index() % kLanes;
   const int warp = thread_index() / kLanes % kWarps;
   const int first_tap_row = thread_index() / kLanes / kWarps * kRows;
-  const int tile = block_index() % partials.tiles;
-  const int64_t image = block_index() / partials.tiles;
-  const int channel_block = image % partials.channel_blocks;
-  const int64_t group = image / partials.channel_blocks % g.groups;
-  const int64_t batch = image / partials.channel_blocks / g.groups;
-  const int quads_per_row = (out_width + kLaneOutputs - 1) / kLaneOutputs;
-  const int quad = tile * kLanes + lane;
-  const int row = quad / quads_per_row;
-  const int left = quad % quads_per_row * kLaneOutputs;
-  const bool active = row < g.out_height;
+  const auto [tile, channel_block, group, batch] =
+      place_of_block(partials.tiles, partials.channel_blocks, g);
+  const auto [row, left] = grid.place_of(tile, lane);
+  const bool active = row < g.out_height && left < out_width;
   const int top = row * Stride + first_tap_row - Kernel / 2;
-  bool output_inside[kLaneOutputs];
+  bool output_inside[kQuadOutputs];
   DDF_UNROLL
-  for (int i = 0; i < kLaneOutputs; ++i) {
+  for (int i = 0; i < kQuadOutputs; ++i) {
     output_inside[i] = active && (Vector || left + i < out_width);
   }
   bool row_inside[kRows];
@@ -81,14 +73,14 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
   for (int y = 0; y < kRows; ++y) row_inside[y] = active && top + y >= 0 && top + y < g.height;
 
   const int64_t plane = group * Kernel * Kernel + first_tap_row * Kernel;
-  float spatial_taps[kTaps][kLaneOutputs];
-  float spatial_sums[kTaps * kLaneOutputs];
+  float spatial_taps[kTaps][kQuadOutputs];
+  float spatial_sums[kTaps * kQuadOutputs];
   DDF_UNROLL
   for (int tap = 0; tap < kTaps; ++tap) {
     DDF_UNROLL
-    for (int i = 0; i < kLaneOutputs; ++i) {
+    for (int i = 0; i < kQuadOutputs; ++i) {
       spatial_taps[tap][i] = Combine::kNeutral;
-      spatial_sums[tap * kLaneOutputs + i] = 0.f;
+      spatial_sums[tap * kQuadOutputs + i] = 0.f;
     }
     if (!Combine::kGradReadsFilters || !active || a.spatial_filter.data == nullptr) continue;
     const T* const source = a.spatial_filter.at(batch, plane + tap, row, left);
@@ -96,7 +88,7 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
       load4(spatial_taps[tap], source);
     } else {
       DDF_UNROLL
-      for (int i = 0; i < kLaneOutputs; ++i) {
+      for (int i = 0; i < kQuadOutputs; ++i) {
         if (output_inside[i]) spatial_taps[tap][i] = load(source + i);
       }
     }
@@ -115,22 +107,15 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
     float window[kRows][kColumns];
     DDF_UNROLL
     for (int y = 0; y < kRows; ++y) {
-      if (row_inside[y]) {
-        load_row<Kernel / 2, Vector>(window[y], features + y * a.features.row_stride, left * Stride,
-                                     width);
-      } else {
-        DDF_UNROLL
-        for (int x = 0; x < kColumns; ++x) window[y][x] = 0.f;
-      }
+      load_row<Kernel / 2, Vector>(window[y], features + y * a.features.row_stride, left * Stride,
+                                   width, row_inside[y]);
     }
-    float grad[kLaneOutputs] = {};
+    float grad[kQuadOutputs];
     if (Vector) {
-      if (active) load4(grad, gradient);
+      load4_if(grad, gradient, active);
     } else {
       DDF_UNROLL
-      for (int j = 0; j < kLaneOutputs; ++j) {
-        if (output_inside[j]) grad[j] = load(gradient + j);
-      }
+      for (int j = 0; j < kQuadOutputs; ++j) grad[j] = load_if(gradient + j, output_inside[j]);
     }
 
     float channel_sums[summed_taps(kTaps)] = {};
@@ -142,9 +127,9 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
                            tap % Kernel * a.channel_filter.column_stride);
       }
       DDF_UNROLL
-      for (int j = 0; j < kLaneOutputs; ++j) {
+      for (int j = 0; j < kQuadOutputs; ++j) {
         const float term = grad[j] * window[tap / Kernel][j * Stride + tap % Kernel];
-        spatial_sums[tap * kLaneOutputs + j] +=
+        spatial_sums[tap * kQuadOutputs + j] +=
             Combine::grad_spatial(term, per_channel, spatial_taps[tap][j]);
         // Outputs after the end of the row have a zero grad, but their features may be NaN or Inf.
         if (Vector || output_inside[j])
@@ -169,10 +154,10 @@ grad_filters(Arguments<T> a, PartialSums<T> partials) {
   DDF_UNROLL
   for (int tap = 0; tap < kTaps; ++tap) {
     DDF_UNROLL
-    for (int i = 0; i < kLaneOutputs; ++i) {
+    for (int i = 0; i < kQuadOutputs; ++i) {
       if (output_inside[i]) {
         partials.store_spatial(g, channel_block, batch, plane + tap, row, left + i,
-                               spatial_sums[tap * kLaneOutputs + i]);
+                               spatial_sums[tap * kQuadOutputs + i]);
       }
     }
   }

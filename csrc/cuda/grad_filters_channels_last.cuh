@@ -68,8 +68,8 @@ grad_filters_channels_last(Arguments<T> a, PartialSums<T> partials, TileGrid gri
   const bool active = in_tile && quad * kQuadChannels < g.group_channels;
   const int64_t channel = group * g.group_channels + (active ? quad * kQuadChannels : 0);
   const int64_t plane = group * Kernel * Kernel + first_tap_row * Kernel;
-  float* const warp_taps = shared + warp * 4 * kTileOutputColumns * kTapStride;
-  float* const strip_taps = warp_taps + strip * kTileOutputColumns * kTapStride;
+  auto* const warp_taps = shared + warp * 4 * kTileOutputColumns * kTapStride;
+  auto* const strip_taps = warp_taps + strip * kTileOutputColumns * kTapStride;
 
   float channel_taps[kTaps][kQuadChannels];
   float channel_sums[kTaps][kQuadChannels];

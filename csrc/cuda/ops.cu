@@ -66,11 +66,17 @@ View<T> writable_view_of(const Tensor& t) {
   return strided_view(static_cast<T*>(t.mutable_data_ptr()), t);
 }
 
-// `grad` with contiguous rows, or channels if the features are channels_last, as the fast kernels
-// need: itself, or a copy, which costs less than kernels for any strides.
-Tensor in_layout_of(const Tensor& features, const Tensor& grad) {
-  const bool channels_last = ddf::is_channels_last(features);
-  return grad.stride(channels_last ? 1 : 3) == 1 ? grad : in_layout(grad, channels_last);
+// `t` as the fast kernels need it, with contiguous rows, or with channels_last contiguous channels,
+// in aligned groups of four where a copy has them: itself, or a copy, which costs less than kernels
+// for any strides.
+Tensor readable(const Tensor& t, bool channels_last) {
+  bool fits = t.stride(channels_last ? 1 : 3) == 1;
+  if (channels_last && t.size(1) % 4 == 0) {
+    const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    fits = fits && address % (4 * bytes_of(t.scalar_type())) == 0;
+    for (const int i : {0, 2, 3}) fits = fits && t.stride(i) % 4 == 0;
+  }
+  return fits ? t : in_layout(t, channels_last);
 }
 
 // The geometry, if launches of CUDA kernels support it.
@@ -118,11 +124,13 @@ Tensor ddf(const Tensor& features, const OptionalTensor& channel_filter,
   const Geometry g = check_launchable(
       geometry_of(features, channel_filter, spatial_filter, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
+  const bool channels_last = ddf::is_channels_last(features);
+  const Tensor out = empty(features, output_size(g), channels_last);
   if (out.numel() == 0) return out;
+  const Tensor x = readable(features, channels_last);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, x, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
     run_forward(a, current_stream(features));
   });
@@ -145,10 +153,11 @@ std::tuple<Tensor, Tensor, Tensor> ddf_backward(
   const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
                            need_channel, need_spatial);
   if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
-  const Tensor dy = in_layout_of(features, grad);
+  const bool channels_last = ddf::is_channels_last(features);
+  const Tensor x = readable(features, channels_last), dy = readable(grad, channels_last);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, x, channel_filter, spatial_filter);
     a.grad = view_of<T>(dy);
     Scratch<float> scratch(features, ScalarType::Float);
     const Gradients<T> views{view_if<T>(grads.need_features, grads.features),
@@ -233,15 +242,17 @@ Tensor ddf_pack(const Tensor& features, const Tensor& raw_channel, const Tensor&
   const Geometry g = check_launchable(pack_geometry_of(
       features, raw_channel, raw_spatial, channel_std, bias, kernel_size, dilation, stride));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
+  const bool channels_last = ddf::is_channels_last(features);
+  const Tensor out = empty(features, output_size(g), channels_last);
   if (out.numel() == 0) return out;
+  const Tensor x = readable(features, channels_last);
   const Tensor channel = in_layout(raw_channel, false);
   const Tensor spatial = in_layout(raw_spatial, ddf::is_channels_last(raw_spatial));
   const OptionalTensor std = contiguous(channel_std), offsets = contiguous(bias);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    Arguments<T> a = arguments_of<T>(g, combine, features, channel, spatial);
+    Arguments<T> a = arguments_of<T>(g, combine, x, channel, spatial);
     a.result = writable_view_of<T>(out);
     a.pack.channel_scale = static_cast<A>(channel_scale);
     a.pack.spatial_scale = static_cast<A>(spatial_scale);
@@ -264,13 +275,15 @@ Tensor ddf_up(const Tensor& features, const OptionalTensor& channel_filter,
   const Geometry g = check_launchable(geometry_of(features, channel_filter, spatial_filter,
                                                   kernel_size, dilation, 1, scale_factor));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const Tensor out = empty(features, output_size(g), ddf::is_channels_last(features));
+  const bool channels_last = ddf::is_channels_last(features);
+  const Tensor out = empty(features, output_size(g), channels_last);
   if (out.numel() == 0) return out;
+  const Tensor x = readable(features, channels_last);
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const Stream stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, x, channel_filter, spatial_filter);
     a.result = writable_view_of<T>(out);
     if (run_upsample_3x3(a, strides, stream)) return;
     for_each_subpixel(a, strides,
@@ -291,12 +304,13 @@ std::tuple<Tensor, Tensor, Tensor> ddf_up_backward(
   const DDFGradients grads(g, grad, features, channel_filter, spatial_filter, need_features,
                            need_channel, need_spatial);
   if (grads.is_empty()) return {grads.features, grads.channel_filter, grads.spatial_filter};
-  const Tensor dy = in_layout_of(features, grad);
+  const bool channels_last = ddf::is_channels_last(features);
+  const Tensor x = readable(features, channels_last), dy = readable(grad, channels_last);
   const SubpixelStrides strides{subpixel_stride(channel_filter), subpixel_stride(spatial_filter)};
   const Stream stream = current_stream(features);
   with_type(features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> a = arguments_of<T>(g, combine, features, channel_filter, spatial_filter);
+    Arguments<T> a = arguments_of<T>(g, combine, x, channel_filter, spatial_filter);
     a.grad = view_of<T>(dy);
     if (grads.need_features) {
       a.result = writable_view_of<T>(grads.features);

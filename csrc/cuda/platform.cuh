@@ -33,10 +33,15 @@ DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-DDF_DEVICE float load(const float* p) { return __ldg(p); }
-DDF_DEVICE double load(const double* p) { return __ldg(p); }
-DDF_DEVICE float load(const Half* p) { return __half2float(__ldg(p)); }
-DDF_DEVICE float load(const BFloat16* p) { return __bfloat162float(__ldg(p)); }
+DDF_DEVICE float widen(float value) { return value; }
+DDF_DEVICE double widen(double value) { return value; }
+DDF_DEVICE float widen(Half value) { return __half2float(value); }
+DDF_DEVICE float widen(BFloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+DDF_DEVICE auto load(const T* p) {
+  return widen(__ldg(p));
+}
 
 DDF_DEVICE void store(float* p, float value) { *p = value; }
 DDF_DEVICE void store(double* p, double value) { *p = value; }
@@ -49,18 +54,22 @@ DDF_DEVICE void load4(float* to, const float* p) {
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
 
-DDF_DEVICE void load4(float* to, const Half* p) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+// Converts four elements of the type of the last argument.
+DDF_DEVICE void to_floats(float* to, uint2 bits, Half) {
   const float2 low = __half22float2(reinterpret_cast<const __half2&>(bits.x));
   const float2 high = __half22float2(reinterpret_cast<const __half2&>(bits.y));
   to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
 
 // A bfloat16 is the upper half of a float32.
-DDF_DEVICE void load4(float* to, const BFloat16* p) {
-  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+DDF_DEVICE void to_floats(float* to, uint2 bits, BFloat16) {
   to[0] = __uint_as_float(bits.x << 16), to[1] = __uint_as_float(bits.x & 0xffff0000u);
   to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000u);
+}
+
+template <typename T>
+DDF_DEVICE void load4(float* to, const T* p) {
+  to_floats(to, __ldg(reinterpret_cast<const uint2*>(p)), T{});
 }
 
 // The value, or four, if `inside`, otherwise zeros. Values are converted after the condition, which
@@ -82,18 +91,11 @@ DDF_DEVICE void load4_if(float* to, const float* p, bool inside) {
   if (inside) four = __ldg(reinterpret_cast<const float4*>(p));
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
-DDF_DEVICE void load4_if(float* to, const Half* p, bool inside) {
+template <typename T>
+DDF_DEVICE void load4_if(float* to, const T* p, bool inside) {
   uint2 bits = make_uint2(0, 0);
   if (inside) bits = __ldg(reinterpret_cast<const uint2*>(p));
-  const float2 low = __half22float2(reinterpret_cast<const __half2&>(bits.x));
-  const float2 high = __half22float2(reinterpret_cast<const __half2&>(bits.y));
-  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
-}
-DDF_DEVICE void load4_if(float* to, const BFloat16* p, bool inside) {
-  uint2 bits = make_uint2(0, 0);
-  if (inside) bits = __ldg(reinterpret_cast<const uint2*>(p));
-  to[0] = __uint_as_float(bits.x << 16), to[1] = __uint_as_float(bits.x & 0xffff0000u);
-  to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000u);
+  to_floats(to, bits, T{});
 }
 
 DDF_DEVICE void store4(float* p, const float* from) {
@@ -135,6 +137,54 @@ DDF_DEVICE void load_shared4(float* to, const float* p) {
 
 DDF_DEVICE void store_shared4(float* p, const float* from) {
   *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
+}
+
+// Copies `Count` consecutive elements, 4, 8 or 16 bytes to which both addresses are aligned, from
+// global to shared memory, where this thread finds them after await_copies. GPUs before sm_80 wait
+// for them here.
+template <int Count, typename T>
+DDF_DEVICE void copy_to_shared(float* to, const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from),
+               "n"(Count * static_cast<int>(sizeof(T)))
+               : "memory");
+#else
+  DDF_UNROLL
+  for (int i = 0; i < Count * static_cast<int>(sizeof(T)) / 4; ++i) {
+    to[i] = __ldg(reinterpret_cast<const float*>(from) + i);
+  }
+#endif
+}
+
+// Ends a group of copies.
+DDF_DEVICE void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of copies of this thread but the last `Pending`.
+template <int Pending>
+DDF_DEVICE void await_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Elements of type T in shared memory: one, and four, whose address is aligned to their size.
+template <typename T>
+DDF_DEVICE float load_copied(const float* p, int index) {
+  return widen(reinterpret_cast<const T*>(p)[index]);
+}
+
+template <typename T>
+DDF_DEVICE void load_copied4(float* to, const float* p) {
+  if constexpr (sizeof(T) == 4) {
+    load_shared4(to, p);
+  } else {
+    to_floats(to, *reinterpret_cast<const uint2*>(p), T{});
+  }
 }
 
 }  // namespace ddf::cuda

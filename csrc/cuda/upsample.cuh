@@ -79,15 +79,11 @@ DDF_KERNEL(kUpsampleThreads, 4)
 upsample_3x3(Arguments<T> a, SubpixelStrides strides, int pixel_blocks, int channel_blocks) {
   DDF_SHARED(float, taps);
   const int height = a.geometry.height, width = a.geometry.width;
-  const int group_channels = a.geometry.group_channels, groups = a.geometry.groups;
-  int64_t block = block_index();
-  const int channel_block = block % channel_blocks;
-  block /= channel_blocks;
-  const int pixel = static_cast<int>(block % pixel_blocks) * kUpsampleThreads + thread_index();
-  block /= pixel_blocks;
-  const int group = block % groups;
-  const int batch = block / groups;
-  const int first = group * group_channels + channel_block * kUpsampleBlockChannels;
+  const int group_channels = a.geometry.group_channels;
+  const auto [channel_block, pixel_block, group, batch] =
+      place_of_block(channel_blocks, pixel_blocks, a.geometry);
+  const int pixel = pixel_block * kUpsampleThreads + thread_index();
+  const int64_t first = group * group_channels + channel_block * kUpsampleBlockChannels;
   const int count = group_channels - channel_block * kUpsampleBlockChannels < kUpsampleBlockChannels
                         ? group_channels - channel_block * kUpsampleBlockChannels
                         : kUpsampleBlockChannels;

@@ -21,13 +21,22 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
-    """``torch.channels_last`` for a tensor in that format that is not contiguous as well."""
+    """``torch.channels_last`` for a tensor in that format, or a slice of such a tensor, that is not
+    contiguous as well."""
     # torch.vmap does not support is_contiguous for channels_last.
     if tensor.is_contiguous() or torch._C._are_functorch_transforms_active():
         return torch.contiguous_format
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+    if tensor.dim() != 4 or tensor.shape[1] == 1:
+        return torch.contiguous_format
+    least = 1
+    for i in (1, 3, 2, 0):
+        size, stride = tensor.shape[i], tensor.stride(i)
+        if size == 1:
+            continue
+        if stride != 1 if i == 1 else stride < least:
+            return torch.contiguous_format
+        least = stride * size
+    return torch.channels_last
 
 
 def split_channels(x: Tensor, *sizes: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from check_cuda_build import hot_loops, memory_parallelism, registers_of, usages, worse
+from check_cuda_build import Kernel, hot_loops, memory_parallelism, registers_of, usages, worse
 
 # Four loads together, and one that waits for another.
 TOGETHER = [
@@ -44,11 +44,30 @@ def test_registers_of_operands():
     assert registers_of("-R5, |R16|, R2.64, UR4, RZ, R7.H0_H0") == [5, 16, 2, 3, 7]
 
 
-def test_the_longest_innermost_loop():
-    name = "_ZN3ddf4cuda11forward_3x3IfNS_3MulELb0ELb1ELb0EEEvNS0_9ArgumentsIT_EENS0_6TilingE"
-    lines = ["S2R R0, SR_TID.X", "LDG.E R4, [R2]", "BRA 0x10", "FADD R1, R4, R4", "BRA 0x0"]
+def test_the_hot_loop():
+    """Of the loops, that with most FFMA of its own: not the one around it, nor one in it."""
+    name = "ddf::cuda::forward_3x3<float, ddf::Mul, false, true, false>"
+    lines = ["FFMA R1, R1, R2, R3", "S2R R0, SR_TID.X", "FFMA R4, R4, R4, R4", "LDS R5, [R2]",
+             "BRA 0x30", "FFMA R5, R4, R4, R4", "BRA 0x10", "BRA 0x0"]  # fmt: skip
     code = "".join(f"  /*{16 * i:04x}*/ {text};\n" for i, text in enumerate([*lines, "EXIT"]))
-    assert hot_loops(f"\n Function : {name}\n{code}") == {name: lines[1:3]}
+    found = hot_loops(f"\n Function : {name}\n{code}")
+    assert found == {name: [*lines[1:3], *lines[5:7]]}
+
+
+@pytest.mark.parametrize(
+    "written, text",
+    [
+        ("forward_3x3<__nv_bfloat16, ddf::Mul, false, true, false>",
+         "forward_3x3<bfloat16, mul, vector>"),
+        ("forward_tiled<ddf::cuda::Half, 5, 1, ddf::Add, true, true>",
+         "forward_tiled<half, k 5, stride 1, add, mirrored, channels_last>"),
+        ("reduce_partials<double>", "reduce_partials<double>"),
+    ],
+)  # fmt: skip
+def test_names_of_kernels(written, text):
+    """As nvcc and as the dispatch write them."""
+    assert str(Kernel.of(f"ddf::cuda::{written}")) == text
+    assert Kernel.of("main") is None
 
 
 def test_usage_in_the_report_of_ptxas():
@@ -64,10 +83,11 @@ def test_usage_in_the_report_of_ptxas():
 
 def test_what_is_worse():
     before = {
-        "spilled bytes": 0, "stack bytes": 0, "instructions": 100, "waits": 2, "warps": 16,
-        "loads in flight": 12,
+        "spilled bytes": 0, "stack bytes": 0, "instructions": 100, "waits": 2, "conflict": 2,
+        "conflicts %": 104, "warps": 16, "loads in flight": 12,
     }  # fmt: skip
     assert worse(before, before) == []
     assert worse(before | {"instructions": 102, "waits": 1, "warps": 20}, before) == []
-    for name, value in (("instructions", 103), ("waits", 3), ("warps", 15), ("spilled bytes", 4)):
+    for name, value in (("instructions", 103), ("waits", 3), ("warps", 15), ("spilled bytes", 4),
+                        ("conflict", 3), ("conflicts %", 107)):  # fmt: skip
         assert worse(before | {name: value}, before) == [f"{name} {before[name]} -> {value}"]

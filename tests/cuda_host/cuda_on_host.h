@@ -160,13 +160,27 @@ class Machine {
     return fiber.received;
   }
 
-  // Four floats of shared memory.
-  void check_shared4(const float* p) {
+  void check_shared(const float* p, size_t bytes) {
     const auto* const begin = reinterpret_cast<const unsigned char*>(shared_.data());
     const auto* const address = reinterpret_cast<const unsigned char*>(p);
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail("misaligned access to shared memory");
-    if (address < begin || address + 16 > begin + shared_bytes_) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("misaligned access to shared memory");
+    if (address < begin || address + bytes > begin + shared_bytes_) {
       fail("access outside of the ", shared_bytes_, " bytes of shared memory");
+    }
+  }
+
+  // Copies to shared memory are made when the thread waits for their group.
+  void copy(float* to, const void* from, size_t bytes) {
+    check_access(from, bytes, false);
+    check_shared(to, bytes);
+    fibers_[current_]->copies.back().push_back({to, from, bytes});
+  }
+  void end_copies() { fibers_[current_]->copies.emplace_back(); }
+  void await_copies(size_t pending) {
+    auto& copies = fibers_[current_]->copies;
+    while (copies.size() > pending + 1) {
+      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+      copies.erase(copies.begin());
     }
   }
 
@@ -185,10 +199,16 @@ class Machine {
 
  private:
   enum class State { ready, at_barrier, in_shuffle, done };
+  struct Copy {
+    float* to;
+    const void* from;
+    size_t bytes;
+  };
   struct Fiber {
     bool is_started = false;
     jmp_buf place;
     std::vector<char> stack = std::vector<char>(kStackBytes);
+    std::vector<std::vector<Copy>> copies = std::vector<std::vector<Copy>>(1);  // by groups
     State state;
     float sent, received;
     int mask;
@@ -382,13 +402,33 @@ void store2(T* p, const float* from) {
 }
 
 inline void load_shared4(float* to, const float* p) {
-  host::machine().check_shared4(p);
+  host::machine().check_shared(p, 16);
   std::copy(p, p + 4, to);
 }
 
 inline void store_shared4(float* p, const float* from) {
-  host::machine().check_shared4(p);
+  host::machine().check_shared(p, 16);
   std::copy(from, from + 4, p);
+}
+
+template <int Count, typename T>
+void copy_to_shared(float* to, const T* from) {
+  host::machine().copy(to, from, Count * sizeof(T));
+}
+inline void end_copies() { host::machine().end_copies(); }
+template <int Pending>
+void await_copies() {
+  host::machine().await_copies(Pending);
+}
+template <typename T>
+float load_copied(const float* p, int index) {
+  host::machine().check_shared(p, 4);
+  return static_cast<float>(reinterpret_cast<const T*>(p)[index]);
+}
+template <typename T>
+void load_copied4(float* to, const float* p) {
+  host::machine().check_shared(p, 4 * sizeof(T));
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(reinterpret_cast<const T*>(p)[i]);
 }
 
 }  // namespace ddf::cuda

@@ -477,12 +477,12 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
         for name in PASSES[: 3 - stride]:
             check(host, name, tensors, k, 1, stride, combine)
             assert "forward_tiled<" in host.last_kernels
-            kinds = template_arguments(combine, name != "forward", not rows, False)
+            kinds = template_arguments(combine, name != "forward", not rows)
             assert f", {k}, {stride}{kinds}" in host.last_kernels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60))], ids=str)
+@pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60)), (4, (9, 74))], ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS[1:])
 def test_larger_windows_with_channel_blocks_and_tiles(host, k, stride, channels, size, layout):
     tensors = make(1, channels, size, k, stride=stride, layout=layout)
@@ -519,7 +519,7 @@ def test_filter_gradients_channels_last_of_lanes(host, k, stride, channels, size
     assert "grad_filters_channels_last<" in host.last_kernels
 
 
-@pytest.mark.parametrize("size", [(1, 1), (12, 36), (9, 20)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (12, 36), (9, 20), (5, 74)], ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_of_a_pixel_and_of_several_tiles(host, k, stride, size):
     tensors = make(1, 3, size, k, stride=stride)
@@ -640,6 +640,18 @@ def test_views(host, name, offset):
     check(host, name, [grad, x, cf, sf])
 
 
+@pytest.mark.parametrize("k, dilation", [(3, 1), (3, 2), (5, 1), (7, 1)])
+def test_channel_slices_of_channels_last(host, k, dilation):
+    """They stay channels_last, on the kernels for it."""
+    wide = make(1, 16, (5, 18), k, layout=torch.channels_last)
+    grad, x, cf, sf = wide[0][:, 4:12], wide[1][:, 8:], wide[2][:, :8], wide[3]
+    assert layout_of(x) == layout_of(x[..., 1:-1]) == torch.channels_last
+    for name in PASSES:
+        check(host, name, [grad, x, cf, sf], k, dilation)
+        of_tiled = template_arguments("mul", name == "grad_features", True)
+        assert "_channels_last<" in host.last_kernels or of_tiled in host.last_kernels
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -716,10 +728,51 @@ class FaultyHost(Host):
             self.planted_fault.value = -1
 
 
+# Faults whose results are wrong, but the same in every order of the threads.
+COPY_FAULTS = {
+    "copies read before they are there": Fault(
+        "backward_3x3.cuh", "await_copies<1>();", "await_copies<2>();", "off by"
+    ),
+    "copies over what is read": Fault(
+        "backward_3x3.cuh", "copy_next(other);", "copy_next(0);", "off by"
+    ),
+    "copies of the wrong side": Fault(
+        "backward_3x3.cuh", "line + 1 - kHalo", "line + 2 - kHalo", "off by"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPY_FAULTS)
+def test_a_fault_of_copies_to_shared_memory_is_found(faulty_host, name):
+    tensors = make(batch=1, channels=9, size=(4, 20))
+
+    def check_all():
+        for of, got in zip(
+            PASSES[1:], faulty_host.run_several(PASSES[1:], *tensors, 3, 1, 1, "mul"), strict=True
+        ):
+            compare(of, got, tensors, 3, 1, 1, "mul")
+
+    check_all()
+    assert "backward_3x3<float, ddf::Mul, true>" in faulty_host.last_kernels
+    fault = COPY_FAULTS[name]
+    with faulty_host.plant(fault), pytest.raises(AssertionError, match=fault.message):
+        check_all()
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_backward_of_more_channels_than_a_block_has(host, dtype):
+    """In equal blocks: the copies of vectors leave room for 341 channels of float32."""
+    tensors = make(batch=1, channels=620, size=(2, 4), dtype=dtype)
+    got = host.run_several(PASSES[1:], *tensors, 3, 1, 1, "mul")
+    for name, result in zip(PASSES[1:], got, strict=True):
+        compare(name, result, tensors, 3, 1, 1, "mul")
+    assert "backward_3x3<" in host.last_kernels
+
+
 @pytest.fixture(scope="module")
 def faulty_host(tmp_path_factory: pytest.TempPathFactory) -> FaultyHost:
     faults = [*FAULTS.values(), *PACK_FAULTS.values(), *UP_FAULTS.values(), *GATHER_FAULTS.values()]
-    faults.append(NORM_FAULT)
+    faults += [NORM_FAULT, *COPY_FAULTS.values()]
     return FaultyHost(tmp_path_factory.mktemp("faulty_host"), faults)
 
 
@@ -760,8 +813,8 @@ FAULTS = {
     ),
     "shared memory too small": Fault(
         "dispatch.cuh",
-        "sizeof(float) * kTapStride * tiling.block_channels",
-        "sizeof(float) * kTapStride * (tiling.block_channels - 1)",
+        "sizeof(float) * kReduceThreads",
+        "sizeof(float) * (kReduceThreads - 1)",
         "shared memory is written past its",
     ),
     "a thread too many": Fault(
@@ -812,6 +865,7 @@ FAULTS = {
 # The passes that run the changed kernel; of the others, forward.
 FAULTY_PASSES = {
     "a thread too many": ["grad_spatial"],
+    "shared memory too small": ["grad_channel"],
     "shuffle of a part of a warp": ["grad_channel"],
     "sums overwritten before they are read": ["grad_spatial"],
     "unfinished sum": ["grad_channel"],
@@ -938,8 +992,9 @@ def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, la
     channels = 6 if rows else 16
     tensors = make_pack(1, channels, size, k, stride=stride, dtype=dtype, layout=layout)
     check_pack(host, tensors, k, 1, stride, combine)
+    assert host.last_kernels.count("filter_norm_forward<") == 2 * len(ORDERS)
     assert host.last_kernels.count("forward_tiled<") == len(ORDERS)
-    kinds = template_arguments(combine, False, not rows, True)
+    kinds = template_arguments(combine, False, not rows)
     assert f", {k}, {stride}{kinds}" in host.last_kernels
 
 
@@ -1059,9 +1114,6 @@ def test_pack_of_views(host, offset):
 PACK_FAULTS = {
     "taps normalized before they are written": Fault(
         "forward_3x3.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
-    ),
-    "taps normalized before they are written, 5 x 5": Fault(
-        "forward_tiled.cuh", "sync_threads();", "", ORDER, "\n    for (int channel"
     ),
     "taps read before they are normalized": FAULTS["removed barrier"],
     "taps read before they are normalized, channels_last": Fault(

@@ -104,7 +104,8 @@ def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
     tested = [f"ddf::cuda::{name}" for name in KERNELS]
     assert set(tested) <= set(names)
     assert {name.split("<")[0] for name in tested} == {name.split("<")[0] for name in names}
-    assert len(names) > 200
+    # Each takes its part of the time to compile a library, and of its size.
+    assert 200 < len(names) <= 275
     # What the library says itself; in another process, since it registers its ops.
     code = (
         "import ctypes, sys; from ddf_mm.ops import nvrtc; "

@@ -16,6 +16,7 @@ import torch
 from ddf_cases import (
     DENSE,
     LAYOUTS,
+    channel_slice,
     channels_last,
     check_against,
     check_against_reference,
@@ -142,7 +143,9 @@ def test_layout_of_outputs_and_gradients(features_layout, spatial_layout, device
     x, cf, sf = make(device=device)
     x, cf, sf = features_layout(x), channels_last(cf), spatial_layout(sf)
     expected = {
-        name: torch.channels_last if layout is channels_last else torch.contiguous_format
+        name: torch.channels_last
+        if layout in (channels_last, channel_slice)
+        else torch.contiguous_format
         for name, layout in (("features", features_layout), ("spatial", spatial_layout))
     }
     out = DDF(x, cf, sf, 3, 1, 1, "mul")
