@@ -6,7 +6,8 @@
 #                 test the ops, with torch alone, in under two minutes on two cores
 #   make test     the full test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
-#                 test source archive and wheel with other versions of torch than the compiler's
+#                 test source archive and wheel with other versions of torch than the compiler's,
+#                 the oldest with OpenMMLab's own packages
 #   make test-floor-torch
 #                 test the source archive with a torch that is too old for the compiled ops
 #   make compare-nvrtc
