@@ -5,8 +5,8 @@
 #
 # First the source archive, without a compiler, which has to work on the formula; then the wheel,
 # compiled in VENV with its torch, which has to pass the tests of the ops. With oldest-torch, which
-# has OpenMMLab's own packages, the wheel also has to pass the tests of layers and models, and its
-# tools have to train and test its recipe for digits. With floor-torch, which loads no wheel, the
+# has OpenMMLab's own packages, the wheel also has to pass the tests that use these, and its tools
+# have to train and test its recipe for digits. With floor-torch, which loads no wheel, the
 # source archive has to pass the tests of the formula, of the layers and of the engine.
 # VENV-floor-torch and its like hold nothing of VENV; install.sh makes them.
 set -euo pipefail
@@ -81,7 +81,9 @@ END
 # direction. The file left out looks at the library in the checkout.
 tests=("$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py")
 if [ "$torch" = oldest-torch ]; then
-  tests+=("$root"/tests/{layers,models,test_registry.py,test_utils.py})
+  # Those of OpenMMLab's interfaces.
+  tests+=("$root"/tests/layers/test_{mmcv_layers,weight_decay}.py "$root"/tests/test_registry.py
+    "$root"/tests/models/test_{ddf_resnet,ddf_up_net,pretrained}.py)
   # The tools of the wheel, with one iteration.
   tools=$("$python" -c 'import ddf_mm; print(ddf_mm.__path__[0])')/.mim/tools
   recipe=ddf_mm::classification/ddf-mul-resnet26_digits.py
