@@ -6,7 +6,8 @@
 #                 test the ops, with torch alone, in under two minutes on two cores
 #   make test     the full test suite (ARGS="-k name" selects, ARGS="-n 0" is one process)
 #   make test-oldest-torch, make test-newest-torch
-#                 test source archive and wheel with other versions of torch than the compiler's
+#                 test source archive and wheel with other versions of torch than the compiler's,
+#                 the oldest with OpenMMLab's own packages
 #   make test-floor-torch
 #                 test the source archive with a torch that is too old for the compiled ops
 #   make compare-nvrtc
@@ -17,7 +18,10 @@
 #   make docs     build the site of docs/ in build/docs
 #   make clean    delete the outputs of builds and tests, not the environment
 PYTHON ?= python3
-OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2> /dev/null)
+# The interpreter of a version, if it is installed; PYENV_VERSION lets pyenv find those that it keeps.
+find_python = $(shell PYENV_VERSION=$(1) python$(1) -c 'import sys; print(sys.executable)' 2> /dev/null)
+OLDEST_PYTHON ?= $(call find_python,3.10)
+NEWEST_PYTHON ?= $(call find_python,3.13)
 VENV ?= .venv
 ARGS ?=
 # Number of test processes.
@@ -134,8 +138,9 @@ $(STAMPS)/detection: requirements/detection.txt $(STAMPS)/classification
 	$(INSTALL) detection
 	@touch $@
 
-# The oldest torch with the oldest Python, if that is installed.
+# The oldest torch with the oldest Python and the newest with the newest, if those are installed.
 $(VENV)-oldest-torch/.stamps/torch: PYTHON := $(or $(OLDEST_PYTHON),$(PYTHON))
+$(VENV)-newest-torch/.stamps/torch: PYTHON := $(or $(NEWEST_PYTHON),$(PYTHON))
 $(VENV)-%/.stamps/torch: requirements/%.txt requirements/dev.txt
 	PYTHON="$(PYTHON)" VENV="$(VENV)-$*" bash requirements/install.sh $*
 	@mkdir -p $(@D) && touch $@

@@ -157,7 +157,10 @@ install_detection() {
 install_other_torch() { # of the requirements $1
   make_venv
   pip_install -r "$here/$1.txt" -c "$here/dev.txt" pytest pytest-xdist hypothesis
-  if [ "$1" = floor-torch ]; then install_classification "$1"; fi
+  case $1 in
+    floor-torch) install_classification "$1" ;;
+    oldest-torch) use_loadable_opencv ;;
+  esac
 }
 
 case ${1:-} in

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Installs ddf_mm as a user does, with the oldest or the newest torch, and tests it from elsewhere.
+# Installs ddf_mm as a user does, beside another torch than the compiler's, and tests it from
+# elsewhere.
 # usage: VENV=.venv test_installed.sh floor-torch|oldest-torch|newest-torch [ARGUMENT OF PYTEST]...
 #
 # First the source archive, without a compiler, which has to work on the formula; then the wheel,
-# compiled in VENV with its torch, which has to pass the tests of the ops. With floor-torch, which
-# loads no wheel, the source archive has to pass the tests of the formula, of the layers and of the
-# engine. VENV-floor-torch and its like hold nothing of VENV; install.sh makes them.
+# compiled in VENV with its torch, which has to pass the tests of the ops. With oldest-torch, which
+# has OpenMMLab's own packages, the wheel also has to pass the tests that use these, and its tools
+# have to train and test its recipe for digits. With floor-torch, which loads no wheel, the
+# source archive has to pass the tests of the formula, of the layers and of the engine.
+# VENV-floor-torch and its like hold nothing of VENV; install.sh makes them.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -76,5 +79,16 @@ END
 # Another torch calls the same library, so these tests look for what it does otherwise: dispatch,
 # autograd, the compiler, and what of PyTorch the formula uses, with every dtype, layout and
 # direction. The file left out looks at the library in the checkout.
-DDF_MM_REQUIRE_OPS=1 run_tests "$root/tests/ops" \
-  --ignore="$root/tests/ops/test_instruction_sets.py" "$@"
+tests=("$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py")
+if [ "$torch" = oldest-torch ]; then
+  # Those of OpenMMLab's interfaces.
+  tests+=("$root"/tests/layers/test_{mmcv_layers,weight_decay}.py "$root"/tests/test_registry.py
+    "$root"/tests/models/test_{ddf_resnet,ddf_up_net,pretrained}.py)
+  # The tools of the wheel, with one iteration.
+  tools=$("$python" -c 'import ddf_mm; print(ddf_mm.__path__[0])')/.mim/tools
+  recipe=ddf_mm::classification/ddf-mul-resnet26_digits.py
+  "$python" "$tools/train.py" "$recipe" --work-dir digits --cfg-options train_cfg.max_epochs=1 \
+    train_dataloader.dataset.indices=64
+  "$python" "$tools/test.py" "$recipe" "$(cat digits/last_checkpoint)" --work-dir digits
+fi
+DDF_MM_REQUIRE_OPS=1 run_tests "${tests[@]}" "$@"
