@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_mm.ops.checks import Geometry, check_ddf, check_ddf_up, shape_of
+from ddf_mm.ops.checks import Geometry, check_ddf, check_ddf_up, shape_of, untraced
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,6 +20,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+@untraced
 def layout_of(tensor: Tensor) -> torch.memory_format:
     """``torch.channels_last`` for a tensor in that format, or a slice of such a tensor, that is not
     contiguous as well."""
