@@ -22,6 +22,7 @@ from ddf_mm.ops import nvrtc
 
 # Oldest torch with the stable ABI that the libraries are built against (see setup.py).
 MIN_TORCH = (2, 10)
+TORCH_IS_TOO_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH
 # Device types that can have compiled kernels. ROCm builds of torch, which also name their devices
 # cuda, have no CUDA version.
 COMPILABLE = ("cpu",) if torch.version.cuda is None else ("cpu", "cuda")
@@ -107,7 +108,7 @@ def _load_all() -> tuple[frozenset[str], str]:
     if FORCED:
         return frozenset(), "DDF_MM_FORCE_REFERENCE is set"
     try:
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
+        if TORCH_IS_TOO_OLD:
             oldest = ".".join(map(str, MIN_TORCH))
             raise _Missing(f"torch {torch.__version__} is older than {oldest}; upgrade torch")
         package = _package_with_libraries()

@@ -50,8 +50,7 @@ needs_nvrtc = pytest.mark.skipif(
     torch.version.cuda is None or not nvrtc.is_installed(), reason="no NVRTC or no cuda-bindings"
 )
 needs_new_torch = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < library.MIN_TORCH,
-    reason="a torch too old for compiled ops",
+    library.TORCH_IS_TOO_OLD, reason="a torch too old for compiled ops"
 )
 
 
