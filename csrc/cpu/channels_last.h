@@ -88,13 +88,15 @@ template <class T>
 struct Taps {
   explicit Taps(int64_t taps)
       : pixel(new const T*[taps]),
+        filter(new int64_t[taps]),
         spatial(new Accumulate<T>[taps * kStrip]),
         tap(new int64_t[taps]) {}
 
   int64_t count = 0;
   std::unique_ptr<const T*[]> pixel;         // of each tap, for the first pixel of the strip
   int64_t advance = 0;                       // from one pixel of the strip to the next
-  std::unique_ptr<Accumulate<T>[]> spatial;  // [count][pixels of the strip]
+  std::unique_ptr<int64_t[]> filter;         // offsets in the spatial filter of a group, likewise
+  std::unique_ptr<Accumulate<T>[]> spatial;  // of one group, [count][pixels of the strip]
   std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
 };
 
@@ -115,34 +117,31 @@ struct Gather {
   bool own_filter;
   Accumulate<T> neutral;
 
-  // The taps of P pixels in a row, for a filter with the given strides.
-  template <int P, class F>
-  DDF_INLINE void collect(Taps<T>& taps, const T* image, const F* filter,
-                          const SpatialStrides& strides, int64_t row, int64_t column) const {
+  // The taps of the strip that starts at (row, column), for a filter with the given strides.
+  void locate(Taps<T>& taps, const T* image, const SpatialStrides& strides, int64_t row,
+              int64_t column) const {
     int64_t u = 0;
     taps.advance = columns.advance * g.channels;
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
-      for (const auto* c = columns.begin(column); c != columns.end(column); ++c) {
+      for (const auto* c = columns.begin(column); c != columns.end(column); ++c, ++u) {
         const int64_t t = r->tap * g.kernel + c->tap;
         const int64_t subpixel = r->subpixel * g.scale + c->subpixel;
         taps.tap[u] = subpixel * g.taps() + t;
         taps.pixel[u] = image + (r->at * width + c->at) * g.channels;
-        Accumulate<T>* to = taps.spatial.get() + u * P;
-        ++u;
-        const F* from =
-            filter + (own_filter ? t * strides.tap + row * strides.row + column * strides.column
-                                 : subpixel * strides.subpixel + (g.taps() - 1 - t) * strides.tap +
-                                       r->pixel * strides.row + c->pixel * strides.column);
-        for (int p = 0; p < P; ++p) to[p] = spatial ? widen(from[p * strides.column]) : neutral;
+        taps.filter[u] = own_filter
+                             ? t * strides.tap + row * strides.row + column * strides.column
+                             : subpixel * strides.subpixel + (g.taps() - 1 - t) * strides.tap +
+                                   r->pixel * strides.row + c->pixel * strides.column;
       }
     taps.count = u;
   }
 
-  // The same, with the strides of the spatial filter.
-  template <int P>
-  DDF_INLINE void collect(Taps<T>& taps, const T* image, const T* filter, int64_t row,
-                          int64_t column) const {
-    collect<P>(taps, image, filter, strides, row, column);
+  // The values of a group's filter at the taps of a strip of P pixels, `step` apart.
+  template <int P, class F>
+  DDF_INLINE void read_filter(Taps<T>& taps, const F* filter, int64_t step) const {
+    Accumulate<T>* to = taps.spatial.get();
+    for (int64_t u = 0; u < taps.count; ++u, to += P)
+      for (int p = 0; p < P; ++p) to[p] = widen(filter[taps.filter[u] + p * step]);
   }
 
   // For a 3x3 filter with these strides: the first tap of the pixel at (row, column), whose taps
@@ -155,7 +154,7 @@ struct Gather {
             {s.row - 3 * s.tap, s.column - s.tap, s.column}};
   }
 
-  // The spatial filter of a group of one of batch * subpixels images, as collect() takes it.
+  // The spatial filter of a group of one of batch * subpixels images.
   const T* filter_of(int64_t image, int64_t group) const {
     return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
                    : nullptr;
@@ -217,6 +216,118 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
   if (c < count) filter(c, std::false_type());
+}
+
+// The groups of a vector of channels. `count` of them are read, one of the numbers that
+// filter_spans knows, so the first ones may have no lanes.
+template <class A>
+struct LaneGroups {
+  static constexpr int L = kLanes<A>;
+
+  int64_t first;
+  int count;
+  int start[L];  // the lane where each group starts
+
+  LaneGroups(const Geometry& g, int64_t channel, int count)
+      : first(std::min(channel / g.group_channels, g.groups - count)), count(count) {
+    for (int j = 0; j < L; ++j)
+      start[j] =
+          static_cast<int>(std::clamp<int64_t>((first + j) * g.group_channels - channel, 0, L));
+  }
+
+  static LaneGroups of_vector(const Geometry& g, int64_t channel) {
+    const int64_t last = (std::min(channel + L, g.channels) - 1) / g.group_channels;
+    const int64_t count = last - channel / g.group_channels + 1;
+    for (const int n : {2, 4, 6, 8})
+      if (count <= n && n <= g.groups) return {g, channel, n};
+    return {g, channel, static_cast<int>(count)};
+  }
+};
+
+// Whether vectors that span groups are faster than the kernels along rows.
+template <class A>
+bool spans_groups(const Geometry& g) {
+  return g.groups > 1 && g.group_channels < kLanes<A> && 4 * g.channels >= 3 * kLanes<A>;
+}
+
+// Values of N groups, `step` apart, in the lanes of their channels; of `count` groups if N is 0.
+template <int L, int N, class F>
+DDF_INLINE Vector<Accumulate<F>, L> load_of_groups(const F* values, int64_t step,
+                                                   const LaneMask<F, L>* from_lane, int count) {
+  auto lanes = splat_element<L>(values[0]);
+  DDF_UNROLL
+  for (int j = 1; j < N; ++j)
+    lanes = select_lanes<F, L>(from_lane[j], splat_element<L>(values[j * step]), lanes);
+  for (int j = 1; N == 0 && j < count; ++j)
+    lanes = select_lanes<F, L>(from_lane[j], splat_element<L>(values[j * step]), lanes);
+  return widen_elements<F, L>(lanes);
+}
+
+// The same for a vector of channels of several groups, N of which are read. The filters of these
+// groups start at `filter`, group_step apart, and pixel_step for each pixel of the strip.
+template <int P, int N, class T, class Combine, class F>
+DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first, const F* filter,
+                            int64_t group_step, int64_t pixel_step,
+                            const LaneGroups<Accumulate<T>>& groups, const Accumulate<T>* block,
+                            Accumulate<T> output_min, T* out, int64_t out_step, int64_t room) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  using V = Vector<A, L>;
+  LaneMask<F, L> from_lane[L];
+  DDF_UNROLL
+  for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
+  const V bias = load<L>(block + all_taps * L);
+  V sums[P];
+  DDF_UNROLL
+  for (int p = 0; p < P; ++p) sums[p] = bias;
+  for (int64_t u = 0; u < taps.count; ++u) {
+    const V tap = load<L>(block + taps.tap[u] * L);
+    const T* from = taps.pixel[u] + first;
+    const F* values = filter + taps.filter[u];
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const V spatial =
+          load_of_groups<L, N>(values + p * pixel_step, group_step, from_lane, groups.count);
+      sums[p] += load_first<L>(from + p * taps.advance, room) * Combine::weight(tap, spatial);
+    }
+  }
+  DDF_UNROLL
+  for (int p = 0; p < P; ++p)
+    store_first<L>(out + p * out_step, clamp_min(sums[p], splat<A, L>(output_min)), room);
+}
+
+// All channels of a strip, whose vectors span groups.
+template <int P, class T, class Combine, class F>
+DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
+                             const std::vector<LaneGroups<Accumulate<T>>>& lanes, const F* filter,
+                             int64_t group_step, int64_t pixel_step, const Accumulate<T>* channel,
+                             Accumulate<T> output_min, T* out, int64_t out_step, int64_t channels) {
+  constexpr int L = kLanes<Accumulate<T>>;
+  int64_t c = 0;
+  for (const auto& groups : lanes) {
+    const auto span = [&](auto number) {
+      filter_span<P, decltype(number)::value, T, Combine>(
+          taps, all_taps, c, filter + groups.first * group_step, group_step, pixel_step, groups,
+          channel + c * (all_taps + 1), output_min, out + c, out_step, channels - c);
+    };
+    switch (groups.count) {
+      case 2:
+        span(std::integral_constant<int, 2>());
+        break;
+      case 4:
+        span(std::integral_constant<int, 4>());
+        break;
+      case 6:
+        if constexpr (L > 6) span(std::integral_constant<int, 6>());
+        break;
+      case 8:
+        if constexpr (L >= 8) span(std::integral_constant<int, 8>());
+        break;
+      default:
+        span(std::integral_constant<int, 0>());
+    }
+    c += L;
+  }
 }
 
 // The same for a 3x3 filter inside the image, whose pixels are loaded once for all taps. `pixels`
@@ -291,15 +402,15 @@ __attribute__((noinline)) void filter_row_3x3(const T* pixels, int64_t channels,
   if (column + 1 < columns) strip(column, std::integral_constant<int, 1>());
 }
 
-// FilterNorm of the channel blocks of a group; stores the bias after the taps of each.
+// FilterNorm of the channel blocks of channels [channel0, channel1); stores the bias after the taps
+// of each.
 template <class A>
-void normalize_channel_blocks(A* blocks, const Geometry& g, int64_t group,
+void normalize_channel_blocks(A* blocks, int64_t taps, int64_t channel0, int64_t channel1,
                               const TypedPackOptions<A>& pack) {
   constexpr int L = kLanes<A>;
   if (!pack.normalize && !pack.bias) return;
-  const int64_t taps = g.taps(), end = (group + 1) * g.group_channels;
-  for (int64_t c = group * g.group_channels; c < end; c += L, blocks += (taps + 1) * L) {
-    const int64_t lanes = std::min<int64_t>(L, end - c);
+  for (int64_t c = channel0; c < channel1; c += L, blocks += (taps + 1) * L) {
+    const int64_t lanes = std::min<int64_t>(L, channel1 - c);
     pack.template normalize_channels<L>(blocks, taps, c, lanes);
     for (int64_t lane = 0; pack.bias && lane < lanes; ++lane)
       blocks[taps * L + lane] = pack.bias[c + lane];
@@ -322,7 +433,8 @@ void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t ta
 template <class T, class Combine>
 void filter_channels_last(const Gather<T>& gather, const T* channel_filter, const T* from,
                           int64_t from_size, T* to, int64_t rows, int64_t columns,
-                          const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
+                          const TypedPackOptions<Accumulate<T>>& pack, bool is_spanning,
+                          ParallelFor run) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = gather.g;
@@ -331,12 +443,17 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
   const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * gather.columns.step * g.channels;
-  const bool has_interior_3x3 = g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid &&
-                                all_taps == 9 && columns > 2;
+  // Channels that are filtered together: a group's, or all if vectors span groups.
+  const int64_t number = is_spanning ? g.channels : g.group_channels, parts = g.channels / number;
+  std::vector<LaneGroups<A>> lanes;
+  for (int64_t c = 0; is_spanning && c < g.channels; c += L)
+    lanes.push_back(LaneGroups<A>::of_vector(g, c));
+  const bool has_interior_3x3 = !is_spanning && g.kernel == 3 && g.dilation == 1 && g.stride == 1 &&
+                                !g.is_valid && all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
-    const int64_t block = round_up(g.group_channels, L) * (all_taps + 1);
-    Scratch<A> channel(subpixels * g.groups * block);
+    const int64_t block = round_up(number, L) * (all_taps + 1);
+    Scratch<A> channel(subpixels * parts * block);
     // A row of normalized spatial filters, [groups][taps][pitch].
     const int64_t pitch = round_up(columns, L);
     Scratch<A> normalized(pack.normalize ? g.groups * g.taps() * pitch : 0);
@@ -345,13 +462,13 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
       const int64_t image = index / rows, row = index % rows;
       const T* pixels = from + image * from_size * g.channels;
       for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
-        for (int64_t group = 0; group < g.groups; ++group) {
-          A* of_group = gather.own_filter ? channel + (r * g.groups + group) * block
-                                          : channel + group * block + r * g.taps() * L;
-          fill_channel_blocks(of_group, all_taps + 1, g, channel_filter, image * g.subpixels() + r,
-                              group * g.group_channels, (group + 1) * g.group_channels,
-                              !gather.own_filter, A(Combine::kNeutral));
-          normalize_channel_blocks(of_group, g, group, pack);
+        for (int64_t part = 0; part < parts; ++part) {
+          A* of_part = gather.own_filter ? channel + (r * parts + part) * block
+                                         : channel + part * block + r * g.taps() * L;
+          const int64_t first = part * number, end = first + number;
+          fill_channel_blocks(of_part, all_taps + 1, g, channel_filter, image * g.subpixels() + r,
+                              first, end, !gather.own_filter, A(Combine::kNeutral));
+          normalize_channel_blocks(of_part, g.taps(), first, end, pack);
         }
       filled = image;
       for (int64_t group = 0; pack.normalize && group < g.groups; ++group)
@@ -384,29 +501,39 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
       for (int64_t r = 0; r < subpixels; ++r)
         for (const auto& strip : strips) {
           if (is_interior_row && strip.first > 0 && strip.first + 1 < columns) continue;
-          for (int64_t group = 0; group < g.groups; ++group) {
-            const int64_t first = group * g.group_channels;
-            const T* filter = gather.filter_of(image * g.subpixels() + r, group);
-            T* out = out_of(r, strip.first) + first;
-            const A* block_of = channel + (r * g.groups + group) * block;
-            const auto collect = [&](auto pixels_of_strip) __attribute__((always_inline)) {
-              constexpr int P = decltype(pixels_of_strip)::value;
-              if (pack.normalize)
-                gather.template collect<P>(taps, pixels, normalized + group * g.taps() * pitch,
-                                           SpatialStrides{0, 0, pitch, 0, 1}, row, strip.first);
-              else
-                gather.template collect<P>(taps, pixels, filter, row, strip.first);
-            };
-            if (strip.count == kStrip) {
-              collect(std::integral_constant<int, kStrip>());
-              filter_strip<kStrip, T, Combine>(taps, all_taps, first, block_of, pack.output_min,
-                                               out, out_step, g.group_channels);
-            } else {
-              collect(std::integral_constant<int, 1>());
-              filter_strip<1, T, Combine>(taps, all_taps, first, block_of, pack.output_min, out,
-                                          out_step, g.group_channels);
+          const A* const blocks = channel + r * parts * block;
+          const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
+                                     const SpatialStrides& strides) __attribute__((always_inline)) {
+            constexpr int P = decltype(pixels_of_strip)::value;
+            T* const out = out_of(r, strip.first);
+            gather.locate(taps, pixels, strides, row, strip.first);
+            if (is_spanning)
+              filter_spans<P, T, Combine>(taps, all_taps, lanes, filter, g.taps() * strides.tap,
+                                          strides.column, blocks, pack.output_min, out, out_step,
+                                          g.channels);
+            for (int64_t group = 0; !is_spanning && group < g.groups; ++group) {
+              gather.template read_filter<P>(taps, filter + group * g.taps() * strides.tap,
+                                             strides.column);
+              filter_strip<P, T, Combine>(
+                  taps, all_taps, group * g.group_channels, blocks + group * block, pack.output_min,
+                  out + group * g.group_channels, out_step, g.group_channels);
             }
-          }
+          };
+          const auto filter = [&](auto pixels_of_strip) __attribute__((always_inline)) {
+            const A neutral = A(Combine::kNeutral);
+            if (pack.normalize)
+              filter_as(pixels_of_strip, static_cast<const A*>(normalized),
+                        SpatialStrides{0, 0, pitch, 0, 1});
+            else if (gather.spatial)
+              filter_as(pixels_of_strip, gather.filter_of(image * g.subpixels() + r, 0),
+                        gather.strides);
+            else
+              filter_as(pixels_of_strip, &neutral, SpatialStrides{0, 0, 0, 0, 0});
+          };
+          if (strip.count == kStrip)
+            filter(std::integral_constant<int, kStrip>());
+          else
+            filter(std::integral_constant<int, 1>());
         }
     }
   });
@@ -426,17 +553,17 @@ Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
 }
 
 template <class T, class Combine>
-void forward_channels_last(const Forward& f, ParallelFor run) {
+void forward_channels_last(const Forward& f, bool is_spanning, ParallelFor run) {
   const Geometry& g = f.geometry;
   const auto gather = gather_from_features<T, Combine>(f, g);
   filter_channels_last<T, Combine>(gather, static_cast<const T*>(f.channel_filter),
                                    static_cast<const T*>(f.features), g.height * g.width,
                                    static_cast<T*>(f.output), g.out_height, g.out_width,
-                                   TypedPackOptions<Accumulate<T>>(f.pack), run);
+                                   TypedPackOptions<Accumulate<T>>(f.pack), is_spanning, run);
 }
 
 template <class T, class Combine>
-void grad_features_channels_last(const Backward& b, ParallelFor run) {
+void grad_features_channels_last(const Backward& b, bool is_spanning, ParallelFor run) {
   const Geometry& g = b.geometry;
   const Gather<T> gather{g,
                          AxisTaps::to_output(g, g.height, g.out_height),
@@ -449,7 +576,7 @@ void grad_features_channels_last(const Backward& b, ParallelFor run) {
   filter_channels_last<T, Combine>(
       gather, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
       g.subpixels() * g.out_height * g.out_width, static_cast<T*>(b.grad_features), g.height,
-      g.width, TypedPackOptions<Accumulate<T>>(), run);
+      g.width, TypedPackOptions<Accumulate<T>>(), is_spanning, run);
 }
 
 // Pointers for S taps of a strip of pixels: x, s and ds, and c and dc in the channel blocks.
@@ -605,10 +732,7 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
   const int64_t spatial_channels = g.groups * taps, out_size = g.out_height * width;
   const bool is_split = grad_spatial && plan.channel_blocks > 1;
-  // The sums of a single tile are the gradient, unless it needs rounding.
-  const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
-  Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * taps);
-  A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
+  const ChannelPartials<T> channel_partials(b, g, plan);
   Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
                                        : 0);
   // A channels_last 3x3 spatial filter of one group is read without a copy.
@@ -698,18 +822,191 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
                                 (spatial_channel + t) * to.tap + row * to.row,
                             to.column, ds + t * width, 1, 0, width);
       }
-      A* channel_to = channel_partials +
-                      ((item.image * plan.tiles + item.tile) * g.channels + item.channel0) * taps;
+      A* channel_to = channel_partials.at(item.image, item.tile, item.channel0);
       for (int64_t c = 0; c < count; ++c, channel_to += taps) {
         const A* sums = dc + c / L * taps * L + c % L;
         for (int64_t t = 0; t < taps; ++t) channel_to[t] = sums[t * L];
       }
     }
   });
-  if (b.grad_channel && !is_whole)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_partials, run);
+  channel_partials.write(run);
   if (is_split)
     write_grad_spatial(g, plan, grad_spatial, b.grad_spatial_strides, spatial_partials.get(), run);
+}
+
+// Sums of kCount adjacent lanes, in the first of them; lanes after the last are zero.
+template <int kCount, class V, int... I>
+DDF_INLINE V sum_adjacent(V v, std::integer_sequence<int, I...> lanes) {
+  if constexpr (kCount == 1) {
+    return v;
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const V half = sum_adjacent<kHalf>(v, lanes);
+    const V pair = half + DDF_SHUFFLE(half, V{}, (I + kHalf)...);
+    if constexpr (kCount % 2 == 0) return pair;
+    return pair + DDF_SHUFFLE(v, V{}, std::min(I + kCount - 1, int{sizeof...(I)})...);
+  }
+}
+
+// Every kStep-th lane, in the first ones.
+template <int kStep, class V, int... I>
+DDF_INLINE V lanes_apart(V v, std::integer_sequence<int, I...>) {
+  return DDF_SHUFFLE(v, v, (I * kStep % static_cast<int>(sizeof...(I)))...);
+}
+
+// With p = dy * x at the taps of a strip of P pixels, for a vector of whole groups of kChannels
+// channels: ds[(tap * kStrip + pixel) * pitch + group] = sum over the channels of the group of p *
+// c[tap], and dc[tap] += p * s (p alone for Add). Stores L values from the vector's first group on.
+template <int P, int kChannels, class T, class Combine>
+DDF_INLINE void grad_filters_of_groups(const Taps<T>& taps, int64_t first, const T* filter,
+                                       int64_t group_step, int64_t pixel_step,
+                                       const LaneGroups<Accumulate<T>>& groups, const T* dy,
+                                       int64_t dy_step, const Accumulate<T>* c, Accumulate<T>* dc,
+                                       Accumulate<T>* ds, int64_t pitch, int64_t room) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>, N = L / kChannels;
+  using V = Vector<A, L>;
+  constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
+  room = std::min<int64_t>(room, N * kChannels);
+  LaneMask<T, L> from_lane[L];
+  DDF_UNROLL
+  for (int j = 1; j < N; ++j) from_lane[j] = lanes_from<T, L>(groups.start[j]);
+  V y[P];
+  DDF_UNROLL
+  for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + p * dy_step, room);
+  for (int64_t u = 0; u < taps.count; ++u) {
+    const int64_t t = taps.tap[u];
+    const T *from = taps.pixel[u] + first, *values = filter + taps.filter[u];
+    const V tap = load<L>(c + t * L);
+    V total = load<L>(dc + t * L);
+    DDF_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const V spatial =
+          load_of_groups<L, N>(values + p * pixel_step, group_step, from_lane, groups.count);
+      const V product = y[p] * load_first<L>(from + p * taps.advance, room);
+      total += Combine::grad_channel(product, tap, spatial);
+      const V sums =
+          sum_adjacent<kChannels>(Combine::grad_spatial(product, tap, spatial), kLanesOf);
+      store<L>(ds + (t * kStrip + p) * pitch + first / kChannels,
+               lanes_apart<kChannels>(sums, kLanesOf));
+    }
+    store<L>(dc + t * L, total);
+  }
+}
+
+// Whether grad_filters_few_channels can do this: it has at least one full vector, and the taps of a
+// pixel are adjacent.
+template <class A>
+bool can_bundle_groups(const Backward& b) {
+  const Geometry& g = b.geometry;
+  return 2 * g.group_channels <= kLanes<A> && g.groups >= kLanes<A> / g.group_channels &&
+         (b.spatial_filter == nullptr || b.spatial_strides.tap == 1) &&
+         (b.grad_spatial == nullptr || b.grad_spatial_strides.tap == 1);
+}
+
+// Calls body with the number of channels of a group as a constant, at most L / 2.
+template <int L, class F>
+void with_group_channels(int64_t channels, const F& body) {
+  switch (channels) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, std::min(2, L / 2)>());
+    case 3:
+      return body(std::integral_constant<int, std::min(3, L / 2)>());
+    case 4:
+      return body(std::integral_constant<int, std::min(4, L / 2)>());
+    case 5:
+      return body(std::integral_constant<int, std::min(5, L / 2)>());
+    case 6:
+      return body(std::integral_constant<int, std::min(6, L / 2)>());
+    case 7:
+      return body(std::integral_constant<int, std::min(7, L / 2)>());
+    default:
+      return body(std::integral_constant<int, std::min(8, L / 2)>());
+  }
+}
+
+// grad_filters_channels_last for groups of few channels.
+template <class T, class Combine>
+void grad_filters_few_channels(const Backward& b, ParallelFor run) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const Geometry g = by_subpixel(b.geometry);
+  const int64_t taps = g.taps(), width = g.out_width;
+  const auto* grad = static_cast<const T*>(b.grad);
+  const auto* features = static_cast<const T*>(b.features);
+  const auto* channel_filter = static_cast<const T*>(b.channel_filter);
+  auto* grad_spatial = static_cast<T*>(b.grad_spatial);
+  // An item has the channels of all groups.
+  Geometry all = g;
+  all.groups = 1;
+  const Plan plan(all,
+                  2 * width * (g.channels + g.groups * taps) * static_cast<int64_t>(sizeof(T)));
+  const auto gather = gather_from_features<T, Combine>(b, g);
+  const auto strips = gather.columns.strips();
+  const T neutral = narrow<T>(A(Combine::kNeutral));
+  const SpatialStrides from = gather.spatial ? b.spatial_strides : SpatialStrides{};
+  const SpatialStrides& to = b.grad_spatial_strides;
+  // Channels of a vector.
+  const int64_t number = L / g.group_channels * g.group_channels;
+  std::vector<LaneGroups<A>> vectors;
+  for (int64_t c = 0; c < g.channels; c += number)
+    vectors.push_back(LaneGroups<A>(g, c, static_cast<int>(L / g.group_channels)));
+  const ChannelPartials<T> channel_partials(b, g, plan);
+  const int64_t pitch = g.groups + L, pixel_step = g.scale * g.channels;
+
+  const auto add_rows = [&](int64_t begin, int64_t end, auto group_channels) {
+    Taps<T> of_strip(taps);
+    const int64_t block = taps * L, blocks = static_cast<int64_t>(vectors.size()) * block;
+    Scratch<A> channel(blocks), dc(blocks), ds(taps * kStrip * pitch);
+    for (int64_t index = begin; index < end; ++index) {
+      const auto item = plan.item(all, index);
+      const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
+      const T* pixels = features + image * g.height * g.width * g.channels;
+      const T* filter = gather.spatial ? gather.filter_of(item.image, 0) : &neutral;
+      for (int64_t c = 0; c < g.channels; c += number)
+        fill_channel_blocks(channel + c / number * block, taps, g, channel_filter, item.image, c,
+                            std::min(c + number, g.channels), false, A(Combine::kNeutral));
+      std::fill(dc.get(), dc + blocks, A(0));
+      for (int64_t row = item.row0; row < item.row1; ++row) {
+        const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
+        const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels;
+        for (const auto& strip : strips) {
+          gather.locate(of_strip, pixels, from, row, strip.first);
+          // Taps outside the image have no gradient.
+          if (of_strip.count < taps) std::fill(ds.get(), ds + taps * kStrip * pitch, A(0));
+          const auto add = [&](auto count) __attribute__((always_inline)) {
+            constexpr int P = decltype(count)::value;
+            for (int64_t c = 0; c < g.channels; c += number) {
+              const LaneGroups<A>& groups = vectors[c / number];
+              grad_filters_of_groups<P, decltype(group_channels)::value, T, Combine>(
+                  of_strip, c, filter + groups.first * taps * from.tap, taps * from.tap,
+                  from.column, groups, dy + strip.first * pixel_step + c, pixel_step,
+                  channel + c / number * block, dc + c / number * block, ds, pitch, g.channels - c);
+            }
+          };
+          if (strip.count == kStrip)
+            add(std::integral_constant<int, kStrip>());
+          else
+            add(std::integral_constant<int, 1>());
+          for (int64_t p = 0; grad_spatial && p < strip.count; ++p)
+            transpose(grad_spatial + to.start(item.image, g.subpixels()) + row * to.row +
+                          (strip.first + p) * to.column,
+                      taps, ds + p * pitch, kStrip * pitch, taps, g.groups);
+        }
+      }
+      A* channel_to = channel_partials.at(item.image, item.tile, 0);
+      for (int64_t c = 0; c < g.channels; ++c, channel_to += taps)
+        for (int64_t t = 0; t < taps; ++t)
+          channel_to[t] = dc[c / number * block + t * L + c % number];
+    }
+  };
+  with_group_channels<L>(g.group_channels, [&](auto group_channels) {
+    parallel(run, plan.items,
+             [&](int64_t begin, int64_t end) { add_rows(begin, end, group_channels); });
+  });
+  channel_partials.write(run);
 }
 
 }  // namespace

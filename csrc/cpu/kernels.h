@@ -31,11 +31,22 @@ bool is_narrow(const Geometry& g, Pass pass) {
   return g.stride > 1 ? below(8, 20, 10) : below(kLanes<float> == 16 ? 12 : 16, 5, 24);
 }
 
+// Whether vectors that span groups are faster for channels_last features than those of one group
+// and those along rows.
+template <class T>
+bool is_spanning(const Geometry& g, const SpatialStrides& strides, bool along_rows) {
+  // The taps of a pixel are adjacent, or few enough to be read from planes.
+  return spans_groups<Accumulate<T>>(g) && (strides.tap == 1 || g.kernel <= 3) &&
+         (along_rows || 2 * g.group_channels <= kLanes<Accumulate<T>>);
+}
+
 template <class T, class Combine>
 void forward_as(const Forward& f, ParallelFor run) {
+  const bool along_rows = is_narrow<T>(f.geometry, Pass::forward);
+  const bool spans = is_spanning<T>(f.geometry, f.spatial_strides, along_rows);
   // Only the kernels along rows have a softmax.
-  if (f.channels_last && !f.pack.softmax && !is_narrow<T>(f.geometry, Pass::forward))
-    forward_channels_last<T, Combine>(f, run);
+  if (f.channels_last && !f.pack.softmax && (spans || !along_rows))
+    forward_channels_last<T, Combine>(f, spans, run);
   else
     forward_nchw<T, Combine>(f, run);
 }
@@ -43,13 +54,20 @@ void forward_as(const Forward& f, ParallelFor run) {
 template <class T, class Combine>
 void backward_as(const Backward& b, ParallelFor run) {
   if (b.grad_features) {
-    if (b.channels_last && !is_narrow<T>(b.geometry, Pass::grad_features))
-      grad_features_channels_last<T, Combine>(b, run);
+    const bool along_rows = is_narrow<T>(b.geometry, Pass::grad_features);
+    const bool spans = is_spanning<T>(b.geometry, b.spatial_strides, along_rows);
+    if (b.channels_last && (spans || !along_rows))
+      grad_features_channels_last<T, Combine>(b, spans, run);
     else
       grad_features_nchw<T, Combine>(b, run);
   }
   if (b.grad_channel || b.grad_spatial) {
-    if (b.channels_last && !is_narrow<T>(b.geometry, Pass::grad_filters))
+    const bool along_rows = is_narrow<T>(b.geometry, Pass::grad_filters);
+    // Kernels along rows are nearly as fast for 16-bit types.
+    if constexpr (sizeof(T) >= 4)
+      if (b.channels_last && along_rows && can_bundle_groups<Accumulate<T>>(b))
+        return grad_filters_few_channels<T, Combine>(b, run);
+    if (b.channels_last && !along_rows)
       grad_filters_channels_last<T, Combine>(b, run);
     else
       grad_filters_nchw<T, Combine>(b, run);

@@ -670,10 +670,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t out_size = g.out_height * g.out_width;
   const int64_t spatial_channels = g.groups * g.taps();
-  // The sums of a single tile are the gradient, unless it needs rounding.
-  const bool is_whole = plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel;
-  Scratch<A> tile_partials(is_whole ? 0 : g.batch * plan.tiles * g.channels * g.taps());
-  A* const channel_partials = is_whole ? static_cast<A*>(b.grad_channel) : tile_partials.get();
+  const ChannelPartials<T> channel_partials(b, g, plan);
   const auto& strides = b.grad_spatial_strides;
   auto* grad_spatial_out = static_cast<T*>(b.grad_spatial);
   const ImageStrides x_strides(b.channels_last, g.channels, g.height, g.width);
@@ -723,8 +720,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
           for (int64_t i = 0; i < rows; ++i)
             load_channels(dy + i * padded.pitch, padded.line, dy_row + i * g.scale * dy_strides.row,
                           dy_strides, NC, g.out_width, g.scale);
-        A* to =
-            channel_partials + ((item.image * plan.tiles + item.tile) * g.channels + c) * g.taps();
+        A* to = channel_partials.at(item.image, item.tile, c);
         grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), padded.line,
                                          x, dy, pitch, plane, spatial, channel, grad_spatial, to);
       });
@@ -754,8 +750,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
         }
     }
   });
-  if (b.grad_channel && !is_whole)
-    write_grad_channel(g, plan, static_cast<T*>(b.grad_channel), channel_partials, run);
+  channel_partials.write(run);
   if (is_split) write_grad_spatial(g, plan, grad_spatial_out, strides, spatial_partials.get(), run);
 }
 

@@ -115,6 +115,12 @@ DDF_INLINE Vector<Accumulate<T>, N> load(const T* from) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     Vector<uint16_t, N> bits;
     std::memcpy(&bits, from, sizeof(bits));
+#if DDF_VECTOR_BYTES == 64
+    // GCC 12 converts halves of the vector.
+    if constexpr (N == 16)
+      return bit_cast<Vector<float, N>>(
+          _mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)), 16));
+#endif
     return bit_cast<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
   } else {
 #if defined(DDF_F16C)
@@ -148,6 +154,13 @@ DDF_INLINE void store(T* to, Vector<Accumulate<T>, N> v) {
     const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
     const auto chosen = is_nan ? splat<uint32_t, N>(0x7fc0) : rounded;
+#if DDF_VECTOR_BYTES == 64
+    if constexpr (N == 16) {
+      const __m256i narrowed = _mm512_cvtepi32_epi16(bit_cast<__m512i>(chosen));
+      std::memcpy(to, &narrowed, sizeof(narrowed));
+      return;
+    }
+#endif
     const auto narrowed = __builtin_convertvector(chosen, Vector<uint16_t, N>);
     std::memcpy(to, &narrowed, sizeof(narrowed));
   } else {
@@ -270,6 +283,63 @@ DDF_INLINE void store_first(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
     store<N>(to, v);
   else
     store_some<N>(to, v, count);
+}
+
+// Vectors of N elements that are not widened.
+template <class T>
+using Raw = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+template <class T, int N>
+using RawVector = Vector<Raw<T>, N>;
+
+template <int N, class T>
+DDF_INLINE RawVector<T, N> splat_element(T value) {
+  return splat<Raw<T>, N>(bit_cast<Raw<T>>(value));
+}
+
+template <class T, int N>
+DDF_INLINE Vector<Accumulate<T>, N> widen_elements(RawVector<T, N> v) {
+  T elements[N];
+  std::memcpy(elements, &v, sizeof(v));
+  return load<N>(elements);
+}
+
+// Some of the lanes of a RawVector.
+#if DDF_MASK_BYTES == 64
+template <class T, int N>
+using LaneMask = std::conditional_t<N == 16, __mmask16, __mmask8>;
+#else
+template <class T, int N>
+using LaneMask = Vector<IntegerOf<sizeof(T)>, N>;
+#endif
+
+// The lanes from `first` on.
+template <class T, int N>
+DDF_INLINE LaneMask<T, N> lanes_from(int64_t first) {
+#if DDF_MASK_BYTES == 64
+  return static_cast<LaneMask<T, N>>(~first_bits(first));
+#else
+  Vector<IntegerOf<sizeof(T)>, N> index{};
+  for (int i = 0; i < N; ++i) index[i] = static_cast<IntegerOf<sizeof(T)>>(i);
+  return index >= splat<IntegerOf<sizeof(T)>, N>(static_cast<IntegerOf<sizeof(T)>>(first));
+#endif
+}
+
+// a in the lanes of the mask, b in the others.
+template <class T, int N>
+DDF_INLINE RawVector<T, N> select_lanes(LaneMask<T, N> mask, RawVector<T, N> a, RawVector<T, N> b) {
+#if DDF_MASK_BYTES == 64
+  if constexpr (sizeof(T) == 2)
+    return bit_cast<RawVector<T, N>>(
+        _mm256_mask_mov_epi16(bit_cast<__m256i>(b), mask, bit_cast<__m256i>(a)));
+  else if constexpr (sizeof(T) == 4)
+    return bit_cast<RawVector<T, N>>(
+        _mm512_mask_mov_ps(bit_cast<__m512>(b), mask, bit_cast<__m512>(a)));
+  else
+    return bit_cast<RawVector<T, N>>(
+        _mm512_mask_mov_pd(bit_cast<__m512d>(b), mask, bit_cast<__m512d>(a)));
+#else
+  return mask ? a : b;
+#endif
 }
 
 // exp(x) for x <= 0, and NaN for NaN; 0 where it is less than the least normal number.
@@ -620,19 +690,45 @@ void reduce_partials(T* to, int64_t stride, const Accumulate<T>* partials, int64
   }
 }
 
+// Partial sums of grad_channel, of each tile. Those of a single tile are the gradient, unless it
+// needs rounding.
 template <class T>
-void write_grad_channel(const Geometry& g, const Plan& plan, T* grad_channel,
-                        const Accumulate<T>* partials, ParallelFor run) {
-  const int64_t count = g.channels * g.taps();
-  parallel(run, g.batch * g.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t image = index / g.channels, channel = index % g.channels;
-      reduce_partials(grad_channel + index * g.taps(), 1,
-                      partials + image * plan.tiles * count + channel * g.taps(), plan.tiles, count,
-                      g.taps());
-    }
-  });
-}
+class ChannelPartials {
+  using A = Accumulate<T>;
+
+ public:
+  ChannelPartials(const Backward& b, const Geometry& g, const Plan& plan)
+      : g_(g),
+        tiles_(plan.tiles),
+        gradient_(static_cast<T*>(b.grad_channel)),
+        is_whole_(plan.tiles == 1 && std::is_same_v<T, A> && b.grad_channel),
+        tile_partials_(is_whole_ ? 0 : g.batch * plan.tiles * g.channels * g.taps()),
+        partials_(is_whole_ ? static_cast<A*>(b.grad_channel) : tile_partials_.get()) {}
+
+  // The taps of a channel of one of batch * subpixels images.
+  A* at(int64_t image, int64_t tile, int64_t channel) const {
+    return partials_ + ((image * tiles_ + tile) * g_.channels + channel) * g_.taps();
+  }
+
+  // Stores the gradient.
+  void write(ParallelFor run) const {
+    if (gradient_ == nullptr || is_whole_) return;
+    parallel(run, g_.batch * g_.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index)
+        reduce_partials(gradient_ + index * g_.taps(), 1,
+                        at(index / g_.channels, 0, index % g_.channels), tiles_,
+                        g_.channels * g_.taps(), g_.taps());
+    });
+  }
+
+ private:
+  const Geometry g_;
+  const int64_t tiles_;
+  T* const gradient_;
+  const bool is_whole_;
+  Scratch<A> tile_partials_;
+  A* const partials_;
+};
 
 // partials is [channel_blocks][B * groups * taps][Ho * Wo].
 template <class T>

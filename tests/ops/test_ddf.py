@@ -189,25 +189,26 @@ def test_16_bit_sums_are_kept_in_float32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k, dilation, stride", [(3, 1, 1), (3, 2, 1), (5, 1, 1), (3, 1, 2)])
 def test_every_width_of_a_group_in_channels_last(k, dilation, stride, dtype, device):
-    """CPU kernels run along rows or along channels, by the number of channels of a group."""
+    """CPU kernels run along rows or along channels, of one group or of several, by the numbers of
+    channels and groups."""
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1e-2)
     for channels, groups in [
         *((c, 1) for c in (*range(1, 14), 15, 17, 24, 33, 41)),
-        (6, 3),
-        (9, 3),
+        *((6, 3), (9, 3), (12, 4), (13, 13), (14, 7), (20, 20), (26, 13), (30, 6), (33, 11)),
+        *((36, 9), (42, 7), (45, 5), (50, 5), (60, 10), (64, 8)),
     ]:
         tensors = make(1, channels, (9, 21), k, groups, stride, dtype=dtype, device=device)
         x, cf, sf = tensors
-        x, sf = (t.contiguous(memory_format=torch.channels_last) for t in (x, sf))
         options = (k, dilation, stride, "mul")
         exact = [t.double() for t in tensors]
         grad = torch.ones_like(by_unfold(*exact, *options)).cumsum(1).to(dtype)
         want = value_and_gradients(by_unfold, exact, grad.double(), options)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        got = value_and_gradients(ddf, (x, cf, sf), grad, options)
-        for a, b in zip(got, want, strict=True):
-            error = (a.double() - b).abs().max() / b.abs().max()
-            assert error < tolerance, (channels, groups)
+        x, grad, last = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad, sf))
+        for spatial in (sf, last):
+            got = value_and_gradients(ddf, (x, cf, spatial), grad, options)
+            for a, b in zip(got, want, strict=True):
+                error = (a.double() - b).abs().max() / b.abs().max()
+                assert error < tolerance, (channels, groups, spatial.stride())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
