@@ -1,4 +1,4 @@
-"""DDF-ResNets in timm, by themselves and through what builds its networks."""
+"""DDF-ResNets in timm, by themselves and in libraries that build timm's networks."""
 
 from __future__ import annotations
 

@@ -99,14 +99,14 @@ def results_by_name(library_by_name: Path) -> dict[str, dict[str, str]]:
 
 
 def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
-    """By the tests of NVRTC; and all that they compile are instantiations that calls use."""
+    """tests/ops/test_nvrtc.py compiles one of each, and none that no call uses."""
     names = names_of_kernels(library_by_name.with_name("by_name.o"))
     tested = [f"ddf::cuda::{name}" for name in KERNELS]
     assert set(tested) <= set(names)
     assert {name.split("<")[0] for name in tested} == {name.split("<")[0] for name in names}
-    # Each takes its part of the time to compile a library, and of its size.
+    # Every kernel adds to the compile time and the size of a library.
     assert 200 < len(names) <= 275
-    # What the library says itself; in another process, since it registers its ops.
+    # The library's own list, read in another process, since loading it registers its ops.
     code = (
         "import ctypes, sys; from ddf_mm.ops import nvrtc; "
         "print(nvrtc.names(ctypes.CDLL(sys.argv[1])))"
@@ -122,7 +122,7 @@ def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
 
 
 def check(results: dict[str, str], least: int) -> None:
-    # Some are about one of the two libraries.
+    # Some tests are for one of the two libraries only.
     ran = {n: error for n, error in results.items() if not error.startswith("not of this library")}
     for name, error in ran.items():
         assert not error, f"{name}: {error}"
@@ -179,7 +179,7 @@ def test_a_fault_of_ops_cu_is_found(name, kernels, tmp_path):
     changed.write_text(text.replace(right, wrong))
     library = tmp_path / "ops_on_host.so"
     compile_ops_for_host(library, kernels, changed)
-    # The other faults are for the emulation to find; the check would have the formula serve.
+    # The emulation must find the other faults; the check would replace the op by the formula.
     check = dict(DDF_MM_SELF_CHECK=str(int(name == "add for mul")))
     errors = [
         error for of in run(library, *tests.split(), **check).values() for error in of.values()

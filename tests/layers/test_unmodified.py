@@ -97,7 +97,7 @@ def like_conv(conv: nn.Conv2d, cls=nn.Conv2d, **changes) -> nn.Conv2d:
     return cls(conv.in_channels, conv.out_channels, **{**options, **changes})
 
 
-# Changes to any module: (layer, path, module, seen), where `seen` takes what was called.
+# Changes to any module: (layer, path, module, seen), where `seen` collects the calls.
 def forward_hook(layer, path, module, seen):
     module.register_forward_hook(lambda m, args, out: seen.append(path) or out * 1.5)
 

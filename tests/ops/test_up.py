@@ -52,7 +52,7 @@ def results(*args) -> list[Tensor]:
 
 
 def check(tensors, options, needed=(True, True, True), padding="zeros") -> list[Tensor]:
-    """Every result lies within what rounding may do to sums of its terms."""
+    """Every result is within the rounding errors of the sums of its terms."""
     function = partial(ddf_up, padding=padding)
     reference = partial(ddf_up_reference, is_valid=padding == "valid")
     dtype = tensors[0].dtype
