@@ -24,16 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddf_mm.layers import DDFConv2d, DDFPack, DDFUpPack, FilterNorm
 from ddf_mm.ops import ddf, ddf_up, filter_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHANNELS = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny calls, which threads slow down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_layer(kind: str) -> nn.Module:
