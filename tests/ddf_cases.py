@@ -14,6 +14,13 @@ from torch import Tensor
 from ddf_mm.ops import backend_info, ddf, ddf_reference
 
 Inputs = Sequence[Tensor | None]
+# Test ids of layouts.
+by_name = dict(ids=lambda f: f.__name__)
+
+
+def short(value: object) -> str:
+    """Test ids without 'torch.'."""
+    return str(value).removeprefix("torch.").removesuffix("_format")
 
 
 def contiguous(tensor: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ import torch
 from ddf_cases import (
     DENSE,
     LAYOUTS,
+    by_name,
     channel_slice,
     channels_last,
     check_against,
     check_against_reference,
     make,
     require_compiled,
+    short,
     value_and_gradients,
 )
 from torch.autograd import forward_ad
@@ -48,14 +50,6 @@ WHICH = ["both", "channel", "spatial"]
 def device(device: str) -> str:
     require_compiled(device)
     return device
-
-
-def short(value):
-    """Test ids without 'torch.'."""
-    return str(value).removeprefix("torch.").removesuffix("_format")
-
-
-by_name = dict(ids=lambda f: f.__name__)
 
 
 @pytest.mark.kernels

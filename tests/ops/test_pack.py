@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from ddf_cases import DENSE, LAYOUTS, contiguous, require_compiled
+from ddf_cases import DENSE, LAYOUTS, by_name, contiguous, require_compiled, short
 from ddf_cases import make as make_inputs
 from torch import Tensor
 
@@ -24,14 +24,6 @@ EPS = 1e-10
 def device(device: str) -> str:
     require_compiled(device)
     return device
-
-
-def short(value):
-    """Test ids without 'torch.'."""
-    return str(value).removeprefix("torch.").removesuffix("_format")
-
-
-by_name = dict(ids=lambda f: f.__name__)
 
 
 def make(

@@ -15,6 +15,7 @@ from ddf_cases import (
     contiguous,
     larger_terms,
     require_compiled,
+    short,
     smaller_instruction_sets,
     value_and_gradients,
 )
@@ -32,10 +33,6 @@ UP = torch.ops.ddf_mm.ddf_up
 UP_BACKWARD = torch.ops.ddf_mm.ddf_up_backward
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def short(value) -> str:
-    return str(value).removeprefix("torch.")
 
 
 @pytest.fixture
