@@ -388,6 +388,17 @@ def test_torch_compile_asks_before_it_records_an_op(without_driver):
         assert function(torch.zeros(1)) == -1
 
 
+@pytest.mark.parametrize("text", ["", "raise RuntimeError('of a user')"])
+def test_another_module_of_the_name_cuda_is_no_error(tmp_path, text):
+    (tmp_path / "cuda.py").write_text(text)
+    code = "from ddf_mm.ops import nvrtc; print(nvrtc.is_installed())"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "False\n"
+
+
 @needs_new_torch
 def test_without_cuda_bindings_the_import_says_so(tmp_path):
     """In a process where they are not found."""
