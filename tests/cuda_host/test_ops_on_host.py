@@ -7,6 +7,7 @@ tests/conftest.py selects the cases. Tests of the emulated devices alone are in 
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from cuda_host.build import (
     compile_ops_for_host,
     names_of_kernels,
 )
-from ops.test_nvrtc import KERNELS
+from ops.test_nvrtc import KERNELS, needs_nvrtc
+
+from ddf_mm.ops import nvrtc
 
 TESTS = HERE.parent
 # Files with CUDA tests, and the least number of cases that must run.
@@ -119,6 +122,46 @@ def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
         check=True,
     )
     assert said.stdout.strip() == str(names)
+
+
+def sizes_of_parameters(kernel: nvrtc.Binary) -> list[int]:
+    """The sizes of a kernel's parameters in its binary, an ELF file."""
+
+    def read(layout: str, at: int) -> tuple[int, ...]:
+        return struct.unpack_from(layout, kernel.code, at)
+
+    (table,), (step, count, index_of_names) = read("<Q", 0x28), read("<3H", 0x3A)
+    headers = [read("<2I4Q", table + step * i) for i in range(count)]
+    names = headers[index_of_names][4]
+    wanted = b".nv.info." + kernel.symbol + b"\0"
+    (header,) = [h for h in headers if kernel.code[names + h[0] :].startswith(wanted)]
+    at, end, sizes = header[4], header[4] + header[5], {}
+    while at < end:
+        kind, attribute, size = read("<2BH", at)
+        if attribute == 0x17:  # EIATTR_KPARAM_INFO
+            _, ordinal, _, packed = read("<I2HI", at + 4)
+            sizes[ordinal] = packed >> 18
+        at += 4 + (size if kind == 4 else 0)
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
+@needs_nvrtc
+def test_parameters_have_the_sizes_that_nvrtc_gives_them(library_by_name):
+    """The driver copies as many bytes from each."""
+    code = (
+        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); "
+        "find, sizes = library.ddf_host_kernel, library.ddf_host_parameters; "
+        "find.restype, sizes.argtypes, sizes.restype = (ctypes.c_void_p, [ctypes.c_void_p], "
+        "ctypes.c_char_p); "
+        "[print(sizes(find(name.encode())).decode()) for name in sys.argv[2:]]"
+    )
+    names = [f"ddf::cuda::{name}" for name in KERNELS]
+    command = [sys.executable, "-c", "import torch; " + code, str(library_by_name), *names]
+    here = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name, sizes in zip(names, here, strict=True):
+        expected = sizes_of_parameters(nvrtc.compile_kernel(name, 90))
+        assert [int(size) for size in sizes.split()] == expected, name
+        assert expected
 
 
 def check(results: dict[str, str], least: int) -> None:
