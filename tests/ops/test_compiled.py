@@ -278,7 +278,7 @@ BAD_CALLS = [
     dict(kernel_size=-1),
     dict(stride=0),
     dict(dilation=0),
-    dict(kernel_combine="max"),
+    dict(kernel_combine="sub"),
 ]
 
 
