@@ -27,7 +27,7 @@ def layers() -> list[Layer]:
         for groups in (1, 4, 16):
             for width in (28, 29):
                 found.append(Layer("ddf", 64, groups, 28, width, k, 1, 1, 1, "mul", "both"))
-    # Of one kernel, gates have `mul`.
+    # The gates are for `mul` alone.
     return sorted({of._replace(combine="mul") for of in found})
 
 

@@ -63,13 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--margin", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--work-dir", default="work_dirs/precisions")
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=cli.ConfigOptions,
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     return parser.parse_args()
 
 

@@ -62,7 +62,7 @@ def open_vino(path: Path, threads: int) -> Callable[[Tensor], list[Tensor]]:
 def runners(
     model: nn.Module, size: export.Size, runtimes: list[str], threads: int, folder: Path
 ) -> dict[str, Callable]:
-    """The network in each runtime; files are for images of any size, but for AOTInductor."""
+    """The network in each runtime; files are for images of any size, except AOTInductor's."""
     run = dict[str, Callable]()
     if "PyTorch" in runtimes:
         run["PyTorch"] = torch.no_grad()(model.forward)

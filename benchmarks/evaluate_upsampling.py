@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num", type=int, default=3, help="scenes in the picture; default: %(default)s"
     )
-    parser.add_argument("--cfg-options", nargs="+", action=cli.ConfigOptions, metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     args = parser.parse_args()
     if args.num < 1:
         parser.error(f"--num must be at least 1, got {args.num}")

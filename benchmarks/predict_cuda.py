@@ -48,7 +48,7 @@ def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: i
     elements = ELEMENTS.get(kernel.name, 2) * (1 + filters)
     instructions = gates["instructions"]
     rates = {  # steps in a cycle
-        # What is loaded for the next step is there after the latency, too.
+        # A step takes at least the latency of the loads for the next one.
         "waits": warps / max(gates["waits"] * LATENCY + instructions, LATENCY),
         "slots": SCHEDULERS / instructions,
         "bytes": bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * elements),

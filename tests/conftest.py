@@ -98,6 +98,15 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """More threads slow down many tiny calls, and a machine that runs several tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def default_scopes() -> dict:
     """mmengine's default scopes, if mmengine is imported."""
     registry = sys.modules.get("mmengine.registry")

@@ -1,4 +1,4 @@
-"""What the tests of the ops share: inputs in every layout, and a bound on what rounding may do."""
+"""What the tests of the ops share: inputs in every layout, and bounds of rounding errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from torch import Tensor
 from ddf_mm.ops import backend_info, ddf, ddf_reference
 
 Inputs = Sequence[Tensor | None]
+# Test ids of layouts.
+by_name = dict(ids=lambda f: f.__name__)
+
+
+def short(value: object) -> str:
+    """Test ids without 'torch.'."""
+    return str(value).removeprefix("torch.").removesuffix("_format")
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -159,7 +166,7 @@ def check_against(
     function: Callable[..., Tensor] = ddf,
     needed: Sequence[bool] = (True, True, True),
 ) -> None:
-    """Output and gradients lie within the rounding that sums of as many terms can have."""
+    """Output and gradients are within the rounding errors of sums of that many terms."""
     k = options[0]
     features, _, spatial = tensors
     dtype = features.dtype
@@ -210,6 +217,6 @@ def require_compiled(device: str) -> None:
 
 
 def smaller_instruction_sets() -> list[str]:
-    """Values of DDF_MM_CPU_ISA for what this processor has besides its largest instruction set."""
+    """Values of DDF_MM_CPU_ISA for the smaller instruction sets of this processor."""
     sets = {"AVX512": ["avx2", "baseline"], "AVX2": ["baseline"]}
     return sets.get(torch.backends.cpu.get_cpu_capability(), [])

@@ -76,7 +76,7 @@ if list(Path(ddf_mm.__file__).parent.glob("_C_cuda*")) and torch.version.cuda:
         assert nvrtc.compile_kernel(name, arch).code.startswith(b"\x7fELF")
     print(f"ddf_mm: NVRTC {nvrtc.version()} compiles {name} for sm_75, sm_90 and sm_120")
 END
-# Another torch calls the same library, so these tests look for what it does otherwise: dispatch,
+# Another torch calls the same library, so these tests cover what may differ: dispatch,
 # autograd, the compiler, and what of PyTorch the formula uses, with every dtype, layout and
 # direction. The file left out looks at the library in the checkout.
 tests=("$root/tests/ops" --ignore="$root/tests/ops/test_instruction_sets.py")

@@ -132,4 +132,4 @@ def test_every_requirement_has_a_pin_or_an_upper_bound():
     for path in (ROOT / "requirements").glob("*.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):
-                assert "==" in line or re.search(r">=[\d.]+,<[\d.]+$", line), (path.name, line)
+                assert "==" in line or re.search(r">=[\d.]+,<[\d.]+(;|$)", line), (path.name, line)

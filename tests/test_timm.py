@@ -1,4 +1,4 @@
-"""DDF-ResNets in timm, by themselves and through what builds its networks."""
+"""DDF-ResNets in timm, by themselves and in libraries that build timm's networks."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_arguments_of_the_block():
     )
     assert pack.channel_branch[1].out_channels == 64
     assert model(image()).shape == (2, 10)
-    with pytest.raises(ValueError, match="kernel_combine must be 'mul' or 'add', got 'or'"):
+    with pytest.raises(ValueError, match="kernel_combine must be 'mul' or 'add'.*, got 'or'"):
         small(block_args=dict(kernel_combine="or"))
     with pytest.raises(ValueError, match="out_channels must equal in_channels"):
         small(block_reduce_first=2)

@@ -76,6 +76,15 @@ def test_python_versions_are_those_of_the_package():
     assert matrix["python"] == supported == ["3.10", "3.11", "3.12", "3.13"]
 
 
+def test_the_wheel_is_built_by_the_python_of_the_full_suite():
+    """With an older one, the tools that check the wheel do not install."""
+    workflows = ROOT / ".github" / "workflows"
+    full = jobs(workflows / "test.yml")["all"]["steps"][1]["with"]["python-version"]
+    tag = f"cp{full.replace('.', '')}"
+    build = commands(jobs(workflows / "release.yml")["build"])
+    assert f"make sdist wheel PYTHON=/opt/python/{tag}-{tag}/bin/python" in build
+
+
 def test_hooks_are_those_of_make_lint():
     hooks = [h for repo in load(ROOT / ".pre-commit-config.yaml")["repos"] for h in repo["hooks"]]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

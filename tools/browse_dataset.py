@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--num", type=int, default=4, help="images to draw; default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="index of the first image")
-    parser.add_argument("--cfg-options", nargs="+", action=cli.ConfigOptions, metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     args = parser.parse_args()
     for name, least in [("num", 1), ("first", 0)]:
         if getattr(args, name) < least:

@@ -95,13 +95,7 @@ def parse_args() -> argparse.Namespace:
         help="time each file and PyTorch, interleaved, RUNS times; default: 10",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=cli.ConfigOptions,
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     args = parser.parse_args()
     for name, value, least in (
         ("--size", min(args.size), 1),

@@ -31,6 +31,7 @@ from ddf_mm.benchmark.timing import (
     write_json,
 )
 from ddf_mm.ops import ddf, ddf_reference
+from ddf_mm.ops.checks import strided_size
 
 # Numerator and denominator of each ratio. ddf is faster if ddf/conv is below 1 and the others are
 # above 1.
@@ -73,7 +74,8 @@ class Case:
         """Shapes of the tensors that the operation reads and writes, and of the conv weights."""
         batch, channels, height, width = self.shape
         s = self.setting
-        k, out = s.kernel_size, (-(-height // s.stride), -(-width // s.stride))
+        k = s.kernel_size
+        out = strided_size(height, s.stride), strided_size(width, s.stride)
         return {
             "features": self.shape,
             "channel_filter": (batch, channels, k, k),

@@ -21,6 +21,10 @@ EPILOG = (
     f"occurred during training iterations, or with {TRACEBACK_VARIABLE}=1 in the environment."
 )
 
+CONFIG_OPTIONS = (
+    "override settings of the config, merged before any other option takes effect. A list is "
+    'KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]", quoted and without white space'
+)
 # Ranks other than 0 wait this many seconds before they report a failure, so that a failure of all
 # ranks is reported once: the launcher ends the waiting ranks when rank 0 exits.
 RANK_ZERO_SECONDS = 10.0
@@ -54,6 +58,9 @@ def phase(doing: str, about: str = "", steps: bool = False) -> Iterator[None]:
 
 class ConfigOptions(DictAction):
     """mmengine's ``DictAction``, but syntax errors are reported by the parser."""
+
+    def __init__(self, option_strings, dest, nargs="+", metavar="KEY=VALUE", help=CONFIG_OPTIONS):
+        super().__init__(option_strings, dest, nargs, metavar=metavar, help=help)
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -91,15 +98,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="switch persistent_workers off in all data loaders",
     )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=ConfigOptions,
-        metavar="KEY=VALUE",
-        help="override settings of the config, merged before any other option takes effect. A "
-        'list is KEY="[a,b]" or KEY=a,b, a nested one KEY="[(a,b),(c,d)]", quoted and without '
-        "white space",
-    )
+    parser.add_argument("--cfg-options", action=ConfigOptions)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],

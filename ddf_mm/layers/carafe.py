@@ -1,7 +1,7 @@
 """CARAFE (arXiv 1905.02188) in the place of mmcv's, whose kernels run on CUDA devices only.
 
 Importing this module registers :class:`~ddf_mm.layers.CARAFE` as the upsample layer ``carafe``, for
-mmdet's ``FPN_CARAFE`` and whatever else asks for that name. ``ddf_mm.layers`` does not import it.
+mmdet's ``FPN_CARAFE`` and other users of that name. ``ddf_mm.layers`` does not import it.
 mmcv's compiled ops are not needed.
 """
 

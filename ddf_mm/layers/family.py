@@ -16,8 +16,8 @@ class CARAFE(nn.Module):
     """CARAFE's upsampler (arXiv 1905.02188) by :func:`~ddf_mm.ops.ddf_up`.
 
     Arguments, parameter names and initialization are those of ``mmcv.ops.CARAFEPack``, whose
-    weights it loads. Registered as the upsample layer ``DDFCARAFE``; for what asks for mmcv's
-    ``carafe``, as mmdet's ``FPN_CARAFE``, import :mod:`ddf_mm.layers.carafe`.
+    weights it loads. Registered as the upsample layer ``DDFCARAFE``; in place of
+    mmcv's ``carafe``, as for mmdet's ``FPN_CARAFE``, by importing :mod:`ddf_mm.layers.carafe`.
 
     Args:
         channels: channels C of the input and output; ``up_group`` divides them.

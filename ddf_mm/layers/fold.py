@@ -19,8 +19,6 @@ from ddf_mm.layers.pack import DDFPack, has_own_filters
 from ddf_mm.layers.shift import Shift
 from ddf_mm.layers.unmodified import is_observed, is_unmodified, layers_of
 
-NO_FOLD = "the batch norm after DDFPack cannot be folded"
-
 
 class _Pair(NamedTuple):
     """A layer and the batch norm after it, two children of ``parent``."""
@@ -39,7 +37,7 @@ class _Pair(NamedTuple):
         return self.parent._modules[self.norm_name]
 
 
-def fuse_ddf_bn(model: nn.Module) -> nn.Module:
+def fuse_ddf_bn(model: nn.Module, strict: bool = True) -> nn.Module:
     """Folds every batch norm that follows a ``mul`` DDFPack into the pack, in place.
 
     The norm's scale is multiplied into the learned scale of the channel filters' FilterNorm, its
@@ -50,41 +48,43 @@ def fuse_ddf_bn(model: nn.Module) -> nn.Module:
 
     Args:
         model: in evaluation mode.
+        strict: whether a norm that cannot be folded is an error; otherwise it remains.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is in training mode, or has a batch norm that cannot be folded:
-            after an ``add`` pack, without running statistics, or where a hook or a replaced
-            method or module would be lost. The model is not changed then.
+        ValueError: ``strict``, and a batch norm cannot be folded: in training mode, after an
+            ``add`` pack, without running statistics, or where a hook or a replaced method or
+            module would be lost. The model is not changed then.
 
     Example:
         >>> from ddf_mm.models import DDFResNet
         >>> backbone = fuse_ddf_bn(DDFResNet(50).eval())
     """
-    pairs = list(_followed_by_norm(model, DDFPack))
     uses = _uses(model)
-    for pair in pairs:
-        if reason := _obstacle(pair, uses):
-            raise ValueError(f"{pair.path}: {NO_FOLD}: {reason}")
-    for pair in pairs:
+    foldable = []
+    for pair in _followed_by_norm(model, DDFPack):
+        reason = _obstacle(pair, uses)
+        if reason is None:
+            foldable.append(pair)
+        elif strict:
+            raise ValueError(
+                f"{pair.path}: the batch norm after DDFPack cannot be folded: {reason}"
+            )
+    for pair in foldable:
         _fold(pair.layer, pair.norm, getattr(pair.parent, "relu_follows_pack", False))
         pair.parent._modules[pair.norm_name] = nn.Identity()
     return model
 
 
-def switch_to_deploy(model: nn.Module) -> nn.Module:
+def switch_to_deploy(model: nn.Module, strict: bool = True) -> nn.Module:
     """Folds the batch norms after DDFPacks and convolutions, in place.
 
     See :func:`fuse_ddf_bn` for arguments, result and errors. A convolution with a hook or another
     modification, and the norm after it, are not changed.
     """
-    return fold_convs(fuse_ddf_bn(model))
-
-
-def fold_convs(model: nn.Module) -> nn.Module:
-    """The part of :func:`switch_to_deploy` that is about convolutions."""
+    fuse_ddf_bn(model, strict)
     uses = _uses(model)
     for pair in list(_followed_by_norm(model, nn.Conv2d)):
         if not _is_shared(pair, uses) and _is_plain_conv(pair.layer) and _is_foldable(pair.norm):
@@ -141,7 +141,8 @@ def _obstacle(pair: _Pair, uses: Counter[nn.Module]) -> str | None:
     if norm.training:
         return "the model is in training mode; call eval() first"
     if pack.kernel_combine != "mul":
-        return "kernel_combine 'add' has no factor per channel, which could include the norm's"
+        combine = pack.kernel_combine
+        return f"kernel_combine {combine!r} has no factor per channel that could include the norm's"
     if norm.running_mean is None:
         return "it keeps no running statistics"
     if isinstance(pack.output, Shift):

@@ -18,8 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from ddf_mm.layers import DDFPack, Involution, fuse_ddf_bn
-from ddf_mm.layers.fold import fold_convs
+from ddf_mm.layers import DDFPack, Involution, switch_to_deploy
 from ddf_mm.layers.unmodified import is_unmodified
 from ddf_mm.ops.checks import check_dict, check_int, check_ints, check_number, check_sequence
 from ddf_mm.registry import name_pretrained
@@ -555,12 +554,10 @@ class DDFResNet(BaseModule):
         """Sets evaluation mode and folds the norms into the layers before them.
 
         Called by mmpretrain's ``tools/model_converters/reparameterize_model.py``, and by mmdeploy
-        for every model. Norms after packs that combine by ``'add'`` cannot be folded and remain.
+        for every model. Norms that cannot be folded remain (see
+        :func:`~ddf_mm.layers.fuse_ddf_bn`).
         """
-        self.eval()
-        if self.ddf_cfg["kernel_combine"] == "mul":
-            fuse_ddf_bn(self)
-        fold_convs(self)
+        switch_to_deploy(self.eval(), strict=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``Tensor[B, in_channels, H, W]`` -> the outputs of the stages in ``out_indices``."""

@@ -199,6 +199,12 @@ def check_groups(spatial_channels: int, kernel_size: int, channels: int, name: s
     return groups
 
 
+def strided_size(size: int, stride: int) -> int:
+    """Number of the rows or columns 0, stride, 2 * stride, ... of ``size``."""
+    # Written like the output size of a convolution, so that symbolic sizes compare without a guard.
+    return (size - 1) // stride + 1
+
+
 @untraced
 def check_ddf(
     features: Tensor,
@@ -224,8 +230,7 @@ def check_ddf(
     check_features(features)
     _, channels, height, width = features.shape
     extent = _valid_extent(features, kernel_size, dilation) if is_valid else 0
-    # Written like the output size of a convolution, so that symbolic sizes compare without a guard.
-    ceil_h, ceil_w = (height - extent - 1) // stride + 1, (width - extent - 1) // stride + 1
+    ceil_h, ceil_w = strided_size(height - extent, stride), strided_size(width - extent, stride)
     groups = _check_filters(features, channel_filter, spatial_filter, kernel_size)
     if spatial_filter is None:
         return Geometry(*options, ceil_h, ceil_w, groups, channels // groups, is_valid=is_valid)

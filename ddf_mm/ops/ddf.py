@@ -20,6 +20,7 @@ from ddf_mm.ops.checks import (
     check_int,
     check_kernel_size,
     shape_of,
+    strided_size,
 )
 from ddf_mm.ops.reference import by_subpixel, ddf_formula, ddf_up_formula
 
@@ -95,15 +96,7 @@ def ddf(
     tensors = _prepared(*tensors, kernel_size, dilation, padding)
     call = *tensors, *options
     geometry = check_ddf(*call, is_valid=padding != "zeros")
-    if library.serves(features):
-        if geometry.is_valid:
-            if _has_ops_for_valid(features):
-                return torch.ops.ddf_mm.ddf_valid(*call)
-            return _by_rim_of_zeros(ddf, *tensors, options, geometry)
-        if self_check.passes("ddf", *call):
-            return torch.ops.ddf_mm.ddf(*call)
-    library.warn_about_reference(features.device.type)
-    return ddf_formula(*tensors, geometry)
+    return _filtered(ddf, ddf_formula, tensors, options, geometry)
 
 
 def _unless_zeros(padding: str) -> tuple[str, ...]:
@@ -157,6 +150,28 @@ def _is_usual(tensor: Tensor) -> bool:
     return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 1
 
 
+def _filtered(
+    function: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    options: tuple[int, int, int, str],
+    geometry: Geometry,
+) -> Tensor:
+    """The result of ``ddf`` or ``ddf_up`` for checked arguments: of the compiled op if it can be
+    used, otherwise of the formula."""
+    features, call = tensors[0], (*tensors, *options)
+    name = function.__name__
+    if library.serves(features):
+        if geometry.is_valid:
+            if _has_ops_for_valid(features):
+                return getattr(torch.ops.ddf_mm, f"{name}_valid")(*call)
+            return _by_rim_of_zeros(function, *tensors, options, geometry)
+        if self_check.passes(name, *call):
+            return getattr(torch.ops.ddf_mm, name)(*call)
+    library.warn_about_reference(features.device.type)
+    return formula(*tensors, geometry)
+
+
 def _has_ops_for_valid(features: Tensor) -> bool:
     """Whether the ops for padding ``'valid'`` are used; exporters know only the others."""
     return features.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -177,7 +192,7 @@ def _by_rim_of_zeros(
         features = F.pad(features, (shift, 0, shift, 0))
     first = (reach + shift) // stride
     if spatial_filter is not None:
-        rows, columns = ((size - 1) // stride + 1 - first for size in features.shape[2:])
+        rows, columns = (strided_size(size, stride) - first for size in features.shape[2:])
         after = rows - geometry.height, columns - geometry.width
         spatial_filter = F.pad(spatial_filter, (first, after[1], first, after[0]))
     out = function(features, channel_filter, spatial_filter, *options)
@@ -237,24 +252,15 @@ def ddf_up(
     tensors = _prepared(*tensors, kernel_size, dilation, padding)
     call = *tensors, *options
     geometry = check_ddf_up(*call, is_valid=padding != "zeros")
-    if library.serves(features):
-        factor, of_width = geometry.scale_factors
-        if factor != of_width:
-            subpixel = functools.partial(
-                ddf,
-                kernel_size=kernel_size,
-                dilation=dilation,
-                kernel_combine=kernel_combine,
-                padding="valid" if geometry.is_valid else "zeros",
-            )
-            return by_subpixel(subpixel, *tensors, geometry)
-        options = kernel_size, factor, dilation, kernel_combine
-        call = *tensors, *options
-        if geometry.is_valid:
-            if _has_ops_for_valid(features):
-                return torch.ops.ddf_mm.ddf_up_valid(*call)
-            return _by_rim_of_zeros(ddf_up, *tensors, options, geometry)
-        if self_check.passes("ddf_up", *call):
-            return torch.ops.ddf_mm.ddf_up(*call)
-    library.warn_about_reference(features.device.type)
-    return ddf_up_formula(*tensors, geometry)
+    factor, of_width = geometry.scale_factors
+    if factor != of_width and library.serves(tensors[0]):
+        subpixel = functools.partial(
+            ddf,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            kernel_combine=kernel_combine,
+            padding="valid" if geometry.is_valid else "zeros",
+        )
+        return by_subpixel(subpixel, *tensors, geometry)
+    options = kernel_size, factor, dilation, kernel_combine
+    return _filtered(ddf_up, ddf_up_formula, tensors, options, geometry)

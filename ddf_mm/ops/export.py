@@ -57,10 +57,10 @@ def _onnx_ddf(
     features: Any,
     channel_filter: Any,
     spatial_filter: Any,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    stride: int = 1,
-    kernel_combine: str = "mul",
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
 ) -> Any:
     groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
     filters = (channel_filter, spatial_filter)
@@ -170,10 +170,10 @@ def _onnx_ddf_up(
     features: Any,
     channel_filter: Any,
     spatial_filter: Any,
-    kernel_size: int = 3,
-    scale_factor: int = 2,
-    dilation: int = 1,
-    kernel_combine: str = "mul",
+    kernel_size: int,
+    scale_factor: int,
+    dilation: int,
+    kernel_combine: str,
 ) -> Any:
     from onnxscript import opset18 as op
 

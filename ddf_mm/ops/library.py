@@ -27,6 +27,8 @@ TORCH_IS_TOO_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # cuda, have no CUDA version.
 COMPILABLE = ("cpu",) if torch.version.cuda is None else ("cpu", "cuda")
 FORCED = os.environ.get("DDF_MM_FORCE_REFERENCE", "") not in ("", "0")
+# Folders of code that a warning does not point at.
+_PACKAGES = str(Path(__file__).parents[1]) + os.sep, str(Path(torch.__file__).parent) + os.sep
 REINSTALL = (
     "reinstall ddf_mm with `pip install -v --no-build-isolation .` in its source folder, which "
     "prints what it compiles"
@@ -152,7 +154,7 @@ def backend_info() -> dict[str, str]:
             index = torch.cuda.current_device()
             why, ahead = _why_not_on(index), _why_not_ahead(index)
             if not why and (failures := self_check.failures(index)):
-                failed = f"the formula serves these ops, which failed their check: {failures}"
+                failed = f"the formula is used for these ops, which failed their check: {failures}"
         served = "compiled on this machine" if ahead or library_by_name() else "compiled"
         info["cuda"] = "reference" if why else served
         why = why or "; ".join(filter(None, (failed, ahead)))
@@ -171,7 +173,7 @@ def _why_not_on(index: int) -> str:
 
 def _why_not_ahead(index: int) -> str:
     """Reason and remedy if this install has kernels that were compiled ahead, but not for a CUDA
-    device; otherwise "". The library then finds kernels by name there."""
+    device; otherwise "". If so, the library compiles kernels by name for this device."""
     if _cuda is None or library_by_name():
         return ""
     ask = _cuda.ddf_mm_why_not_on
@@ -209,7 +211,7 @@ def library_by_name() -> ctypes.CDLL | None:
 def _why_not_compiled_for(index: int) -> str:
     """Why the kernels cannot be compiled for a CUDA device; "" if they can.
 
-    Whether they can is seen by computing with one, once, and by what was called since.
+    A small call, computed once, and the later calls of kernels show whether they can.
     """
     if index not in _reasons:
         try:
@@ -217,7 +219,7 @@ def _why_not_compiled_for(index: int) -> str:
             _reasons[index] = ""
         except torch.OutOfMemoryError:
             raise  # as any call may
-        except Exception as error:  # whatever it is, the formula serves
+        except Exception as error:  # after any error the formula is used
             _reasons[index] = str(error).split("\n")[0]
     why = (_kernels.failures.get(index) if _kernels else None) or _reasons[index]
     return (
@@ -271,7 +273,7 @@ def _determine_runs_on(index: int) -> bool:
     why = _why_not_on(index)
     _runs_on_device[index] = not why
     if why:
-        _warn(f"cuda:{index}", why, stacklevel=7)
+        _warn_about(f"cuda:{index}", why)
     return not why
 
 
@@ -293,8 +295,8 @@ def serves(features: Tensor) -> bool:
 
 
 def with_formula(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that asks :func:`serves`, called again if a kernel could not be compiled in it:
-    the formula serves then."""
+    """A function that calls :func:`serves`. If a kernel cannot be compiled in a call, the call is
+    repeated, with the formula."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -340,16 +342,22 @@ def warn_about_reference(device_type: str) -> None:
     if FORCED or _warned or not could_have or torch.compiler.is_compiling():
         return
     _warned = True
-    _warn(device_type, _WHY, stacklevel=5)
+    _warn_about(device_type, _WHY)
 
 
-def _warn(device: str, why: str, stacklevel: int) -> None:
-    warnings.warn(
+def _warn_about(device: str, why: str) -> None:
+    warn(
         f"ddf_mm: no compiled ops for {device}, so the several times slower formula in plain "
-        f"PyTorch is used: {why}. DDF_MM_FORCE_REFERENCE=1 silences this warning.",
-        RuntimeWarning,
-        stacklevel=stacklevel,
+        f"PyTorch is used: {why}. DDF_MM_FORCE_REFERENCE=1 silences this warning."
     )
+
+
+def warn(text: str) -> None:
+    """Warns at the line that called this package, directly or through modules of torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """The CUDA kernels, compiled by NVRTC on the machine on which they run, each when it is needed.
 
-``csrc/README.md`` describes how. Needs cuda-bindings, which CUDA builds of torch since 2.11 bring.
+``csrc/README.md`` describes how. Needs cuda-bindings, which CUDA builds of torch bring since 2.10.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
-import tempfile
+import uuid
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ def is_installed() -> bool:
     """Whether there is a cuda-bindings; its import would take a tenth of a second."""
     try:
         return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:
+    except Exception:  # of importing what else is named cuda, which an import of ddf_mm survives
         return False
 
 
@@ -83,8 +83,12 @@ def version() -> str:
 @cache
 def _cuda_headers() -> str:
     """The folder of cuda_fp16.h and cuda_bf16.h."""
-    from cuda.pathfinder import find_nvidia_header_directory
-
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:
+        raise NoKernel(
+            "cuda-pathfinder is missing or too old; pip install 'cuda-pathfinder>=1.2.3'"
+        ) from error
     found = find_nvidia_header_directory("cudart")
     if found is None:
         raise NoKernel("the headers of CUDA's runtime are not installed (nvidia-cuda-runtime)")
@@ -100,6 +104,11 @@ def _digest_of_headers() -> bytes:
     return digest.digest()
 
 
+def architectures() -> list[int]:
+    """The architectures that NVRTC compiles for, such as 90."""
+    return [int(arch) for arch in _checked(_nvrtc().nvrtcGetSupportedArchs())]
+
+
 def architecture_for(major: int, minor: int) -> int:
     """The architecture to compile for, as 90: the device's own or the newest one of its major
     version that NVRTC knows, whose binaries it runs.
@@ -107,11 +116,10 @@ def architecture_for(major: int, minor: int) -> int:
     Raises:
         NoKernel: NVRTC knows none.
     """
-    known = _checked(_nvrtc().nvrtcGetSupportedArchs())
-    fitting = [arch for arch in known if arch // 10 == major and arch % 10 <= minor]
+    fitting = [arch for arch in architectures() if arch // 10 == major and arch % 10 <= minor]
     if not fitting:
         raise NoKernel(f"NVRTC {version()} does not compile for compute capability {major}.{minor}")
-    return int(max(fitting))
+    return max(fitting)
 
 
 def compile_kernel(name: str, arch: int) -> Binary:
@@ -166,10 +174,12 @@ def cache_folder() -> Path | None:
     if given:
         return Path(given)
     try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        # The XDG specification ignores relative paths.
+        caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        caches = caches if caches.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         return None
-    return Path(caches, "ddf_mm", "kernels")
+    return caches / "ddf_mm" / "kernels"
 
 
 def _file_of(name: str, arch: int) -> Path | None:
@@ -201,13 +211,14 @@ def _write(file: Path, binary: Binary) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(binary.symbol + binary.code).hexdigest()
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    # Not by tempfile, whose files other users, of a shared cache, could not read.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as part:
+        with temporary.open("xb") as part:
             part.write(b"\n".join([digest.encode(), *binary]))
-        os.replace(temporary, file)
+        temporary.replace(file)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -18,6 +18,11 @@ from torch.hub import tqdm
 from ddf_mm.ops import library, nvrtc
 
 
+def architecture(text: str) -> int:
+    """90 of "90" or "9.0"."""
+    return int(text.replace(".", "", 1))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ddf_mm.ops.precompile",
@@ -27,24 +32,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch",
         nargs="+",
-        type=int,
-        help="compute capabilities without the dot; by default those of the GPUs present",
+        type=architecture,
+        help="compute capabilities, as 90 or 9.0; by default those of the GPUs present",
     )
     parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at once")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     host = library.cuda_library()
     if host is None:
         why = library.backend_info().get("why", "torch is a CPU build")
         parser.error(f"this install has no CUDA ops: {why}")
     try:
-        archs = args.arch or sorted(
-            {
-                nvrtc.architecture_for(*torch.cuda.get_device_capability(index))
-                for index in range(torch.cuda.device_count())
-            }
+        devices = range(torch.cuda.device_count())
+        archs = sorted(
+            set(args.arch)
+            if args.arch
+            else {nvrtc.architecture_for(*torch.cuda.get_device_capability(i)) for i in devices}
         )
         if not archs:
             parser.error("there is no GPU; --arch says for which ones to compile")
+        known = nvrtc.architectures()
+        if unknown := [str(arch) for arch in archs if arch not in known]:
+            parser.error(
+                f"NVRTC {nvrtc.version()} does not compile for {', '.join(unknown)}, but for "
+                f"{', '.join(map(str, known))}"
+            )
         work = [(name, arch) for arch in archs for name in nvrtc.names(host)]
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(nvrtc.keep_kernel, *of) for of in work]

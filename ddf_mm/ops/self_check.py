@@ -2,15 +2,14 @@
 
 No test has seen every device, driver and compiler. So before the first call of an op on a device,
 and of each kernel that the dispatch chooses for it, the op computes a small case like the call. If
-the result is not that of the formula, or the kernel does not start, the formula serves all calls
-of the op on this device, and one warning says so.
+the result is not that of the formula, or the kernel does not start, the formula is used for all
+calls of the op on this device, and one warning says so.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ddf_mm.ops import library
+from ddf_mm.ops.checks import strided_size
 from ddf_mm.ops.reference import (
     ddf_pack_reference,
     ddf_reference,
@@ -79,7 +79,7 @@ def _sizes_of_ddf(given: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], di
     groups = min(groups, 2)
     channels *= groups
     height, width = 9, 16 if given["features"].shape[3] % 4 == 0 else 15
-    out = (height - 1) // stride + 1, (width - 1) // stride + 1
+    out = strided_size(height, stride), strided_size(width, stride)
     filters = (2, scale**2) if "scale_factor" in given else (2,)
     per_channel = *filters, channels, kernel_size, kernel_size
     per_pixel = *filters, groups * kernel_size**2, *out
@@ -214,7 +214,7 @@ def passes(op: str, *arguments: Any) -> bool:
         raise
     except RuntimeError as error:
         if library.kernel_is_missing(device):
-            raise  # library.with_formula answers it
+            raise  # handled by library.with_formula
         why = str(error).split("\n")[0]
         if _failures.setdefault((device.index, op), why) is why:
             _warn(op, device, case, why)
@@ -254,12 +254,10 @@ def _warn(op: str, device: torch.device, case: tuple, why: str) -> None:
         else f"{name}={v!r}"
         for name, v in zip(_names(op), case, strict=True)
     ]
-    warnings.warn(
+    library.warn(
         f"ddf_mm: the compiled op {op} failed its check on {library.described(device.index)} so "
         f"the several times slower formula in plain PyTorch is used for it: {why}. Please report "
         "this to the developers of ddf_mm, with what `python -m torch.utils.collect_env` prints "
         f"and the case: {', '.join(values)}. DDF_MM_SELF_CHECK=0 turns the check off, and the op "
-        "is used.",
-        RuntimeWarning,
-        stacklevel=5,
+        "is used."
     )

@@ -7,12 +7,13 @@ benchmarks/check_backbone_swap.py into docs/backbone_swap.md.
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 import check_backbone_swap as tool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Families that fail with the stock backbone too; reasons are in docs/backbone_swap.md.
 IMPOSSIBLE = {
@@ -62,15 +63,6 @@ FAMILIES = [("mmdet", family) for family in tool.families("mmdet") if family not
 FAMILIES += [("mmseg", family) for family in tool.families("mmseg") if family in MMSEG]
 CASES = [(toolbox, family, "mul") for toolbox, family in FAMILIES]
 CASES += [(*case, swap) for case in FAMILIES if case[1] in FEW for swap in ("add", "dcn")]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads do not help with such small images, and slow down a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("toolbox, family, swap", CASES)

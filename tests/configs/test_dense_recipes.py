@@ -25,6 +25,8 @@ from ddf_mm.models import DDFResNet, DDFUpFPN
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Not on PyPI.
 HAS_PANOPTICAPI = find_spec("panopticapi") is not None
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -185,15 +187,6 @@ def _panopticapi(monkeypatch):
         package.utils = utils
         monkeypatch.setitem(sys.modules, "panopticapi", package)
         monkeypatch.setitem(sys.modules, "panopticapi.utils", utils)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads slow such small images down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shrink(cfg: Config) -> Config:

@@ -454,21 +454,12 @@ def shrink(cfg: Config, data_root: Path, work_dir: Path, crop: int) -> Config:
 
 
 @pytest.fixture
-def _one_thread():
-    """More threads slow such small images down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def work_dir(tmp_path: Path):
     yield tmp_path
     shutil.rmtree(tmp_path)  # checkpoints of 135 MB
 
 
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_trains_and_tests(recipe: str, tiny_imagenet: Path, work_dir: Path):
     crop = 224 if recipe == REFERENCE else 32

@@ -1,4 +1,4 @@
-"""What keep_memory asks glibc for, in processes of its own."""
+"""The options that keep_memory sets in glibc, in processes of its own."""
 
 from __future__ import annotations
 

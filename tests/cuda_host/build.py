@@ -49,7 +49,7 @@ LIBRARIES = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def _kernels_of_driver(names: list[str]) -> str:
-    kernels = [f'{{"{name}", &Run<&{name}>::run}}' for name in names]
+    kernels = [f'{{"{name}", &Run<&{name}>::run, &Run<&{name}>::sizes}}' for name in names]
     return f"#define DDF_HOST_KERNELS {', '.join(kernels)}\n"
 
 

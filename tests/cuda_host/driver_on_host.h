@@ -2,6 +2,7 @@
 // the parameters that the driver would be given. DDF_HOST_KERNELS is the list of them (build.py).
 #pragma once
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -21,6 +22,10 @@ struct Run<Kernel> {
   static void run(const Grid& grid, void** parameters) {
     run(grid, parameters, std::index_sequence_for<Parameters...>());
   }
+  static const char* sizes() {
+    static const std::string text = ((std::to_string(sizeof(Parameters)) + " ") + ...);
+    return text.c_str();
+  }
 
  private:
   template <size_t... I>
@@ -33,6 +38,7 @@ struct Run<Kernel> {
 struct NamedKernel {
   const char* name;
   void (*run)(const Grid&, void**);
+  const char* (*sizes)();  // of the parameters
 };
 const NamedKernel named_kernels[] = {DDF_HOST_KERNELS};
 
@@ -46,6 +52,11 @@ const void* ddf_host_kernel(const char* name) {
     if (std::strcmp(kernel.name, name) == 0) return &kernel;
   }
   return nullptr;
+}
+
+// The sizes of the parameters of a kernel.
+const char* ddf_host_parameters(const void* kernel) {
+  return static_cast<const ddf::host::NamedKernel*>(kernel)->sizes();
 }
 
 // As cuLaunchKernel.

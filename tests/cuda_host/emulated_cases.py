@@ -113,7 +113,7 @@ def without_kernels():
     yield
     emulated.library.ddf_host_set_kernel_error(1, 0)
     ask_again()
-    # Asks the library once, which finds kernels by name where it has none.
+    # Also tells the library whether the device finds kernels by name.
     assert library._why_not_ahead(1) == ""
 
 
@@ -245,7 +245,9 @@ def test_an_op_that_computes_wrong_results_is_replaced_by_the_formula(
         warnings.simplefilter("always")
         got = function(*there)
         grads = torch.autograd.grad(got.square().sum(), there)
-    (message,) = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    (warning,) = [w for w in caught if w.category is RuntimeWarning]
+    message = str(warning.message)
+    assert warning.filename == __file__
     assert f"the compiled op {op} failed its check on cuda:0, emulated" in message
     assert "differ from those of the formula by" in message and "=float32[2, " in message
     assert len(calls) == 1

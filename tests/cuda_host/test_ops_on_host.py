@@ -7,6 +7,7 @@ tests/conftest.py selects the cases. Tests of the emulated devices alone are in 
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from cuda_host.build import (
     compile_ops_for_host,
     names_of_kernels,
 )
-from ops.test_nvrtc import KERNELS
+from ops.test_nvrtc import KERNELS, needs_nvrtc
+
+from ddf_mm.ops import nvrtc
 
 TESTS = HERE.parent
 # Files with CUDA tests, and the least number of cases that must run.
@@ -99,14 +102,14 @@ def results_by_name(library_by_name: Path) -> dict[str, dict[str, str]]:
 
 
 def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
-    """By the tests of NVRTC; and all that they compile are instantiations that calls use."""
+    """tests/ops/test_nvrtc.py compiles one of each, and none that no call uses."""
     names = names_of_kernels(library_by_name.with_name("by_name.o"))
     tested = [f"ddf::cuda::{name}" for name in KERNELS]
     assert set(tested) <= set(names)
     assert {name.split("<")[0] for name in tested} == {name.split("<")[0] for name in names}
-    # Each takes its part of the time to compile a library, and of its size.
+    # Every kernel adds to the compile time and the size of a library.
     assert 200 < len(names) <= 275
-    # What the library says itself; in another process, since it registers its ops.
+    # The library's own list, read in another process, since loading it registers its ops.
     code = (
         "import ctypes, sys; from ddf_mm.ops import nvrtc; "
         "print(nvrtc.names(ctypes.CDLL(sys.argv[1])))"
@@ -121,8 +124,48 @@ def test_an_instantiation_of_each_kernel_is_compiled_by_nvrtc(library_by_name):
     assert said.stdout.strip() == str(names)
 
 
+def sizes_of_parameters(kernel: nvrtc.Binary) -> list[int]:
+    """The sizes of a kernel's parameters in its binary, an ELF file."""
+
+    def read(layout: str, at: int) -> tuple[int, ...]:
+        return struct.unpack_from(layout, kernel.code, at)
+
+    (table,), (step, count, index_of_names) = read("<Q", 0x28), read("<3H", 0x3A)
+    headers = [read("<2I4Q", table + step * i) for i in range(count)]
+    names = headers[index_of_names][4]
+    wanted = b".nv.info." + kernel.symbol + b"\0"
+    (header,) = [h for h in headers if kernel.code[names + h[0] :].startswith(wanted)]
+    at, end, sizes = header[4], header[4] + header[5], {}
+    while at < end:
+        kind, attribute, size = read("<2BH", at)
+        if attribute == 0x17:  # EIATTR_KPARAM_INFO
+            _, ordinal, _, packed = read("<I2HI", at + 4)
+            sizes[ordinal] = packed >> 18
+        at += 4 + (size if kind == 4 else 0)
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
+@needs_nvrtc
+def test_parameters_have_the_sizes_that_nvrtc_gives_them(library_by_name):
+    """The driver copies as many bytes from each."""
+    code = (
+        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); "
+        "find, sizes = library.ddf_host_kernel, library.ddf_host_parameters; "
+        "find.restype, sizes.argtypes, sizes.restype = (ctypes.c_void_p, [ctypes.c_void_p], "
+        "ctypes.c_char_p); "
+        "[print(sizes(find(name.encode())).decode()) for name in sys.argv[2:]]"
+    )
+    names = [f"ddf::cuda::{name}" for name in KERNELS]
+    command = [sys.executable, "-c", "import torch; " + code, str(library_by_name), *names]
+    here = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name, sizes in zip(names, here, strict=True):
+        expected = sizes_of_parameters(nvrtc.compile_kernel(name, 90))
+        assert [int(size) for size in sizes.split()] == expected, name
+        assert expected
+
+
 def check(results: dict[str, str], least: int) -> None:
-    # Some are about one of the two libraries.
+    # Some tests are for one of the two libraries only.
     ran = {n: error for n, error in results.items() if not error.startswith("not of this library")}
     for name, error in ran.items():
         assert not error, f"{name}: {error}"
@@ -179,7 +222,7 @@ def test_a_fault_of_ops_cu_is_found(name, kernels, tmp_path):
     changed.write_text(text.replace(right, wrong))
     library = tmp_path / "ops_on_host.so"
     compile_ops_for_host(library, kernels, changed)
-    # The other faults are for the emulation to find; the check would have the formula serve.
+    # The emulation must find the other faults; the check would replace the op by the formula.
     check = dict(DDF_MM_SELF_CHECK=str(int(name == "add for mul")))
     errors = [
         error for of in run(library, *tests.split(), **check).values() for error in of.values()

@@ -16,18 +16,20 @@ import torch
 from ddf_cases import (
     DENSE,
     LAYOUTS,
+    by_name,
     channel_slice,
     channels_last,
     check_against,
     check_against_reference,
     make,
     require_compiled,
+    short,
     value_and_gradients,
 )
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddf_mm.ops import backend_info, ddf, ddf_reference
+from ddf_mm.ops import backend_info, ddf, ddf_reference, library
 from ddf_mm.ops.checks import COMBINES
 from ddf_mm.ops.reference import ddf_up_reference
 
@@ -48,14 +50,6 @@ WHICH = ["both", "channel", "spatial"]
 def device(device: str) -> str:
     require_compiled(device)
     return device
-
-
-def short(value):
-    """Test ids without 'torch.'."""
-    return str(value).removeprefix("torch.").removesuffix("_format")
-
-
-by_name = dict(ids=lambda f: f.__name__)
 
 
 @pytest.mark.kernels
@@ -284,7 +278,7 @@ BAD_CALLS = [
     dict(kernel_size=-1),
     dict(stride=0),
     dict(dilation=0),
-    dict(kernel_combine="max"),
+    dict(kernel_combine="sub"),
 ]
 
 
@@ -348,7 +342,7 @@ def test_compiles_in_one_graph(layout, dynamic, device):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiles_with_the_default_backend(device):
-    """Inductor may lay out anew what it hands to the op, and relies on the fake's strides."""
+    """Inductor may change the layout of inputs, and relies on the fake kernel's strides."""
     torch._dynamo.reset()
 
     def function(features, channel_filter, spatial_filter):
@@ -445,14 +439,14 @@ SMALL_CASES = [
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: f"{c['k']}-{c['size'][1]}")
 def test_small_cases_of_every_kernel(case, layout):
-    """What compute-sanitizer is shown: each family of kernels, in one block or a few."""
+    """Run under compute-sanitizer: each family of kernels, in one block or a few."""
     options = (case["k"], case["dilation"], case["stride"])
     shape = {key: value for key, value in case.items() if key != "dilation"}
     for dtype, combine in itertools.product(DTYPES, COMBINES):
         tensors = make(batch=1, channels=16, which="both", dtype=dtype, device="cuda", **shape)
         tensors = [layout(t) for t in tensors]
         check_against_reference(tensors, (*options, combine), layout)
-        # The gradients one by one, which other kernels compute than all at once.
+        # Gradients one at a time, which other kernels compute than all together.
         grad = layout(torch.randn_like(ddf(*tensors, *options, combine)))
         for needed in ((True, False, False), (False, True, False), (False, False, True)):
             check_against(ddf_reference, tensors, (*options, combine), grad, needed=needed)
@@ -486,7 +480,7 @@ def test_side_stream(layout):
         for t, value in zip(late, tensors, strict=True):
             t.copy_(value)
         got = value_and_gradients(ddf, late, grad, (3,))
-        # Would overwrite a scratch that was given back too early.
+        # Would overwrite scratch memory that was freed too early.
         torch.full((1 << 22,), float("nan"), device="cuda")
     side.synchronize()
     assert all(map(torch.equal, got, want))
@@ -589,7 +583,7 @@ with warnings.catch_warnings(record=True) as caught:
     import torch
     from ddf_mm.ops import backend_info, ddf
     def seen():
-        return [[w.category.__name__, str(w.message)] for w in caught if "ddf_mm" in str(w.message)]
+        return [[w.filename, str(w.message)] for w in caught if w.category is RuntimeWarning]
     at_import = seen()
     x, cf, sf = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.ones(1, 9, 3, 3)
     total = sum(ddf(x, cf, sf).sum().item() for _ in range(2))
@@ -637,11 +631,17 @@ def test_the_reference_can_be_forced():
 def test_one_warning_without_the_library(without_library):
     at_import, at_use, info, total = use_in_another_process(without_library)
     assert at_import == []
-    ((category, message),) = at_use
-    assert category == "RuntimeWarning"
+    ((file, message),) = at_use
+    assert file == "<string>"  # the line that called ddf
     assert "no compiled ops for cpu" in message and "pip install" in message
     assert info["cpu"] == "reference" and info["why"] in message
     assert total == TOTAL
+
+
+def test_warnings_point_at_the_code_that_called_torch():
+    with pytest.warns(RuntimeWarning, match="a reason") as caught:
+        torch.compiler.disable(library.warn)("a reason")
+    assert caught[0].filename == __file__
 
 
 def test_no_warning_when_the_reference_is_wanted(without_library):
@@ -673,8 +673,8 @@ def source(without_library, tmp_path: Path) -> Path:
 def site(source: Path, tmp_path: Path) -> Path:
     """A folder of installed packages, with the one of that source folder."""
     shutil.copytree(source / "ddf_mm", tmp_path / "site" / "ddf_mm")
-    for library in Path(sys.modules["ddf_mm"].__file__).parent.glob("_C*.so"):
-        shutil.copy(library, tmp_path / "site" / "ddf_mm")
+    for compiled in Path(sys.modules["ddf_mm"].__file__).parent.glob("_C*.so"):
+        shutil.copy(compiled, tmp_path / "site" / "ddf_mm")
     return tmp_path / "site"
 
 

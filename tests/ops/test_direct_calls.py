@@ -1,6 +1,6 @@
 """Direct calls of torch.ops.ddf_mm, as exported programs make them: right, or a clear error.
 
-The fake kernels refuse the same calls, and tell the same shapes and strides.
+The fake kernels refuse the same calls, and return the same shapes and strides.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def listed(result) -> list[torch.Tensor]:
 
 
 def check(name: str, call: dict) -> bool:
-    """That the op is right or refuses, and its fake with it; whether it is right."""
+    """Asserts that the op computes the right result or refuses the call, and its fake kernel does
+    the same; returns whether there is a result."""
     op = getattr(torch.ops.ddf_mm, name)
     errors = (RuntimeError, ValueError, TypeError)
     try:
@@ -178,7 +179,7 @@ def check(name: str, call: dict) -> bool:
     except errors as error:
         refusal = str(error)
         got = None
-    # What memory there is, fake tensors do not know.
+    # Fake tensors have no limit of memory.
     if got is None and "larger than any memory" in refusal:
         return False
     assert got is not None or "API call failed" not in refusal
@@ -231,7 +232,7 @@ def test_absurd_integers(name, device):
         if isinstance(value, int) and not isinstance(value, bool):
             for absurd in ABSURD:
                 served += check(name, {**call, key: absurd})
-                # Without a filter that tells the output's size.
+                # Without a filter that determines the output's size.
                 if "spatial_filter" in call:
                     without = {**call, "spatial_filter": None, key: absurd}
                     if "grad" in call and key == "stride" and absurd > 2:
@@ -247,7 +248,7 @@ def test_a_stride_beyond_the_features_leaves_one_window(device):
 
 
 def replacements(tensor: torch.Tensor):
-    """Tensors that mostly do not fit where ``tensor`` does."""
+    """Tensors most of which are wrong in place of ``tensor``."""
     yield None
     yield tensor.flatten()
     yield tensor[None]
@@ -275,7 +276,7 @@ def test_tensors_that_do_not_fit(name, device):
 
 @each_op
 def test_all_tensors_with_nothing_in_a_dimension(name, device):
-    """Refused, but for the batch."""
+    """Refused, except in the batch."""
     call = good_calls(device)[name]
     first = next(v for v in call.values() if isinstance(v, torch.Tensor))
     for dim in range(1, 4):

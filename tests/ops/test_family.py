@@ -310,7 +310,7 @@ def test_errors_name_the_argument():
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect", "valid"])
 def test_even_kernels_by_a_row_and_column_of_zeros(padding):
-    """What the message about them says."""
+    """As the error message for even kernels advises."""
     x, filters = random(1, 4, 7, 8), random(1, 4, 2, 2)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect") if padding == "reflect" else x
     around = 1 if padding == "zeros" else 0

@@ -9,11 +9,14 @@ import ctypes
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -63,7 +66,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
-    """Kernels that a stand-in for NVRTC was asked for."""
+    """The kernels that a stand-in for NVRTC has compiled."""
     asked = []
 
     def compile_kernel(name, arch):
@@ -72,6 +75,7 @@ def compiled(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "architectures", lambda: [75, 90])
     return asked
 
 
@@ -117,6 +121,13 @@ def test_nvrtc_of_another_cuda_than_torch_is_refused(monkeypatch):
             nvrtc.version()
     finally:
         nvrtc._nvrtc.cache_clear()
+
+
+def test_a_cuda_pathfinder_without_headers_is_named(monkeypatch):
+    """Before 1.2.3 it finds libraries only."""
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", ModuleType("cuda.pathfinder"))
+    with pytest.raises(nvrtc.NoKernel, match=r"pip install 'cuda-pathfinder>=1\.2\.3'"):
+        nvrtc._cuda_headers.__wrapped__()
 
 
 def test_the_cache_keeps_a_kernel(cache, compiled):
@@ -180,11 +191,41 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, compiled, monkeypa
             nvrtc.keep_kernel("a<float>", 90)
 
 
+def test_a_full_disk_leaves_no_part_of_a_file(cache, compiled, monkeypatch):
+    """Here it is a limit of the size of a file, of which a signal tells unless it is ignored."""
+    large = nvrtc.Binary(b"symbol", bytes(1 << 22))
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: large)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        assert nvrtc.cached_kernel("a<float>", 90) == large
+        with pytest.raises(OSError, match="File too large"):
+            nvrtc.keep_kernel("a<float>", 90)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(cache.iterdir())
+
+
+def test_other_users_can_read_the_cache(cache, compiled):
+    """As in a container that was filled by root."""
+    before = os.umask(0o022)
+    try:
+        nvrtc.keep_kernel("a<float>", 90)
+    finally:
+        os.umask(before)
+    (file,) = cache.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_nor_is_a_user_without_a_home(compiled, monkeypatch):
     monkeypatch.delenv("DDF_MM_KERNEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert nvrtc.cache_folder() == Path("/somewhere/ddf_mm/kernels")
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    for ignored in ("relative/path", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert nvrtc.cache_folder() == Path.home() / ".cache/ddf_mm/kernels"
 
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -251,8 +292,23 @@ def test_precompile_fills_the_cache(host, cache, compiled, capsys):
     assert precompile.main(["--arch", "75", "90"]) == 0
     assert sorted(compiled) == ["a<float>", "a<float>", "b<float>", "b<float>"]
     assert f"4 kernels for sm_75, sm_90 are in {cache}" in capsys.readouterr().out
-    assert precompile.main(["--arch", "75", "90", "--jobs", "2"]) == 0
+    assert precompile.main(["--arch", "7.5", "9.0", "90", "--jobs", "2"]) == 0
     assert len(compiled) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arch", "50", "75"], "NVRTC 13.0 does not compile for 50, but for 75, 90"),
+        (["--arch", "ninety"], "invalid architecture value: 'ninety'"),
+        (["--arch", "90", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_precompile_refuses_wrong_arguments(host, compiled, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        precompile.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not compiled
 
 
 def test_precompile_says_why_it_cannot(host, cache, compiled, monkeypatch, capsys):
@@ -306,7 +362,7 @@ def without_driver(host, monkeypatch):
 
 @needs_new_torch
 def test_without_a_driver_the_formula_serves_with_one_warning(without_driver):
-    """The answer for a device where anything is missing."""
+    """Where anything that a device needs is missing."""
     info = library.backend_info()
     assert info["cuda"] == "reference"
     assert "cuda:0, a GPU of compute capability 9.0, does not run kernels compiled" in info["why"]
@@ -330,6 +386,17 @@ def test_torch_compile_asks_before_it_records_an_op(without_driver):
 
     with pytest.warns(RuntimeWarning, match="no compiled ops for cuda:0.*there is no driver"):
         assert function(torch.zeros(1)) == -1
+
+
+@pytest.mark.parametrize("text", ["", "raise RuntimeError('of a user')"])
+def test_another_module_of_the_name_cuda_is_no_error(tmp_path, text):
+    (tmp_path / "cuda.py").write_text(text)
+    code = "from ddf_mm.ops import nvrtc; print(nvrtc.is_installed())"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "False\n"
 
 
 @needs_new_torch

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from ddf_cases import DENSE, LAYOUTS, contiguous, require_compiled
+from ddf_cases import DENSE, LAYOUTS, by_name, contiguous, require_compiled, short
 from ddf_cases import make as make_inputs
 from torch import Tensor
 
@@ -24,14 +24,6 @@ EPS = 1e-10
 def device(device: str) -> str:
     require_compiled(device)
     return device
-
-
-def short(value):
-    """Test ids without 'torch.'."""
-    return str(value).removeprefix("torch.").removesuffix("_format")
-
-
-by_name = dict(ids=lambda f: f.__name__)
 
 
 def make(
@@ -54,7 +46,7 @@ def run(tensors, relu=True, k=3, dilation=1, stride=1, combine="mul") -> Tensor:
 
 
 def expected(tensors, relu, k, dilation, stride, combine) -> tuple[Tensor, Tensor]:
-    """The output in float64, and the magnitude of what its rounding goes with."""
+    """The output in float64, and the magnitude that its rounding errors are relative to."""
     x, raw_channel, raw_spatial, std, bias = [None if t is None else t.double() for t in tensors]
     channels, groups = x.shape[1], raw_spatial.shape[1] // k**2
     scale, spatial_scale = SCALES
@@ -206,7 +198,7 @@ def test_bad_arguments_are_refused(device):
     "k, dilation, stride", [(3, 1, 1), (3, 1, 2), (5, 1, 1), (7, 1, 1), (3, 2, 1)]
 )
 def test_small_cases_of_every_kernel(k, dilation, stride, layout):
-    """What compute-sanitizer is shown."""
+    """Run under compute-sanitizer."""
     require_compiled("cuda")
     for size, dtype, combine in itertools.product([(5, 8), (4, 7)], DTYPES, COMBINES):
         tensors = make(1, 16, size, k, 2, stride, False, dtype, "cuda", layout)
@@ -230,7 +222,7 @@ def test_side_stream(dilation, layout):
         for t, value in zip(late, tensors, strict=True):
             t.copy_(value)
         got = run(late, dilation=dilation)
-        # Would overwrite a scratch that was given back too early.
+        # Would overwrite scratch memory that was freed too early.
         torch.full((1 << 22,), float("nan"), device="cuda")
     side.synchronize()
     assert torch.equal(got, want)

@@ -94,7 +94,7 @@ def test_trace_serves_other_sizes_without_this_package(traced):
 
 @pytest.mark.parametrize("floor", [False, True])
 def test_trace_takes_either_size_of_the_spatial_filter(floor):
-    """At even sizes, as the traced ones, nothing tells them apart."""
+    """The trace is of even sizes, where both have the same size."""
     graph = torch.jit.trace(lambda *t: ddf(*t, stride=2), make(stride=2, size=(6, 8)))
     tensors = make(stride=2, size=(7, 9), floor=floor)
     torch.testing.assert_close(graph(*tensors), ddf(*tensors, stride=2))

@@ -15,6 +15,7 @@ from ddf_cases import (
     contiguous,
     larger_terms,
     require_compiled,
+    short,
     smaller_instruction_sets,
     value_and_gradients,
 )
@@ -34,10 +35,6 @@ UP_BACKWARD = torch.ops.ddf_mm.ddf_up_backward
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def short(value) -> str:
-    return str(value).removeprefix("torch.")
-
-
 @pytest.fixture
 def device(device: str) -> str:
     require_compiled(device)
@@ -52,7 +49,7 @@ def results(*args) -> list[Tensor]:
 
 
 def check(tensors, options, needed=(True, True, True), padding="zeros") -> list[Tensor]:
-    """Every result lies within what rounding may do to sums of its terms."""
+    """Every result is within the rounding errors of the sums of its terms."""
     function = partial(ddf_up, padding=padding)
     reference = partial(ddf_up_reference, is_valid=padding == "valid")
     dtype = tensors[0].dtype

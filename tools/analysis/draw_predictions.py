@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         default=0.5,
         help="least score of the predictions to draw; default: %(default)s",
     )
-    parser.add_argument("--cfg-options", nargs="+", action=cli.ConfigOptions, metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     args = parser.parse_args()
     for name in ("num", "columns", "enlarge"):
         if getattr(args, name) < 1:

@@ -35,13 +35,7 @@ def parse_args() -> argparse.Namespace:
         + ", ".join(f"{h} {w} for {scope}" for scope, (h, w) in SHAPES.items()),
     )
     parser.add_argument("--no-resnet", action="store_true", help="omit the models with a ResNet")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=cli.ConfigOptions,
-        metavar="KEY=VALUE",
-        help="override settings of the configs",
-    )
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     args = parser.parse_args()
     if args.shape is not None and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(f"--shape takes one or two positive numbers, got {args.shape}")

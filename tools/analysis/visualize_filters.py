@@ -61,13 +61,7 @@ def parse_args() -> argparse.Namespace:
         help="pixels of the network's input whose filters to draw; default: the "
         f"{DEFAULT_POINTS} whose filters differ most in the first layer drawn",
     )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=cli.ConfigOptions,
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    parser.add_argument("--cfg-options", action=cli.ConfigOptions)
     return parser.parse_args()
 
 
