@@ -1,7 +1,8 @@
 // Kernels for channels_last (NHWC) features: vectors run along the channels of a pixel.
 // Pixels of a row with the same taps form a strip. The taps of a strip are collected once: pointers
 // to their pixels and values of the spatial filter. The channel filter is converted to the
-// accumulation type, in blocks of one vector of channels with all taps.
+// accumulation type, in blocks of one vector of channels with all taps. A vector has channels of one
+// group or, if groups have few channels, of several: filter_spans and grad_filters_few_channels.
 #pragma once
 #include "cpu/filter_norm.h"
 

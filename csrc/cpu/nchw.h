@@ -1,5 +1,5 @@
 // Kernels whose vectors run along a row: for contiguous (NCHW) features, and for channels_last
-// (NHWC) ones with few channels in a group, whose channels are separated when rows are loaded.
+// (NHWC) ones with few channels, which are separated when rows are loaded.
 // Rows of features are copied into a zero-padded tile, split into the phases of the stride, where
 // each tap reads consecutive values for any kernel, stride and dilation. The spatial filter of a
 // tile of rows is converted to the accumulation type once for all channels of its group.
