@@ -17,6 +17,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -389,14 +390,13 @@ def test_torch_compile_asks_before_it_records_an_op(without_driver):
 
 
 @pytest.mark.parametrize("text", ["", "raise RuntimeError('of a user')"])
-def test_another_module_of_the_name_cuda_is_no_error(tmp_path, text):
+def test_another_module_of_the_name_cuda_is_no_error(tmp_path, monkeypatch, text):
     (tmp_path / "cuda.py").write_text(text)
-    code = "from ddf_mm.ops import nvrtc; print(nvrtc.is_installed())"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout == "False\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
+            del sys.modules[name]
+        assert not nvrtc.is_installed()
 
 
 @needs_new_torch
