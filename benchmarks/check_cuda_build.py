@@ -47,6 +47,7 @@ OUTPUTS = {
     "gather_3x3_channels_last": lambda: 8,
     "grad_filters_gathered": lambda: 2,
     "grad_filters": lambda k, stride: 4 / (1 if k == 3 else k),
+    "backward_3x3_channels_last": lambda: 16,
     "grad_filters_channels_last": lambda k, stride: k * 4 / (1 if k == 3 else k),
 }
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -248,7 +249,7 @@ class Kernel:
         meanings = {
             "forward_3x3": ("mirrored", "vector", "pack"),
             "forward_3x3_channels_last": ("mirrored", "pack"),
-            "backward_3x3": ("vector",),
+            "backward_3x3": ("vector", "copies"),
             "forward_tiled": ("mirrored", "channels_last"),
             "grad_filters": ("vector",),
             "gather_3x3": ("mirrored",),

@@ -16,6 +16,7 @@ using namespace ddf::cuda;
 using ddf::Geometry;
 
 std::ostringstream launches;
+int64_t scratch_floats = 0;  // allocated since the last launch
 
 double fraction(int64_t used, int64_t all) { return static_cast<double>(used) / all; }
 
@@ -42,14 +43,15 @@ template <typename T>
 double active_lanes(const std::string& kernel, const Arguments<T>& a,
                     const PartialSums<T>& partials) {
   const Geometry& g = a.geometry;
-  if (kernel.find("backward_3x3") != std::string::npos) {
-    const int64_t tiles = ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns);
-    return fraction(tiles, partials.tiles * kLanes);
-  }
-  if (kernel.find("gathered") != std::string::npos) {
-    return fraction(g.out_height * g.out_width, int64_t{partials.tiles} * kGatheredTile);
-  }
-  return 1;
+  if (kernel.find("gathered") == std::string::npos) return 1;
+  return fraction(g.out_height * g.out_width, int64_t{partials.tiles} * kGatheredTile);
+}
+template <typename T>
+double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>& partials,
+                    int lanes) {
+  const Geometry& g = a.geometry;
+  const int64_t quads = ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns);
+  return fraction(quads, int64_t{partials.tiles} * lanes);
 }
 template <typename T>
 double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>&,
@@ -72,6 +74,18 @@ double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums
                   int64_t{partials.channel_blocks} * grid.lanes);
 }
 template <typename T>
+double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>& partials,
+                    const PairGrid& grid) {
+  const Geometry& g = a.geometry;
+  const int64_t tile_warps = kBackwardWarps / grid.channel_warps, strips = kLanes / grid.lanes;
+  const int64_t tiles = g.batch * g.groups * partials.tiles;
+  const int64_t steps = grid.columns * kPairRows * grid.pairs;
+  return fraction(g.height * g.width, partials.tiles * steps) *
+         fraction(tiles, ceil_div(tiles, tile_warps * strips) * tile_warps * strips) *
+         fraction(g.group_channels / kQuadChannels,
+                  int64_t{partials.channel_blocks} * grid.channel_warps * grid.lanes);
+}
+template <typename T>
 double active_lanes(const std::string& kernel, const Arguments<T>& a, const GatherGrid& grid,
                     const SubpixelStrides&) {
   const Geometry& g = a.geometry;
@@ -90,7 +104,8 @@ struct Launch {
   void operator()(const char*, const Handle<Parameters...>& kernel, int64_t blocks, int threads,
                   size_t shared_bytes, const Given&... given) const {
     launches << *kernel.name << '\t' << blocks << '\t' << threads << '\t' << shared_bytes << '\t'
-             << active_lanes(*kernel.name, given...);
+             << active_lanes(*kernel.name, given...) << '\t' << scratch_floats;
+    scratch_floats = 0;
 #if defined(DDF_BANKS)
     auto& recorder = ddf::banks::recorder;
     recorder.patterns.clear();
@@ -140,8 +155,9 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
       tensor<T>(planes * g.subpixels(), g.out_height, g.out_width, channels_last && g.scale == 1)};
   const auto out = tensor<T>(g.channels, out_rows, out_columns, channels_last);
   const auto scratch = [&](int64_t) { return const_cast<T*>(a.features.data); };
-  const auto floats = [](int64_t) {
+  const auto floats = [](int64_t count) {
     static float memory;
+    scratch_floats += count;
     return &memory;
   };
   const SubpixelStrides strides{g.channels * g.taps(), planes * g.out_height * g.out_width};
@@ -174,7 +190,8 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
 
 }  // namespace
 
-// A line for each launch: the kernel, blocks, threads, bytes of shared memory, active lanes; then
+// A line for each launch: the kernel, blocks, threads, bytes of shared memory, active lanes, floats
+// of scratch memory that were allocated for it; then
 // for each instruction that accesses shared memory its address, the requests of warps, their
 // wavefronts, the least of these, and the worst.
 extern "C" const char* ddf_dispatch(const char* pass, const char* dtype, const ddf::Geometry* g,

@@ -73,6 +73,7 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     active_lanes: float  # fraction of the threads that have work, where it is known
+    scratch_floats: int  # that were allocated for it: partial sums, which it writes
     patterns: tuple[Pattern, ...]  # of the first and the last block, with banks
 
 
@@ -112,11 +113,12 @@ class Dispatch:
         for line in text.splitlines():
             kernel, *numbers = line.split("\t")
             patterns = []
-            for pattern in numbers[4:]:
+            for pattern in numbers[5:]:
                 *counts, worst = pattern.split()
                 patterns.append(Pattern(*map(int, counts), worst=float(worst)))
             sizes, active = map(int, numbers[:3]), float(numbers[3])
-            launches.append(Launch(kernel, *sizes, active, tuple(patterns)))
+            scratch = int(numbers[4])
+            launches.append(Launch(kernel, *sizes, active, scratch, tuple(patterns)))
         return launches
 
     def kernels_of(self, layer: Layer) -> list[str]:

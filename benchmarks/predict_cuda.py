@@ -9,8 +9,9 @@ of a copy, with H100's and H200's. Needs
 cuda_gates.csv (check_cuda_build.py --update) and a C++ compiler. The model: a step of a hot loop
 costs its issue slots, its waits for memory of LATENCY cycles, which the other warps of the
 multiprocessor fill, or its bytes at the bandwidth of a copy, whichever is most; lanes without work
-and partly filled waves take their share. Kernels without a hot loop that is measured, and the
-reductions, cost a launch.
+take issue slots and wait, but move no bytes; partly filled waves take their share. Partial sums are
+written once and read once. Kernels without a hot loop that is measured, and the reductions, cost a
+launch.
 """
 
 import argparse
@@ -29,7 +30,7 @@ GPUS = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a copy
 MULTIPROCESSORS, CLOCK, LATENCY, LAUNCH_SECONDS = 132, 1.98e9, 700, 3e-6
 SCHEDULERS, SHARED_BYTES = 4, 227 * 1024
 # Elements that a kernel reads and writes for each output, and of the spatial filter.
-ELEMENTS = {"backward_3x3": 3}
+ELEMENTS = {"backward_3x3": 3, "backward_3x3_channels_last": 3}
 
 
 def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: int, size: int,
@@ -47,15 +48,17 @@ def seconds(launch: Launch, gates: dict[str, int] | None, layer: Layer, batch: i
     filters = layer.groups * layer.kernel_size**2 / layer.channels
     elements = ELEMENTS.get(kernel.name, 2) * (1 + filters)
     instructions = gates["instructions"]
+    count = batch * layer.channels * math.ceil(layer.height / layer.stride)
+    count *= math.ceil(layer.width / layer.stride)
+    steps = count / outputs / launch.active_lanes
+    moved = count * size * elements + 4 * launch.scratch_floats
     rates = {  # steps in a cycle
         # A step takes at least the latency of the loads for the next one.
         "waits": warps / max(gates["waits"] * LATENCY + instructions, LATENCY),
         "slots": SCHEDULERS / instructions,
-        "bytes": bandwidth / MULTIPROCESSORS / CLOCK / (outputs * size * elements),
+        "bytes": bandwidth / MULTIPROCESSORS / CLOCK / (moved / steps),
     }
     bound = min(rates, key=lambda of: rates[of])
-    count = batch * layer.channels * math.ceil(layer.height / layer.stride)
-    steps = count * math.ceil(layer.width / layer.stride) / outputs / launch.active_lanes
     full = waves / math.ceil(waves) if waves > 1 else 1
     why = f"{kernel.name} lanes {launch.active_lanes:.0%} waves {waves:.1f} {bound}"
     return steps / (MULTIPROCESSORS * rates[bound] * CLOCK) / full, why
@@ -95,7 +98,8 @@ def main() -> int:
                                 for run in launches
                             ]  # fmt: skip
                             floor = times * elements * size / bandwidth
-                            found.append(floor / sum(time for time, _ in each))
+                            partials = 4 * sum(run.scratch_floats for run in launches) / bandwidth
+                            found.append(floor / (partials + sum(time for time, _ in each)))
                             notes = [why for _, why in each if why]
                         title = f"{shape:>15} {dtype:<8} {layout:<13} {kind:<8}"
                         percents = (f"{fraction:6.0%}" for fraction in found)

@@ -200,6 +200,10 @@ template <int Count, typename T>
 DDF_ALWAYS_INLINE void copy_to_shared(banks::Recorded<float>* to, const T*) {
   banks::record(to, Count * sizeof(T));
 }
+template <int Count, typename T>
+DDF_ALWAYS_INLINE void copy_to_shared_if(banks::Recorded<float>* to, const T*, bool) {
+  banks::record(to, Count * sizeof(T));
+}
 inline void end_copies() {}
 template <int Pending>
 void await_copies() {}

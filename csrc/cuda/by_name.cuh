@@ -50,6 +50,8 @@ void load_shared4(float* to, const float* p);
 void store_shared4(float* p, const float* from);
 template <int Count, typename T>
 void copy_to_shared(float* to, const T* from);
+template <int Count, typename T>
+void copy_to_shared_if(float* to, const T* from, bool inside);
 void end_copies();
 template <int Pending>
 void await_copies();

@@ -44,23 +44,24 @@ inline int64_t blocks_of(const Geometry& g, const Tiling& tiling) {
   return g.batch * ceil_div(tiling.tiles, tiling.tile_lanes) * g.groups * tiling.channel_blocks;
 }
 
-// Whether groups of four elements along the dimension of stride 1 are aligned; strides are the
+// Whether groups of `count` elements along the dimension of stride 1 are aligned; strides are the
 // others.
 template <typename T>
-bool is_aligned_by_4(const View<T>& tensor, std::initializer_list<int64_t> strides) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % (4 * sizeof(T)) == 0 &&
-         std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s % 4 == 0; });
+bool is_aligned_by(int count, const View<T>& tensor, std::initializer_list<int64_t> strides) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % (count * sizeof(T)) == 0 &&
+         std::all_of(strides.begin(), strides.end(), [&](int64_t s) { return s % count == 0; });
 }
 
 template <typename T>
-bool has_aligned_rows(const View<T>& tensor) {
-  return is_aligned_by_4(tensor, {tensor.batch_stride, tensor.channel_stride, tensor.row_stride});
+bool has_aligned_rows(const View<T>& tensor, int count = 4) {
+  return is_aligned_by(count, tensor,
+                       {tensor.batch_stride, tensor.channel_stride, tensor.row_stride});
 }
 
 template <typename T>
 bool has_aligned_channels(const View<T>& tensor) {
   return tensor.channel_stride == 1 &&
-         is_aligned_by_4(tensor, {tensor.batch_stride, tensor.row_stride, tensor.column_stride});
+         is_aligned_by(4, tensor, {tensor.batch_stride, tensor.row_stride, tensor.column_stride});
 }
 
 template <int Value>
@@ -322,34 +323,72 @@ void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides&
                 [&](const auto&... given) { launch(given..., strides); });
 }
 
-// Splits the channels of a group if a large GPU would have too few blocks.
+// Splits the channels of a group, of which `parts` is a divisor, as of `most`, into blocks of a
+// multiple of it: further if a large GPU would have too few blocks.
 template <typename T>
-void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most) {
-  int64_t block_channels = ceil_div(g.group_channels, ceil_div(g.group_channels, most));
+void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most, int64_t parts = 1) {
+  const int64_t channels = g.group_channels / parts;
+  int64_t block_channels = ceil_div(channels, ceil_div(channels, most / parts));
   const auto blocks = [&] {
-    return g.batch * g.groups * partials.tiles * ceil_div(g.group_channels, block_channels);
+    return g.batch * g.groups * partials.tiles * ceil_div(channels, block_channels);
   };
-  while (block_channels > 64 && blocks() < 512) block_channels = ceil_div(block_channels, 2);
-  partials.block_channels = block_channels;
-  partials.channel_blocks = ceil_div(g.group_channels, block_channels);
+  while (block_channels * parts > 64 && blocks() < 512) {
+    block_channels = ceil_div(block_channels, 2);
+  }
+  partials.block_channels = block_channels * parts;
+  partials.channel_blocks = ceil_div(channels, block_channels);
 }
 
-// Adds up partial sums of a filter's gradient of `channels` x `rows` x `columns` in each image.
-template <typename T, typename Launch>
-void launch_reduction(const char* name, const View<T>& result, const float* partial, int64_t batch,
-                      int64_t channels, int64_t rows, int64_t columns, int count, Launch&& launch) {
-  if (partial == nullptr) return;
-  const int64_t values = batch * channels * rows * columns;
-  launch(name, DDF_HANDLE(reduce_partials<T>), ceil_div(values, kLanes), kReduceThreads,
-         sizeof(float) * kReduceThreads, result, partial, values, static_cast<int>(channels),
-         static_cast<int>(rows), static_cast<int>(columns), count);
+// No values if there are no partial sums.
+template <typename T>
+Reduction<T> reduction_of(const View<T>& result, const float* partials, int64_t batch,
+                          int64_t channels, int64_t rows, int64_t columns, int count) {
+  const int64_t values = partials == nullptr ? 0 : batch * channels * rows * columns;
+  return {result,
+          partials,
+          values,
+          static_cast<int>(channels),
+          static_cast<int>(rows),
+          static_cast<int>(columns),
+          count};
 }
 
+// Memory for the partial sums of grad_channel, or null: the gradient itself, if it has one sum of
+// float32 for each value.
+template <typename T, typename Allocate>
+float* channel_partials_of(const Geometry& g, const View<T>& result, int64_t tiles,
+                           Allocate&& allocate) {
+  if (result.data == nullptr) return nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    const bool contiguous = result.batch_stride == g.channels * g.taps() &&
+                            result.channel_stride == g.taps() && result.row_stride == g.kernel &&
+                            result.column_stride == 1;
+    const bool aligned = reinterpret_cast<uintptr_t>(result.data) % (4 * sizeof(T)) == 0;
+    if (tiles == 1 && contiguous && aligned) return result.data;
+  }
+  return allocate(tiles * g.batch * g.channels * g.taps());
+}
+
+template <typename T>
+Reduction<T> channel_reduction(const Geometry& g, const View<T>& result, const float* partials,
+                               int tiles) {
+  if (static_cast<const void*>(partials) == result.data) partials = nullptr;
+  return reduction_of(result, partials, g.batch, g.channels, g.kernel, g.kernel, tiles);
+}
+
+template <typename T>
+Reduction<T> spatial_reduction(const Geometry& g, const PartialSums<T>& partials) {
+  return reduction_of(partials.grad_spatial, partials.spatial_partials, g.batch,
+                      g.groups * g.taps(), g.out_height, g.out_width, partials.channel_blocks);
+}
+
+// Adds up the partial sums of both, of which one may have no values.
 template <typename T, typename Launch>
-void reduce_channel_partials(const Geometry& g, const View<T>& result, const float* partial,
-                             int tiles, Launch&& launch) {
-  launch_reduction("ddf grad_channel, reduction", result, partial, g.batch, g.channels, g.kernel,
-                   g.kernel, tiles, launch);
+void launch_reductions(const Reduction<T>& first, const Reduction<T>& second, Launch&& launch) {
+  const int64_t blocks = ceil_div(first.values, kLanes) + ceil_div(second.values, kLanes);
+  if (blocks == 0) return;
+  launch("ddf gradients of filters, reduction", DDF_HANDLE(reduce_partials<T>), blocks,
+         kReduceThreads, sizeof(float) * kReduceThreads, first, second);
 }
 
 // Where the spatial filter's gradient goes: to itself, or to partial sums of the channel blocks,
@@ -365,24 +404,16 @@ void set_spatial(PartialSums<T>& partials, const Geometry& g, const View<T>& res
   }
 }
 
-template <typename T, typename Launch>
-void reduce_spatial_partials(const PartialSums<T>& partials, const Geometry& g, Launch&& launch) {
-  launch_reduction("ddf grad_spatial, reduction", partials.grad_spatial, partials.spatial_partials,
-                   g.batch, g.groups * g.taps(), g.out_height, g.out_width, partials.channel_blocks,
-                   launch);
-}
-
 // Allocates the partial sums, calls launch_partials(partials) and reduces them.
 template <typename T, typename Allocate, typename Launch, typename LaunchPartials>
 void launch_with_partials(PartialSums<T> partials, const Geometry& g, const Gradients<T>& to,
                           Allocate&& allocate, Launch&& launch, LaunchPartials&& launch_partials) {
-  partials.channel_partials = to.channel_filter.data == nullptr
-                                  ? nullptr
-                                  : allocate(partials.tiles * g.batch * g.channels * g.taps());
+  partials.channel_partials = channel_partials_of(g, to.channel_filter, partials.tiles, allocate);
   set_spatial(partials, g, to.spatial_filter, allocate);
   launch_partials(partials);
-  reduce_channel_partials(g, to.channel_filter, partials.channel_partials, partials.tiles, launch);
-  reduce_spatial_partials(partials, g, launch);
+  launch_reductions(
+      channel_reduction(g, to.channel_filter, partials.channel_partials, partials.tiles),
+      spatial_reduction(g, partials), launch);
 }
 
 // Runs backward_3x3 if it supports the call; returns whether it did.
@@ -397,25 +428,36 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
     const bool fits = is_3x3(g) && has_contiguous_rows(a.grad) && has_contiguous_rows(a.features) &&
                       has_contiguous_rows(a.result);
     if (!fits) return false;
+    const int64_t quads = ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns);
     PartialSums<T> partials{};
-    partials.tiles =
-        ceil_div(ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns), kLanes);
+    int lanes = kLanes;
+    // Fewer lanes in a tile, and more tiles, where many of the last one have no pixels. The parts
+    // of a warp have equally many channels.
+    for (;; lanes /= 2) {
+      partials.tiles = ceil_div(quads, lanes);
+      const bool enough = quads >= 0.85 * partials.tiles * lanes;
+      if (enough || lanes == 8 || g.group_channels % (2 * kLanes / lanes) != 0) break;
+    }
     const bool vector = g.width % 4 == 0 && has_aligned_rows(a.grad) &&
                         has_aligned_rows(a.features) && has_aligned_rows(a.result);
-    split_channels(partials, g, backward_block_channels<T>(vector));
+    const bool copies =
+        g.width % 2 == 0 && has_aligned_rows(a.grad, 2) && has_aligned_rows(a.features, 2);
+    const int parts = kLanes / lanes;
+    split_channels(partials, g, backward_block_channels<T>(copies) / parts * parts, parts);
     const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
     if (blocks > kMaxBlocks) return false;
-    const int copied = vector ? 2 * kBackwardCopied<T> : 0;
+    const int copied = copies ? 2 * kBackwardCopied<T> : 0;
     const size_t shared =
         sizeof(float) *
         std::max(kBackwardTapStride * partials.block_channels + copied, kBackwardSumFloats);
     const auto kernel = with_combine(a.combine, [&](auto combine) {
       using Combine = decltype(combine);
-      return vector ? DDF_HANDLE(backward_3x3<T, Combine, true>)
-                    : DDF_HANDLE(backward_3x3<T, Combine, false>);
+      return vector   ? DDF_HANDLE(backward_3x3<T, Combine, true, true>)
+             : copies ? DDF_HANDLE(backward_3x3<T, Combine, false, true>)
+                      : DDF_HANDLE(backward_3x3<T, Combine, false, false>);
     });
     launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
-      launch("ddf backward, 3x3", kernel, blocks, kBackwardThreads, shared, a, ready);
+      launch("ddf backward, 3x3", kernel, blocks, kBackwardThreads, shared, a, ready, lanes);
     });
     return true;
   }
@@ -485,9 +527,9 @@ bool launch_grad_filters_gathered(const Arguments<T>& a, const Gradients<T>& to,
   }
 }
 
-inline TileGrid tile_grid_of(const Geometry& g) {
+inline TileGrid tile_grid_of(const Geometry& g, int most_columns) {
   TileGrid grid;
-  grid.per_row = ceil_div(g.out_width, kTileOutputColumns);
+  grid.per_row = ceil_div(g.out_width, most_columns);
   grid.columns = ceil_div(g.out_width, grid.per_row);
   grid.rows = ceil_div(g.out_height, kTileOutputRows);
   const int64_t count = g.group_channels / kQuadChannels;
@@ -524,9 +566,73 @@ Arguments<T> residue_of(Arguments<T> a, int64_t row, int64_t column) {
   g.out_width = g.width = ceil_div(g.width - column, step);
   g.dilation = 1;
   a.grad = pixels_of(a.grad, row, column, step);
+  a.result = pixels_of(a.result, row, column, step);
   a.features = pixels_of(a.features, row, column, step);
   a.spatial_filter = pixels_of(a.spatial_filter, row, column, step);
   return a;
+}
+
+// The launch of a kernel whose blocks have tiles of pixels of an image, and channels.
+template <typename Grid>
+struct TiledLaunch {
+  Grid grid;
+  int64_t tiles, block_channels, blocks;
+};
+
+// Whether channels are aligned, and the call is one of dilation 1 or can be split into such calls.
+template <typename T>
+bool has_residues(const Arguments<T>& a) {
+  const Geometry& g = a.geometry;
+  return g.group_channels % kQuadChannels == 0 && has_aligned_channels(a.grad) &&
+         has_aligned_channels(a.features) && g.dilation <= kMostSplitDilation &&
+         (g.dilation == 1 || g.stride == 1);
+}
+
+// Calls launch_partials(call, partials, launch_of(geometry)) for the calls of dilation 1 that
+// compute this one, and reduces the partial sums; returns false if a launch would be too large.
+template <typename T, typename Allocate, typename Launch, typename LaunchOf,
+          typename LaunchPartials>
+bool launch_residues(const Arguments<T>& a, const Gradients<T>& to, Allocate&& allocate,
+                     Launch&& launch, LaunchOf&& launch_of, LaunchPartials&& launch_partials) {
+  const Geometry& g = a.geometry;
+  const int64_t step = g.dilation;
+  const auto for_each_residue = [&](auto&& run) {
+    for (int64_t row = 0; row < std::min(step, g.height); ++row) {
+      for (int64_t column = 0; column < std::min(step, g.width); ++column) {
+        run(step == 1 ? a : residue_of(a, row, column), row, column);
+      }
+    }
+  };
+  int64_t tiles = 0;
+  bool fits = true;
+  for_each_residue([&](const Arguments<T>& call, int64_t, int64_t) {
+    const auto of = launch_of(call.geometry);
+    tiles += of.tiles;
+    fits = fits && of.blocks <= kMaxBlocks && g.batch * g.groups * of.tiles <= kMaxBlocks;
+  });
+  if (!fits) return false;
+  const int64_t channel_values = g.batch * g.channels * g.taps();
+  float* const channel_partials = channel_partials_of(g, to.channel_filter, tiles, allocate);
+  int64_t before = 0;  // tiles
+  for_each_residue([&](const Arguments<T>& call, int64_t row, int64_t column) {
+    const auto of = launch_of(call.geometry);
+    PartialSums<T> partials{};
+    partials.tiles = of.tiles;
+    partials.block_channels = of.block_channels;
+    partials.channel_blocks = ceil_div(g.group_channels, of.block_channels);
+    if (channel_partials != nullptr) {
+      partials.channel_partials = channel_partials + before * channel_values;
+    }
+    set_spatial(partials, call.geometry, pixels_of(to.spatial_filter, row, column, step), allocate);
+    launch_partials(call, partials, of);
+    before += of.tiles;
+    // With the last call, grad_channel is complete.
+    const bool is_last = before == tiles;
+    launch_reductions(
+        channel_reduction(g, to.channel_filter, is_last ? channel_partials : nullptr, tiles),
+        spatial_reduction(call.geometry, partials), launch);
+  });
+  return true;
 }
 
 // Runs grad_filters_channels_last if it supports the call; returns whether it did.
@@ -536,64 +642,87 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
-    const Geometry& g = a.geometry;
-    const bool fits = g.group_channels % kQuadChannels == 0 && has_aligned_channels(a.grad) &&
-                      has_aligned_channels(a.features) && g.dilation <= kMostSplitDilation &&
-                      (g.dilation == 1 || g.stride == 1);
-    if (!fits) return false;
-    const int64_t step = g.dilation;
-    const auto for_each_residue = [&](auto&& run) {
-      for (int64_t row = 0; row < std::min(step, g.height); ++row) {
-        for (int64_t column = 0; column < std::min(step, g.width); ++column) {
-          run(step == 1 ? a : residue_of(a, row, column), row, column);
-        }
-      }
-    };
-    Geometry dense = g;
+    if (!has_residues(a)) return false;
+    Geometry dense = a.geometry;
     dense.dilation = 1;
     return with_kernel_size(dense, [&](auto kernel_size, auto stride) {
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
-      const auto kernel = with_combine(a.combine, [](auto combine) {
-        return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
-      });
-      const auto blocks_of_tiles = [&](const TileGrid& grid) {
-        const int64_t tiles = ceil_div(grid.per_row * grid.rows, kLanes / grid.lanes);
-        return ceil_div(g.batch * g.groups * tiles, tile_warps(kKernel)) *
-               ceil_div(g.group_channels / kQuadChannels, grid.lanes);
-      };
-      int64_t tiles = 0, blocks = 0;
-      for_each_residue([&](const Arguments<T>& call, int64_t, int64_t) {
-        const TileGrid grid = tile_grid_of(call.geometry);
-        tiles += grid.per_row * grid.rows;
-        blocks = std::max(blocks, blocks_of_tiles(grid));
-      });
-      if (blocks > kMaxBlocks) return false;
-      const int64_t channel_values = g.batch * g.channels * g.taps();
-      float* const channel_partials =
-          to.channel_filter.data == nullptr ? nullptr : allocate(tiles * channel_values);
-      int64_t before = 0;  // tiles
-      for_each_residue([&](const Arguments<T>& call, int64_t row, int64_t column) {
-        const TileGrid grid = tile_grid_of(call.geometry);
-        PartialSums<T> partials{};
-        partials.tiles = grid.per_row * grid.rows;
-        partials.block_channels = grid.lanes * kQuadChannels;
-        partials.channel_blocks = ceil_div(g.group_channels, partials.block_channels);
-        if (channel_partials != nullptr) {
-          partials.channel_partials = channel_partials + before * channel_values;
-        }
-        set_spatial(partials, call.geometry, pixels_of(to.spatial_filter, row, column, step),
-                    allocate);
-        launch("ddf grad_filters, channels_last", kernel, blocks_of_tiles(grid),
-               grad_filters_channels_last_threads(kKernel),
-               sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), call, partials,
-               grid);
-        reduce_spatial_partials(partials, call.geometry, launch);
-        before += partials.tiles;
-      });
-      reduce_channel_partials(g, to.channel_filter, channel_partials, tiles, launch);
-      return true;
+      if constexpr (kKernel == 3 && kStride == 1) {
+        return false;
+      } else {
+        const auto kernel = with_combine(a.combine, [](auto combine) {
+          return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
+        });
+        const auto launch_of = [](const Geometry& g) {
+          TiledLaunch<TileGrid> of;
+          of.grid = tile_grid_of(g, kTileOutputColumns);
+          of.tiles = of.grid.per_row * of.grid.rows;
+          of.block_channels = of.grid.lanes * kQuadChannels;
+          const int64_t tiles = ceil_div(of.tiles, kLanes / of.grid.lanes);
+          of.blocks = ceil_div(g.batch * g.groups * tiles, tile_warps(kKernel)) *
+                      ceil_div(g.group_channels, of.block_channels);
+          return of;
+        };
+        return launch_residues(
+            a, to, allocate, launch, launch_of,
+            [&](const Arguments<T>& call, const PartialSums<T>& partials, const auto& of) {
+              launch("ddf grad_filters, channels_last", kernel, of.blocks,
+                     grad_filters_channels_last_threads(kKernel),
+                     sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), call,
+                     partials, of.grid);
+            });
+      }
     });
+  }
+}
+
+// The tiling depends on the shape only, never on the device, and so does the order of sums.
+inline TiledLaunch<PairGrid> pair_launch_of(const Geometry& g) {
+  TiledLaunch<PairGrid> of;
+  PairGrid& grid = of.grid;
+  const TileGrid columns = tile_grid_of(g, kPairTileColumns);
+  grid.per_row = columns.per_row, grid.columns = columns.columns, grid.lanes = columns.lanes;
+  // The most warps that divide the channels without leaving some without channels.
+  const int64_t warps = ceil_div(g.group_channels / kQuadChannels, grid.lanes);
+  grid.channel_warps = warps % 4 == 0 ? 4 : warps % 2 == 0 ? 2 : 1;
+  of.block_channels = grid.channel_warps * grid.lanes * kQuadChannels;
+  const int64_t strips = kBackwardWarps / grid.channel_warps * (kLanes / grid.lanes);
+  const int64_t pairs = ceil_div(g.height, kPairRows);
+  // Higher tiles have fewer partial sums; lower ones give more blocks, and a large GPU needs
+  // several for each of its about 130 multiprocessors.
+  int64_t most = kMostPairs;
+  for (;;) {
+    const int64_t per_column = ceil_div(pairs, most);
+    grid.pairs = ceil_div(pairs, per_column);
+    of.tiles = grid.per_row * per_column;
+    of.blocks = ceil_div(g.batch * g.groups * of.tiles, strips) * (warps / grid.channel_warps);
+    if (of.blocks >= (most > 2 ? 1024 : 256) || most == 1) return of;
+    most /= 2;
+  }
+}
+
+// Runs backward_3x3_channels_last if it supports the call; returns whether it did.
+template <typename T, typename Allocate, typename Launch>
+bool launch_backward_3x3_channels_last(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate,
+                                       Launch&& launch) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    a.result = to.features;
+    const bool fits = a.geometry.kernel == 3 && a.geometry.stride == 1 && has_residues(a) &&
+                      (a.result.data == nullptr || has_aligned_channels(a.result));
+    if (!fits) return false;
+    const auto kernel = with_combine(a.combine, [](auto combine) {
+      return DDF_HANDLE(backward_3x3_channels_last<T, decltype(combine)>);
+    });
+    return launch_residues(
+        a, to, allocate, launch, pair_launch_of,
+        [&](const Arguments<T>& call, const PartialSums<T>& partials, const auto& of) {
+          const int floats = pair_shared_floats<T>(of.grid);
+          launch("ddf backward, 3x3 channels_last", kernel, of.blocks, kBackwardThreads,
+                 sizeof(float) * floats, call, partials, of.grid);
+        });
   }
 }
 
@@ -623,8 +752,10 @@ void launch_grad_filters(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
 template <typename T, typename Allocate, typename Launch>
 void launch_backward(Arguments<T> a, const Gradients<T>& to, Allocate&& allocate, Launch&& launch) {
   const bool needs_filters = to.channel_filter.data != nullptr || to.spatial_filter.data != nullptr;
-  if (to.features.data != nullptr) {
-    if (needs_filters && launch_backward_3x3(a, to, allocate, launch)) return;
+  const bool needs_features = to.features.data != nullptr;
+  if (needs_filters && needs_features && launch_backward_3x3(a, to, allocate, launch)) return;
+  if (needs_filters && launch_backward_3x3_channels_last(a, to, allocate, launch)) return;
+  if (needs_features) {
     a.result = to.features;
     launch_grad_features(a, launch);
   }

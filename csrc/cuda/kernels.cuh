@@ -1,6 +1,7 @@
 // All kernels: what NVRTC compiles one instantiation of.
 #pragma once
 #include "backward_3x3.cuh"
+#include "backward_3x3_channels_last.cuh"
 #include "filter_norm.cuh"
 #include "forward_3x3.cuh"
 #include "forward_3x3_channels_last.cuh"

@@ -157,6 +157,23 @@ DDF_DEVICE void copy_to_shared(float* to, const T* from) {
 #endif
 }
 
+// Like copy_to_shared if `inside`, otherwise zeros.
+template <int Count, typename T>
+DDF_DEVICE void copy_to_shared_if(float* to, const T* from, bool inside) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr int kBytes = Count * static_cast<int>(sizeof(T));
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+               "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "memory");
+#else
+  DDF_UNROLL
+  for (int i = 0; i < Count * static_cast<int>(sizeof(T)) / 4; ++i) {
+    to[i] = load_if(reinterpret_cast<const float*>(from) + i, inside);
+  }
+#endif
+}
+
 // Ends a group of copies.
 DDF_DEVICE void end_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

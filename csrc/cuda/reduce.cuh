@@ -71,12 +71,10 @@ struct PartialSums {
 // Number of the N values that sum_over_lanes distributes over the lanes.
 constexpr int spread_of(int n) { return n >= 8 ? 8 : 4; }
 
-// Sums N values (4, 5, 8 or 9) over `lanes` neighbouring lanes, a power of two of at least 8. Lane
-// i of the first spread_of(N) gets the sum of value i in values[0]; all lanes get the sum of a last
-// odd value in values[N - 1]. Lanes exchange half of the values in each step (butterfly), so that 9
-// sums over a warp take 14 shuffles, not 45.
+// Sums N values (4, 5, 8 or 9) over spread_of(N) neighbouring lanes, but for a last odd one. Lane i
+// gets the sum of value i in values[0]. Lanes exchange half of the values in each step (butterfly).
 template <int N>
-DDF_DEVICE void sum_over_lanes(float (&values)[N], int lane, int lanes) {
+DDF_DEVICE void spread_over_lanes(float (&values)[N], int lane) {
   constexpr int kSpread = spread_of(N);
   static_assert(N == kSpread || N == kSpread + 1);
   DDF_UNROLL
@@ -88,22 +86,50 @@ DDF_DEVICE void sum_over_lanes(float (&values)[N], int lane, int lanes) {
       values[i] = (upper ? values[i + kept] : values[i]) + shuffle_xor(sent, kept);
     }
   }
+}
+
+// Sums N values over `lanes` neighbouring lanes, a power of two of at least 8. Lane i of the first
+// spread_of(N) gets the sum of value i in values[0]; all lanes get the sum of a last odd value in
+// values[N - 1]. 9 sums over a warp take 14 shuffles, not 45.
+template <int N>
+DDF_DEVICE void sum_over_lanes(float (&values)[N], int lane, int lanes) {
+  constexpr int kSpread = spread_of(N);
+  spread_over_lanes(values, lane);
   DDF_UNROLL
   for (int distance = 1; distance < kLanes; distance *= 2) {
-    if (distance >= lanes) break;
-    if (distance >= kSpread) values[0] += shuffle_xor(values[0], distance);
-    if (N > kSpread) values[N - 1] += shuffle_xor(values[N - 1], distance);
+    // Sums of other lanes are zeros instead, for which there is no branch.
+    const auto other = [&](float value) {
+      const float received = shuffle_xor(value, distance);
+      return distance < 8 || distance < lanes ? received : 0.f;
+    };
+    if (distance >= kSpread) values[0] += other(values[0]);
+    if (N > kSpread) values[N - 1] += other(values[N - 1]);
   }
 }
 
-// Sums `count` partial sums for each value, [count][values] in the order of the contiguous result.
-// Each warp takes neighbouring values; the partial sums are divided among the warps of a block.
+// `count` partial sums for each of `values` of a result, [count][values] in the order of the
+// contiguous result.
+template <typename T>
+struct Reduction {
+  View<T> result;
+  const float* partials;
+  int64_t values;
+  int channels, rows, columns, count;
+};
+
+// Adds up the partial sums of two results, either of which may have no values. Each warp takes
+// neighbouring values; the partial sums are divided among the warps of a block.
 template <typename T>
 DDF_KERNEL(kReduceThreads)
-reduce_partials(View<T> result, const float* partials, int64_t values, int channels, int rows,
-                int columns, int count) {
+reduce_partials(Reduction<T> first, Reduction<T> second) {
   DDF_SHARED(float, sums);
-  const int64_t value = block_index() * kLanes + thread_index() % kLanes;
+  const int64_t first_blocks = (first.values + kLanes - 1) / kLanes;
+  const bool is_first = block_index() < first_blocks;
+  const int64_t block = is_first ? block_index() : block_index() - first_blocks;
+  const int64_t value = block * kLanes + thread_index() % kLanes;
+  const int64_t values = is_first ? first.values : second.values;
+  const float* const partials = is_first ? first.partials : second.partials;
+  const int count = is_first ? first.count : second.count;
   float sum = 0.f;
   if (value < values) {
     for (int index = thread_index() / kLanes; index < count; index += kReduceWarps) {
@@ -115,11 +141,18 @@ reduce_partials(View<T> result, const float* partials, int64_t values, int chann
     sync_threads();
     if (thread_index() < half) sums[thread_index()] += sums[thread_index() + half];
   }
-  if (thread_index() < kLanes && value < values) {
-    const int64_t line = value / columns;
-    const int64_t plane = line / rows;
-    store(result.at(plane / channels, plane % channels, line % rows, value % columns),
-          sums[thread_index()]);
+  if (thread_index() >= kLanes || value >= values) return;
+  const auto store_to = [&](const Reduction<T>& of) {
+    const int64_t line = value / of.columns;
+    const int64_t plane = line / of.rows;
+    store(
+        of.result.at(plane / of.channels, plane % of.channels, line % of.rows, value % of.columns),
+        sums[thread_index()]);
+  };
+  if (is_first) {
+    store_to(first);
+  } else {
+    store_to(second);
   }
 }
 

@@ -107,9 +107,15 @@ def test_active_lanes(dispatch):
     assert launch.active_lanes == pytest.approx(392 / 448)
     sizes = [(s, s) for s in (56, 28, 14, 7)] + [(200, 336), (100, 168), (50, 84), (25, 42)]
     for height, width in sizes:  # of ResNets, for images of 224 x 224 and 800 x 1344
-        for layout in LAYOUTS:
-            (launch,) = dispatch.launches(layer(height=height, width=width), "forward", layout)
-            assert launch.active_lanes >= 0.85
+        for channels in (64, 128, 256, 512):
+            of = layer(channels=channels, height=height, width=width)
+            for layout in LAYOUTS:
+                (launch,) = dispatch.launches(of, "forward", layout)
+                assert launch.active_lanes >= 0.85
+                launch, *reductions = dispatch.launches(of, "backward", layout)
+                assert launch.kernel.startswith("ddf::cuda::backward_3x3")
+                assert launch.active_lanes >= 0.85
+                assert len(reductions) <= 1
     # Lanes of gather_3x3 have a pixel.
     (launch,) = dispatch.launches(layer(height=10, width=10, dilation=2), "forward", "NCHW")
     assert launch.active_lanes == pytest.approx(100 / 128)

@@ -169,9 +169,9 @@ class Machine {
     }
   }
 
-  // Copies to shared memory are made when the thread waits for their group.
+  // Copies to shared memory, of zeros from null, are made when the thread waits for their group.
   void copy(float* to, const void* from, size_t bytes) {
-    check_access(from, bytes, false);
+    if (from != nullptr) check_access(from, bytes, false);
     check_shared(to, bytes);
     fibers_[current_]->copies.back().push_back({to, from, bytes});
   }
@@ -179,7 +179,13 @@ class Machine {
   void await_copies(size_t pending) {
     auto& copies = fibers_[current_]->copies;
     while (copies.size() > pending + 1) {
-      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+      for (const Copy& copy : copies.front()) {
+        if (copy.from == nullptr) {
+          std::memset(copy.to, 0, copy.bytes);
+        } else {
+          std::memcpy(copy.to, copy.from, copy.bytes);
+        }
+      }
       copies.erase(copies.begin());
     }
   }
@@ -414,6 +420,10 @@ inline void store_shared4(float* p, const float* from) {
 template <int Count, typename T>
 void copy_to_shared(float* to, const T* from) {
   host::machine().copy(to, from, Count * sizeof(T));
+}
+template <int Count, typename T>
+void copy_to_shared_if(float* to, const T* from, bool inside) {
+  host::machine().copy(to, inside ? from : nullptr, Count * sizeof(T));
 }
 inline void end_copies() { host::machine().end_copies(); }
 template <int Pending>

@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = "ddf::cuda::reduce_partials<float>"
 # Of each kernel one instantiation; the names come from its library, tests/cuda_host compares them.
 KERNELS = [
-    "backward_3x3<ddf::cuda::BFloat16, ddf::Mul, true>",
+    "backward_3x3<ddf::cuda::BFloat16, ddf::Mul, true, true>",
+    "backward_3x3<float, ddf::Add, false, false>",
+    "backward_3x3_channels_last<ddf::cuda::Half, ddf::Mul>",
     "filter_norm_forward<ddf::cuda::Half>",
     "filter_norm_grad_parameters<double>",
     "filter_norm_grad_x<float>",
