@@ -1,8 +1,9 @@
 // Kernels for channels_last (NHWC) features: vectors run along the channels of a pixel.
 // Pixels of a row with the same taps form a strip. The taps of a strip are collected once: pointers
 // to their pixels and values of the spatial filter. The channel filter is converted to the
-// accumulation type, in blocks of one vector of channels with all taps. A vector has channels of one
-// group or, if groups have few channels, of several: filter_spans and grad_filters_few_channels.
+// accumulation type, in blocks of one vector of channels with all taps. A vector has channels of
+// one group or, if groups have few channels, of several: filter_spans and
+// grad_filters_few_channels.
 #pragma once
 #include "cpu/filter_norm.h"
 
@@ -445,7 +446,8 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * gather.columns.step * g.channels;
   // Channels that are filtered together: a group's, or all if vectors span groups.
-  const int64_t number = is_spanning ? g.channels : g.group_channels, parts = g.channels / number;
+  const int64_t section_channels = is_spanning ? g.channels : g.group_channels,
+                sections = g.channels / section_channels;
   std::vector<LaneGroups<A>> lanes;
   for (int64_t c = 0; is_spanning && c < g.channels; c += L)
     lanes.push_back(LaneGroups<A>::of_vector(g, c));
@@ -453,8 +455,8 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
                                 !g.is_valid && all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
-    const int64_t block = round_up(number, L) * (all_taps + 1);
-    Scratch<A> channel(subpixels * parts * block);
+    const int64_t block = round_up(section_channels, L) * (all_taps + 1);
+    Scratch<A> channel(subpixels * sections * block);
     // A row of normalized spatial filters, [groups][taps][pitch].
     const int64_t pitch = round_up(columns, L);
     Scratch<A> normalized(pack.normalize ? g.groups * g.taps() * pitch : 0);
@@ -463,13 +465,14 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
       const int64_t image = index / rows, row = index % rows;
       const T* pixels = from + image * from_size * g.channels;
       for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
-        for (int64_t part = 0; part < parts; ++part) {
-          A* of_part = gather.own_filter ? channel + (r * parts + part) * block
-                                         : channel + part * block + r * g.taps() * L;
-          const int64_t first = part * number, end = first + number;
-          fill_channel_blocks(of_part, all_taps + 1, g, channel_filter, image * g.subpixels() + r,
-                              first, end, !gather.own_filter, A(Combine::kNeutral));
-          normalize_channel_blocks(of_part, g.taps(), first, end, pack);
+        for (int64_t section = 0; section < sections; ++section) {
+          A* to_section = gather.own_filter ? channel + (r * sections + section) * block
+                                            : channel + section * block + r * g.taps() * L;
+          const int64_t first = section * section_channels, end = first + section_channels;
+          fill_channel_blocks(to_section, all_taps + 1, g, channel_filter,
+                              image * g.subpixels() + r, first, end, !gather.own_filter,
+                              A(Combine::kNeutral));
+          normalize_channel_blocks(to_section, g.taps(), first, end, pack);
         }
       filled = image;
       for (int64_t group = 0; pack.normalize && group < g.groups; ++group)
@@ -502,7 +505,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
       for (int64_t r = 0; r < subpixels; ++r)
         for (const auto& strip : strips) {
           if (is_interior_row && strip.first > 0 && strip.first + 1 < columns) continue;
-          const A* const blocks = channel + r * parts * block;
+          const A* const blocks = channel + r * sections * block;
           const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
                                      const SpatialStrides& strides) __attribute__((always_inline)) {
             constexpr int P = decltype(pixels_of_strip)::value;

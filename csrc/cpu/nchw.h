@@ -469,10 +469,10 @@ template <class T, class Combine>
 void forward_nchw(const Forward& f, ParallelFor run) {
   const Geometry& g = f.geometry;
   // Of few channels, a tile has the filters of one subpixel and the output of a row of subpixels.
-  const int64_t planes = g.group_channels <= kBlockChannels
-                             ? g.taps() + (g.scale > 1 ? g.scale * g.group_channels : 0)
-                             : g.subpixels() * g.taps();
-  const Plan plan(g, spatial_row_bytes<T>(g.out_width, planes),
+  const int64_t tile_taps = g.group_channels <= kBlockChannels
+                                ? g.taps() + (g.scale > 1 ? g.scale * g.group_channels : 0)
+                                : g.subpixels() * g.taps();
+  const Plan plan(g, spatial_row_bytes<T>(g.out_width, tile_taps),
                   shared_row_bytes<T>(g, f.channels_last));
   const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;

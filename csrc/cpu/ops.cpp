@@ -26,15 +26,15 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
     // For tests: a smaller instruction set than the processor has.
     const char* name = std::getenv("DDF_MM_CPU_ISA");
-    const std::string asked = name ? name : "";
+    const std::string wanted = name ? name : "";
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && asked != "avx2" && asked != "baseline") return avx512_kernels;
-    if (avx2 && asked != "baseline") return avx2_kernels;
+    if (avx512 && wanted != "avx2" && wanted != "baseline") return avx512_kernels;
+    if (avx2 && wanted != "baseline") return avx2_kernels;
 #endif
     return baseline_kernels;
   }();

@@ -323,19 +323,19 @@ void launch_upsample_grad_features(const Arguments<T>& a, const SubpixelStrides&
                 [&](const auto&... given) { launch(given..., strides); });
 }
 
-// Splits the channels of a group, of which `parts` is a divisor, as of `most`, into blocks of a
-// multiple of it: further if a large GPU would have too few blocks.
+// Splits the channels of a group into blocks of at most `most`, and of a multiple of `unit`, which
+// divides both: further if a large GPU would have too few blocks.
 template <typename T>
-void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most, int64_t parts = 1) {
-  const int64_t channels = g.group_channels / parts;
-  int64_t block_channels = ceil_div(channels, ceil_div(channels, most / parts));
+void split_channels(PartialSums<T>& partials, const Geometry& g, int64_t most, int64_t unit = 1) {
+  const int64_t channels = g.group_channels / unit;
+  int64_t block_channels = ceil_div(channels, ceil_div(channels, most / unit));
   const auto blocks = [&] {
     return g.batch * g.groups * partials.tiles * ceil_div(channels, block_channels);
   };
-  while (block_channels * parts > 64 && blocks() < 512) {
+  while (block_channels * unit > 64 && blocks() < 512) {
     block_channels = ceil_div(block_channels, 2);
   }
-  partials.block_channels = block_channels * parts;
+  partials.block_channels = block_channels * unit;
   partials.channel_blocks = ceil_div(channels, block_channels);
 }
 
@@ -431,8 +431,8 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
     const int64_t quads = ceil_div(g.height, kBackwardRows) * ceil_div(g.width, kBackwardColumns);
     PartialSums<T> partials{};
     int lanes = kLanes;
-    // Fewer lanes in a tile, and more tiles, where many of the last one have no pixels. The parts
-    // of a warp have equally many channels.
+    // Fewer lanes in a tile, and more tiles, where many of the last one have no pixels. A warp then
+    // has several channels at once.
     for (;; lanes /= 2) {
       partials.tiles = ceil_div(quads, lanes);
       const bool enough = quads >= 0.85 * partials.tiles * lanes;
@@ -442,8 +442,8 @@ bool launch_backward_3x3(Arguments<T> a, const Gradients<T>& to, Allocate&& allo
                         has_aligned_rows(a.features) && has_aligned_rows(a.result);
     const bool copies =
         g.width % 2 == 0 && has_aligned_rows(a.grad, 2) && has_aligned_rows(a.features, 2);
-    const int parts = kLanes / lanes;
-    split_channels(partials, g, backward_block_channels<T>(copies) / parts * parts, parts);
+    const int at_once = kLanes / lanes;
+    split_channels(partials, g, backward_block_channels<T>(copies) / at_once * at_once, at_once);
     const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
     if (blocks > kMaxBlocks) return false;
     const int copied = copies ? 2 * kBackwardCopied<T> : 0;

@@ -191,7 +191,7 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
     if (!active) continue;
 
     const T* const origin = input.at(batch, channel, subpixel / scale, subpixel % scale);
-    const T* const planes =
+    const T* const group_filter =
         a.spatial_filter.at(batch, group * 9, 0, 0) + subpixel * strides.spatial_filter;
     // Unrolled, it would spill registers.
     DDF_UNROLL_NOT
@@ -211,9 +211,9 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
           if (a.spatial_filter.data != nullptr) {
             // Of the first pixel instead of one outside the image.
             const int filter_column = Mirrored ? (inside ? x : 0) : (j < pixels ? left + j : left);
-            spatial[tap][j] = load(planes + (tap_row * 3 + tap) * a.spatial_filter.channel_stride +
-                                   (Mirrored ? y : row) * filter_row_stride +
-                                   filter_column * filter_column_stride);
+            spatial[tap][j] = load(
+                group_filter + (tap_row * 3 + tap) * a.spatial_filter.channel_stride +
+                (Mirrored ? y : row) * filter_row_stride + filter_column * filter_column_stride);
           }
         }
       }
