@@ -142,17 +142,17 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
   a.geometry = g;
   a.combine = combine;
   const int64_t out_rows = g.scale * g.out_height, out_columns = g.scale * g.out_width;
-  const int64_t planes = g.groups * g.taps();
+  const int64_t filter_planes = g.groups * g.taps();
   a.features = tensor<const T>(g.channels, g.height, g.width, channels_last);
   a.grad = tensor<const T>(g.channels, out_rows, out_columns, channels_last);
   a.channel_filter = tensor<const T>(g.channels * g.subpixels(), g.kernel, g.kernel, false);
   // Filters of ddf_up are contiguous.
-  a.spatial_filter = tensor<const T>(planes * g.subpixels(), g.out_height, g.out_width,
+  a.spatial_filter = tensor<const T>(filter_planes * g.subpixels(), g.out_height, g.out_width,
                                      channels_last && g.scale == 1);
-  const Gradients<T> to{
-      tensor<T>(g.channels, g.height, g.width, channels_last),
-      tensor<T>(g.channels * g.subpixels(), g.kernel, g.kernel, false),
-      tensor<T>(planes * g.subpixels(), g.out_height, g.out_width, channels_last && g.scale == 1)};
+  const Gradients<T> to{tensor<T>(g.channels, g.height, g.width, channels_last),
+                        tensor<T>(g.channels * g.subpixels(), g.kernel, g.kernel, false),
+                        tensor<T>(filter_planes * g.subpixels(), g.out_height, g.out_width,
+                                  channels_last && g.scale == 1)};
   const auto out = tensor<T>(g.channels, out_rows, out_columns, channels_last);
   const auto scratch = [&](int64_t) { return const_cast<T*>(a.features.data); };
   const auto floats = [](int64_t count) {
@@ -160,7 +160,7 @@ void dispatch(const std::string& pass, const ddf::Geometry& g, ddf::CombineMode 
     scratch_floats += count;
     return &memory;
   };
-  const SubpixelStrides strides{g.channels * g.taps(), planes * g.out_height * g.out_width};
+  const SubpixelStrides strides{g.channels * g.taps(), filter_planes * g.out_height * g.out_width};
   if (pass == "forward") {
     a.result = out;
     launch_forward(a, Launch{});
