@@ -96,7 +96,7 @@ def ddf(
     tensors = _prepared(*tensors, kernel_size, dilation, padding)
     call = *tensors, *options
     geometry = check_ddf(*call, is_valid=padding != "zeros")
-    return _filtered(ddf, ddf_formula, tensors, options, geometry)
+    return _filtered("ddf", tensors, options, geometry)
 
 
 def _unless_zeros(padding: str) -> tuple[str, ...]:
@@ -151,25 +151,27 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 def _filtered(
-    function: Callable[..., Tensor],
-    formula: Callable[..., Tensor],
+    name: str,
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     options: tuple[int, int, int, str],
     geometry: Geometry,
 ) -> Tensor:
-    """The result of ``ddf`` or ``ddf_up`` for checked arguments: of the compiled op if it can be
-    used, otherwise of the formula."""
+    """The result of ``ddf`` or ``ddf_up``, called ``name``, for checked arguments: of the compiled
+    op if it can be used, otherwise of the formula."""
     features, call = tensors[0], (*tensors, *options)
-    name = function.__name__
+    # torch.compile of torch 2.15 takes the __name__ of a decorated function for its wrapper's, and
+    # cannot look up an op by its name.
+    is_up = name == "ddf_up"
     if library.serves(features):
+        ops = torch.ops.ddf_mm
         if geometry.is_valid:
             if _has_ops_for_valid(features):
-                return getattr(torch.ops.ddf_mm, f"{name}_valid")(*call)
-            return _by_rim_of_zeros(function, *tensors, options, geometry)
+                return (ops.ddf_up_valid if is_up else ops.ddf_valid)(*call)
+            return _by_rim_of_zeros(ddf_up if is_up else ddf, *tensors, options, geometry)
         if self_check.passes(name, *call):
-            return getattr(torch.ops.ddf_mm, name)(*call)
+            return (ops.ddf_up if is_up else ops.ddf)(*call)
     library.warn_about_reference(features.device.type)
-    return formula(*tensors, geometry)
+    return (ddf_up_formula if is_up else ddf_formula)(*tensors, geometry)
 
 
 def _has_ops_for_valid(features: Tensor) -> bool:
@@ -263,4 +265,4 @@ def ddf_up(
         )
         return by_subpixel(subpixel, *tensors, geometry)
     options = kernel_size, factor, dilation, kernel_combine
-    return _filtered(ddf_up, ddf_up_formula, tensors, options, geometry)
+    return _filtered("ddf_up", tensors, options, geometry)
