@@ -117,7 +117,6 @@ struct Gather {
   const T* spatial;
   SpatialStrides strides;
   bool own_filter;
-  Accumulate<T> neutral;
 
   // The taps of the strip that starts at (row, column), for a filter with the given strides.
   void locate(Taps<T>& taps, const T* image, const SpatialStrides& strides, int64_t row,
@@ -445,6 +444,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
   const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
   const int64_t out_step = scale * gather.columns.step * g.channels;
+  const A neutral = A(Combine::kNeutral);
   // Channels that are filtered together: a group's, or all if vectors span groups.
   const int64_t section_channels = is_spanning ? g.channels : g.group_channels,
                 sections = g.channels / section_channels;
@@ -493,7 +493,6 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
                 start.second, channel + (r * g.groups + group) * block, pack.output_min,
                 out_of(r, 0) + first, scale * g.channels, columns, g.group_channels);
           };
-          const A neutral = A(Combine::kNeutral);
           if (pack.normalize)
             filter_interior(gather.interior_3x3(normalized + group * 9 * pitch,
                                                 SpatialStrides{0, 0, pitch, 0, 1}, row, 1));
@@ -524,7 +523,6 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
             }
           };
           const auto filter = [&](auto pixels_of_strip) __attribute__((always_inline)) {
-            const A neutral = A(Combine::kNeutral);
             if (pack.normalize)
               filter_as(pixels_of_strip, static_cast<const A*>(normalized),
                         SpatialStrides{0, 0, pitch, 0, 1});
@@ -544,7 +542,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
 }
 
 // The taps that output pixels read in the features.
-template <class T, class Combine, class Arguments>
+template <class T, class Arguments>
 Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
   return {g,
           AxisTaps::to_features(g, g.out_height, g.height),
@@ -552,14 +550,13 @@ Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
           g.width,
           static_cast<const T*>(a.spatial_filter),
           a.spatial_strides,
-          true,
-          Accumulate<T>(Combine::kNeutral)};
+          true};
 }
 
 template <class T, class Combine>
 void forward_channels_last(const Forward& f, bool is_spanning, ParallelFor run) {
   const Geometry& g = f.geometry;
-  const auto gather = gather_from_features<T, Combine>(f, g);
+  const auto gather = gather_from_features<T>(f, g);
   filter_channels_last<T, Combine>(gather, static_cast<const T*>(f.channel_filter),
                                    static_cast<const T*>(f.features), g.height * g.width,
                                    static_cast<T*>(f.output), g.out_height, g.out_width,
@@ -575,8 +572,7 @@ void grad_features_channels_last(const Backward& b, bool is_spanning, ParallelFo
                          g.scale * g.out_width,
                          static_cast<const T*>(b.spatial_filter),
                          b.spatial_strides,
-                         false,
-                         Accumulate<T>(Combine::kNeutral)};
+                         false};
   filter_channels_last<T, Combine>(
       gather, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
       g.subpixels() * g.out_height * g.out_width, static_cast<T*>(b.grad_features), g.height,
@@ -947,7 +943,7 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
   all.groups = 1;
   const Plan plan(all,
                   2 * width * (g.channels + g.groups * taps) * static_cast<int64_t>(sizeof(T)));
-  const auto gather = gather_from_features<T, Combine>(b, g);
+  const auto gather = gather_from_features<T>(b, g);
   const auto strips = gather.columns.strips();
   const T neutral = narrow<T>(A(Combine::kNeutral));
   const SpatialStrides from = gather.spatial ? b.spatial_strides : SpatialStrides{};

@@ -318,9 +318,7 @@ DDF_INLINE LaneMask<T, N> lanes_from(int64_t first) {
 #if DDF_MASK_BYTES == 64
   return static_cast<LaneMask<T, N>>(~first_bits(first));
 #else
-  Vector<IntegerOf<sizeof(T)>, N> index{};
-  for (int i = 0; i < N; ++i) index[i] = static_cast<IntegerOf<sizeof(T)>>(i);
-  return index >= splat<IntegerOf<sizeof(T)>, N>(static_cast<IntegerOf<sizeof(T)>>(first));
+  return ~first_lanes<IntegerOf<sizeof(T)>, N>(first);
 #endif
 }
 
