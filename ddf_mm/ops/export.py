@@ -141,12 +141,15 @@ def _onnx_taps(
             size = op.Div(op.Add(op.Shape(x, start=2), constant(stride - 1)), constant(stride))
         else:  # may have one row or column fewer
             size = op.Shape(spatial_filter, start=2)
+    per_channel = per_pixel = None
     if channel_filter is not None:
         per_channel = reshape(widened(channel_filter), -1, channels // groups, taps, 1)
+        per_channel = op.Split(per_channel, axis=2, num_outputs=taps)
     if spatial_filter is not None:
         per_pixel = widened(spatial_filter)
         if groups > 1:
             per_pixel = reshape(per_pixel, -1, taps, 0, 0)
+        per_pixel = op.Split(per_pixel, axis=1, num_outputs=taps)
 
     terms = []
     for tap in range(taps):
@@ -161,23 +164,16 @@ def _onnx_taps(
         else:
             phase = phases[at[0] % stride, at[1] % stride]
             term = op.Slice(phase, first, last, constant(2, 3))
-        # OpenVINO fuses the multiplications and the addition of a tap, but not with outputs of a
-        # Split, which it also makes of slices along one axis.
-        given = []
-        if spatial_filter is not None:
-            end = constant(tap + 1, _TO_THE_END)
-            given.append(op.Slice(per_pixel, constant(tap, 0), end, constant(1, 2)))
-        if channel_filter is not None:
-            given.append(op.Gather(per_channel, constant(tap), axis=2))
+        given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
         if kernel_combine == "mul" or len(given) == 1:
             for weight in given:
                 term = op.Mul(term, weight)
         else:
             term = op.Mul(term, op.Add(*given))
         terms.append(term)
-    # ONNX Runtime runs each addition after its term only if the file has all additions last;
-    # otherwise it computes all terms first, and they do not fit into a cache.
-    out = functools.reduce(lambda total, term: op.Add(term, total), terms)
+    # Only if all additions are last in the file, ONNX Runtime runs each one after its term.
+    # Otherwise it computes all terms first, which do not fit into a cache.
+    out = functools.reduce(op.Add, terms)
     if groups > 1:
         out = reshape(out, -1, channels, 0, 0)
     return op.CastLike(out, features) if wide else out
