@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,13 +81,15 @@ def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, e
     taps = x.shape[1] // filters
     axis = op.Constant(value_ints=[2 if filters > 1 else 1])
     if filters > 1:
-        raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, -1]))
+        # Without a last axis of size 1, with which ONNX Runtime takes means slowly.
+        pixels = [-1] if any(n != 1 for n in x.shape[2:]) else []
+        raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, *pixels]))
     out = op.Sub(raw, op.ReduceMean(raw, axis))
     # scale / (deviation + eps) with all terms over eps, since exporters remove sums with eps, and
     # constant filters would be 0 / 0.
     eps = max(eps, 1e-20)
     deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5 / eps))
-    out = op.Mul(out, op.Div(number(scale / eps), op.Add(deviation, number(1.0))))
+    out = op.Div(out, op.Mul(op.Add(deviation, number(1.0)), number(eps / scale)))
     if filters > 1:
         out = op.Reshape(out, op.Shape(x))
     per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
@@ -118,52 +122,87 @@ def _onnx_taps(
     def reshape(value: Any, *shape: int) -> Any:
         return op.Reshape(value, constant(*shape))
 
-    def split(value: Any, axis: int) -> Any:
-        return op.Split(value, axis=axis, num_outputs=taps)
+    dtype = features.dtype
+    wide = dtype is not None and dtype.itemsize < 4
+
+    def widened(value: Any) -> Any:
+        return op.Cast(value, to=_FLOAT) if wide else value
 
     # Groups are merged into the batch, so that all tensors have four dimensions; in a shape, 0
     # copies the input's dimension.
-    dtype = features.dtype
-    wide = dtype is not None and dtype.itemsize < 4
-    tensors = [
-        value if value is None or not wide else op.Cast(value, to=_FLOAT)
-        for value in (features, channel_filter, spatial_filter)
-    ]
-    x, per_channel, per_pixel = tensors
-    if groups > 1:
-        x = reshape(x, -1, channels // groups, 0, 0)
-    padded = op.Pad(x, constant(0, 0, before, before, 0, 0, before, before))
-    if per_channel is not None:
-        per_channel = split(reshape(per_channel, -1, channels // groups, taps, 1), 2)
-    if per_pixel is not None:
-        size = op.Shape(per_pixel, start=2) if stride > 1 else None
-        per_pixel = split(reshape(per_pixel, -1, taps, 0, 0) if groups > 1 else per_pixel, 1)
+    x = reshape(features, -1, channels // groups, 0, 0) if groups > 1 else features
+    if stride == 1:
+        x = widened(x)
+        phases = {(0, 0): op.Pad(x, constant(0, 0, before, before, 0, 0, before, before))}
+    else:
+        phases = _onnx_phases(x, dtype, channels // groups, kernel_size, dilation, stride)
+        phases = {first: widened(phase) for first, phase in phases.items()}
+        if spatial_filter is None:
+            size = op.Div(op.Add(op.Shape(x, start=2), constant(stride - 1)), constant(stride))
+        else:  # may have one row or column fewer
+            size = op.Shape(spatial_filter, start=2)
+    per_channel = per_pixel = None
+    if channel_filter is not None:
+        per_channel = reshape(widened(channel_filter), -1, channels // groups, taps, 1)
+        per_channel = op.Split(per_channel, axis=2, num_outputs=taps)
+    if spatial_filter is not None:
+        per_pixel = widened(spatial_filter)
+        if groups > 1:
+            per_pixel = reshape(per_pixel, -1, taps, 0, 0)
+        per_pixel = op.Split(per_pixel, axis=1, num_outputs=taps)
 
-    out = None
+    terms = []
     for tap in range(taps):
-        first = [tap // kernel_size * dilation, tap % kernel_size * dilation]
-        if per_pixel is not None and stride > 1:
-            # A spatial filter may have one row or column fewer than there are windows.
-            last = op.Add(op.Mul(op.Sub(size, constant(1)), constant(stride)), constant(1))
-            last = op.Add(last, constant(*first))
+        at = [tap // kernel_size * dilation, tap % kernel_size * dilation]
+        first = constant(*(n // stride for n in at))
+        if stride == 1:
+            last = constant(*(n - 2 * before or _TO_THE_END for n in at))
         else:
-            last = constant(*(n - 2 * before or _TO_THE_END for n in first))
-        if stride == 1 and first == [before, before]:
+            last = op.Add(size, first)
+        if stride == 1 and at == [before, before]:
             term = x
         else:
-            term = op.Slice(
-                padded, constant(*first), last, constant(2, 3), constant(stride, stride)
-            )
+            phase = phases[at[0] % stride, at[1] % stride]
+            term = op.Slice(phase, first, last, constant(2, 3))
         given = [side[tap] for side in (per_channel, per_pixel) if side is not None]
         if kernel_combine == "mul" or len(given) == 1:
             for weight in given:
                 term = op.Mul(term, weight)
         else:
             term = op.Mul(term, op.Add(*given))
-        out = term if out is None else op.Add(out, term)
+        terms.append(term)
+    # Only if all additions are last in the file, ONNX Runtime runs each one after its term.
+    # Otherwise it computes all terms first, which do not fit into a cache.
+    out = functools.reduce(op.Add, terms)
     if groups > 1:
         out = reshape(out, -1, channels, 0, 0)
     return op.CastLike(out, features) if wide else out
+
+
+def _onnx_phases(
+    x: Any, dtype: Any, channels: int, kernel_size: int, dilation: int, stride: int
+) -> dict[tuple[int, int], Any]:
+    """The padded features at every ``stride``-th row and column, from each first row and column
+    that a tap has. Depthwise convolutions take ONNX Runtime much less time than strided slices."""
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    before = dilation * (kernel_size // 2)
+    after = before + stride - 1
+    shape = op.Constant(value_ints=[channels, 1, 1, 1])
+    firsts = sorted({tap * dilation % stride for tap in range(kernel_size)})
+    phases = {}
+    for row, column in itertools.product(firsts, firsts):
+        one = torch.zeros(1, 1, stride, stride)
+        one[..., row, column] = 1
+        phases[row, column] = op.Conv(
+            x,
+            op.Expand(op.Constant(value=ir.tensor(one.tolist(), dtype)), shape),
+            group=channels,
+            pads=[before, before, after, after],
+            strides=[stride, stride],
+        )
+    return phases
 
 
 def _onnx_ddf_up(
