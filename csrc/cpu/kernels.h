@@ -61,7 +61,10 @@ Along fastest_to_filter(const Geometry& g, const SpatialStrides& strides, bool i
       {{{0, 45, 45, 70}, {20, 20, 20, 30}}, {{L == 16 ? 45 : 68, 60, 82, 101}, {25, 50, 50, 60}}}};
   const int64_t size = std::clamp<int64_t>((g.kernel - 3) / 2, 0, 3);
   const int64_t filled = 100 * g.channels / (L * (spans ? spanning : separate) + 4);
-  const int wide = g.kernel <= 5 || is_strided ? 40 : g.kernel == 7 ? 64 : 256;
+  const int wide = g.kernel <= 5 && L == 16      ? 23
+                   : g.kernel <= 5 || is_strided ? 40
+                   : g.kernel == 7               ? 64
+                                                 : 256;
   return words >= wide || filled >= kFilled[spans][is_forward][is_strided][size] ? along_channels
                                                                                  : Along::rows;
 }
