@@ -23,6 +23,7 @@ class AxisTaps {
   };
   struct Strip {
     int64_t first, count;  // positions `step` apart
+    int64_t shift;         // positions from the first strip of a run of strips with the same taps
   };
 
   // From output positions to the features that they read.
@@ -56,7 +57,10 @@ class AxisTaps {
         while (count < kStrip && position + count * step < size &&
                has_same_taps(position, position + count * step))
           ++count;
-        strips.push_back({position, count == kStrip ? count : 1});
+        int64_t shift = 0;
+        if (position > phase && has_same_taps(position - step, position))
+          shift = strips.back().shift + strips.back().count;
+        strips.push_back({position, count == kStrip ? count : 1, shift});
       }
     return strips;
   }
@@ -95,8 +99,10 @@ struct Taps {
         tap(new int64_t[taps]) {}
 
   int64_t count = 0;
-  std::unique_ptr<const T*[]> pixel;         // of each tap, for the first pixel of the strip
-  int64_t advance = 0;                       // from one pixel of the strip to the next
+  std::unique_ptr<const T*[]> pixel;  // of each tap, for the first pixel of the strip
+  int64_t advance = 0;                // from one pixel of the strip to the next
+  // Of the strip, from the first one of its run, for which `pixel` and `filter` are.
+  int64_t pixel_shift = 0, filter_shift = 0;
   std::unique_ptr<int64_t[]> filter;         // offsets in the spatial filter of a group, likewise
   std::unique_ptr<Accumulate<T>[]> spatial;  // of one group, [count][pixels of the strip]
   std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
@@ -120,9 +126,13 @@ struct Gather {
 
   // The taps of the strip that starts at (row, column), for a filter with the given strides.
   void locate(Taps<T>& taps, const T* image, const SpatialStrides& strides, int64_t row,
-              int64_t column) const {
-    int64_t u = 0;
+              const AxisTaps::Strip& strip) const {
     taps.advance = columns.advance * g.channels;
+    taps.pixel_shift = strip.shift * taps.advance;
+    taps.filter_shift = strip.shift * strides.column;
+    if (strip.shift) return;
+    const int64_t column = strip.first;
+    int64_t u = 0;
     for (const auto* r = rows.begin(row); r != rows.end(row); ++r)
       for (const auto* c = columns.begin(column); c != columns.end(column); ++c, ++u) {
         const int64_t t = r->tap * g.kernel + c->tap;
@@ -140,6 +150,7 @@ struct Gather {
   // The values of a group's filter at the taps of a strip of P pixels, `step` apart.
   template <int P, class F>
   DDF_INLINE void read_filter(Taps<T>& taps, const F* filter, int64_t step) const {
+    filter += taps.filter_shift;
     Accumulate<T>* to = taps.spatial.get();
     for (int64_t u = 0; u < taps.count; ++u, to += P)
       for (int p = 0; p < P; ++p) to[p] = widen(filter[taps.filter[u] + p * step]);
@@ -193,6 +204,7 @@ DDF_INLINE void filter_strip(const Taps<T>& taps, int64_t all_taps, int64_t firs
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   const int64_t number = taps.count, advance = taps.advance;
+  first += taps.pixel_shift;
   // wide is an integral constant: whether c starts a whole vector of channels.
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
@@ -239,26 +251,35 @@ struct LaneGroups {
   static LaneGroups of_vector(const Geometry& g, int64_t channel) {
     const int64_t last = (std::min(channel + L, g.channels) - 1) / g.group_channels;
     const int64_t count = last - channel / g.group_channels + 1;
-    for (const int n : {2, 4, 6, 8})
+    for (const int n : {2, 3, 4, 6, 8})
       if (count <= n && n <= g.groups) return {g, channel, n};
     return {g, channel, static_cast<int>(count)};
   }
 };
 
-// Whether vectors that span groups are faster than the kernels along rows.
+// Whether vectors can span groups.
 template <class A>
-bool spans_groups(const Geometry& g) {
-  return g.groups > 1 && g.group_channels < kLanes<A> && 4 * g.channels >= 3 * kLanes<A>;
+bool can_span_groups(const Geometry& g) {
+  return g.groups > 1 && g.group_channels < kLanes<A>;
 }
 
 // Values of N groups, `step` apart, in the lanes of their channels; of `count` groups if N is 0.
 template <int L, int N, class F>
 DDF_INLINE Vector<Accumulate<F>, L> load_of_groups(const F* values, int64_t step,
                                                    const LaneMask<F, L>* from_lane, int count) {
+  // x86 addresses scale an index by 1, 2, 4 or 8 only.
+  int64_t step3 = 3 * step;
+  DDF_OPAQUE(step3);
   auto lanes = splat_element<L>(values[0]);
   DDF_UNROLL
-  for (int j = 1; j < N; ++j)
-    lanes = select_lanes<F, L>(from_lane[j], splat_element<L>(values[j * step]), lanes);
+  for (int j = 1; j < N; ++j) {
+    if (j % 4 == 0) {
+      values += 4 * step;
+      DDF_OPAQUE(values);
+    }
+    const F value = values[j % 4 == 3 ? step3 : j % 4 * step];
+    lanes = select_lanes<F, L>(from_lane[j], splat_element<L>(value), lanes);
+  }
   for (int j = 1; N == 0 && j < count; ++j)
     lanes = select_lanes<F, L>(from_lane[j], splat_element<L>(values[j * step]), lanes);
   return widen_elements<F, L>(lanes);
@@ -278,6 +299,10 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
   DDF_UNROLL
   for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
   const V bias = load<L>(block + all_taps * L);
+  const int64_t advance = taps.advance;
+  first += taps.pixel_shift;
+  filter += taps.filter_shift;
+  room = std::min<int64_t>(room, L);
   V sums[P];
   DDF_UNROLL
   for (int p = 0; p < P; ++p) sums[p] = bias;
@@ -287,9 +312,12 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
     const F* values = filter + taps.filter[u];
     DDF_UNROLL
     for (int p = 0; p < P; ++p) {
-      const V spatial =
-          load_of_groups<L, N>(values + p * pixel_step, group_step, from_lane, groups.count);
-      sums[p] += load_first<L>(from + p * taps.advance, room) * Combine::weight(tap, spatial);
+      const V spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
+      sums[p] += load_up_to<L>(from, room) * Combine::weight(tap, spatial);
+      values += pixel_step;
+      from += advance;
+      DDF_OPAQUE(values);
+      DDF_OPAQUE(from);
     }
   }
   DDF_UNROLL
@@ -314,6 +342,9 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
     switch (groups.count) {
       case 2:
         span(std::integral_constant<int, 2>());
+        break;
+      case 3:
+        span(std::integral_constant<int, 3>());
         break;
       case 4:
         span(std::integral_constant<int, 4>());
@@ -509,7 +540,7 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
                                      const SpatialStrides& strides) __attribute__((always_inline)) {
             constexpr int P = decltype(pixels_of_strip)::value;
             T* const out = out_of(r, strip.first);
-            gather.locate(taps, pixels, strides, row, strip.first);
+            gather.locate(taps, pixels, strides, row, strip);
             if (is_spanning)
               filter_spans<P, T, Combine>(taps, all_taps, lanes, filter, g.taps() * strides.tap,
                                           strides.column, blocks, pack.output_min, out, out_step,
@@ -868,6 +899,8 @@ DDF_INLINE void grad_filters_of_groups(const Taps<T>& taps, int64_t first, const
   using V = Vector<A, L>;
   constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
   room = std::min<int64_t>(room, N * kChannels);
+  const int64_t from_first = first + taps.pixel_shift;
+  filter += taps.filter_shift;
   LaneMask<T, L> from_lane[L];
   DDF_UNROLL
   for (int j = 1; j < N; ++j) from_lane[j] = lanes_from<T, L>(groups.start[j]);
@@ -876,14 +909,15 @@ DDF_INLINE void grad_filters_of_groups(const Taps<T>& taps, int64_t first, const
   for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + p * dy_step, room);
   for (int64_t u = 0; u < taps.count; ++u) {
     const int64_t t = taps.tap[u];
-    const T *from = taps.pixel[u] + first, *values = filter + taps.filter[u];
+    const T *from = taps.pixel[u] + from_first, *values = filter + taps.filter[u];
     const V tap = load<L>(c + t * L);
     V total = load<L>(dc + t * L);
     DDF_UNROLL
     for (int p = 0; p < P; ++p) {
-      const V spatial =
-          load_of_groups<L, N>(values + p * pixel_step, group_step, from_lane, groups.count);
-      const V product = y[p] * load_first<L>(from + p * taps.advance, room);
+      const V spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
+      const V product = y[p] * load_up_to<L>(from, room);
+      values += pixel_step;
+      from += taps.advance;
       total += Combine::grad_channel(product, tap, spatial);
       const V sums =
           sum_adjacent<kChannels>(Combine::grad_spatial(product, tap, spatial), kLanesOf);
@@ -973,7 +1007,7 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
         const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels;
         for (const auto& strip : strips) {
-          gather.locate(of_strip, pixels, from, row, strip.first);
+          gather.locate(of_strip, pixels, from, row, strip);
           // Taps outside the image have no gradient.
           if (of_strip.count < taps) std::fill(ds.get(), ds + taps * kStrip * pitch, A(0));
           const auto add = [&](auto count) __attribute__((always_inline)) {

@@ -9,44 +9,95 @@ namespace ddf::cpu {
 namespace DDF_ISA {
 namespace {
 
-enum class Pass { forward, grad_features, grad_filters };
+// What the vectors of a kernel for channels_last features run along: a row, or the channels of one
+// group or of all groups.
+enum class Along { rows, group, groups };
 
-// Whether kernels along rows are faster than those along channels for channels_last features. The
-// limits were measured on an EPYC with AVX-512, forced to AVX2 as well.
+// Channels of a group, in words of 4 bytes.
 template <class T>
-bool is_narrow(const Geometry& g, Pass pass) {
-  using A = Accumulate<T>;
-  // Without masked loads, channels that do not fill a vector are copied one by one.
-  constexpr bool kMasked = DDF_VECTOR_BYTES == 64 || (DDF_VECTOR_BYTES == 32 && sizeof(T) >= 4);
-  const int64_t words = g.group_channels * static_cast<int64_t>(sizeof(A)) / 4;
-  if (!kMasked && g.group_channels % kLanes<A> && words < 64) return true;
-  const auto below = [&](int forward, int grad_features, int grad_filters) {
-    return words < (pass == Pass::forward         ? forward
-                    : pass == Pass::grad_features ? grad_features
-                                                  : grad_filters);
-  };
-  if (g.kernel == 1) return below(12, 12, 0);
-  if (g.kernel > 3) return below(40, 40, 40);
-  if (g.dilation > 1 || g.scale > 1) return below(24, 24, 24);
-  return g.stride > 1 ? below(8, 20, 10) : below(kLanes<float> == 16 ? 12 : 16, 5, 24);
+int64_t words_of(const Geometry& g) {
+  return g.group_channels * static_cast<int64_t>(sizeof(Accumulate<T>)) / 4;
 }
 
-// Whether vectors that span groups are faster for channels_last features than those of one group
-// and those along rows.
 template <class T>
-bool is_spanning(const Geometry& g, const SpatialStrides& strides, bool along_rows) {
-  // The taps of a pixel are adjacent, or few enough to be read from planes.
-  return spans_groups<Accumulate<T>>(g) && (strides.tap == 1 || g.kernel <= 3) &&
-         (along_rows || 2 * g.group_channels <= kLanes<Accumulate<T>>);
+constexpr bool kHasMaskedLoads =
+    DDF_VECTOR_BYTES == 64 || (DDF_VECTOR_BYTES == 32 && sizeof(T) >= 4);
+
+// Without masked loads, channels that do not fill a vector are copied one by one.
+template <class T>
+bool has_costly_ends(const Geometry& g) {
+  return !kHasMaskedLoads<T> && g.group_channels % kLanes<Accumulate<T>> && words_of<T>(g) < 64;
+}
+
+// What is fastest for forward or grad_features. The limits, here and below, were measured on an
+// Intel Xeon, with AVX-512 and with AVX2.
+template <class T>
+Along fastest_to_filter(const Geometry& g, const SpatialStrides& strides, bool is_forward) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t words = words_of<T>(g);
+  const bool is_strided = g.stride > 1;
+  const int64_t separate = g.groups * ceil_div(g.group_channels, L);
+  const int64_t spanning = ceil_div(g.channels, L);
+  // Only separate vectors have a kernel for 3x3 windows in particular.
+  const bool is_3x3 = g.kernel == 3 && g.dilation == 1 && g.scale == 1 && !is_strided;
+  // Taps of a pixel that are not adjacent are read from planes, if they are few.
+  const bool is_adjacent = strides.tap == 1;
+  const bool spans =
+      can_span_groups<A>(g) && (is_adjacent || g.kernel <= 3) &&
+      (4 * g.channels >= 3 * L || (is_adjacent && g.kernel > 1 && kHasMaskedLoads<T>)) &&
+      (g.kernel == 1 ? words < 12
+       : is_3x3      ? 2 * g.group_channels <= L
+                     : spanning < separate);
+  if (!spans && has_costly_ends<T>(g)) return Along::rows;
+  const Along along_channels = spans ? Along::groups : Along::group;
+  if (g.kernel == 1) return words < 12 && !spans ? Along::rows : along_channels;
+  // Percentage of the lanes that have channels, from which on vectors along channels are fastest,
+  // for kernel sizes 3, 5, 7 and larger; never above 100. A strip costs as much as four lanes.
+  constexpr int kFilled[2][2][2][4] = {
+      // Of one group: grad_features, forward, and each with a stride.
+      {{{28, 68, 86, 101}, {35, 45, 50, 62}}, {{45, 81, 88, 101}, {45, 56, 67, 79}}},
+      // Of all groups.
+      {{{0, 45, 45, 70}, {20, 20, 20, 30}}, {{L == 16 ? 45 : 68, 60, 82, 101}, {25, 50, 50, 60}}}};
+  const int64_t size = std::clamp<int64_t>((g.kernel - 3) / 2, 0, 3);
+  const int64_t filled = 100 * g.channels / (L * (spans ? spanning : separate) + 4);
+  const int wide = g.kernel <= 5 && L == 16      ? 23
+                   : g.kernel <= 5 || is_strided ? 40
+                   : g.kernel == 7               ? 64
+                                                 : 256;
+  return words >= wide || filled >= kFilled[spans][is_forward][is_strided][size] ? along_channels
+                                                                                 : Along::rows;
+}
+
+// The same for the gradients of the filters.
+template <class T>
+Along fastest_for_filters(const Backward& b) {
+  using A = Accumulate<T>;
+  const Geometry& g = b.geometry;
+  const int64_t words = words_of<T>(g), k = g.kernel;
+  const bool is_strided = g.stride > 1, is_dense = g.dilation == 1 && g.scale == 1;
+  if (has_costly_ends<T>(g)) return Along::rows;
+  if (k == 1) return Along::group;
+  const bool is_whole = g.group_channels % kLanes<A> == 0;
+  const int wide = k == 3 && is_strided     ? 10
+                   : k == 3 && !is_dense    ? 24
+                   : k == 3                 ? (is_whole ? 32 : 40)
+                   : is_strided || is_whole ? 40
+                                            : 64;
+  if (words >= wide) return Along::group;
+  const bool are_many = g.channels >= 28;
+  const bool is_bundled = DDF_VECTOR_BYTES < 64  ? k == 3 && is_strided
+                          : k == 3 || is_strided ? are_many || g.group_channels <= 4 + is_strided
+                                                 : are_many && g.group_channels <= 3;
+  return is_bundled && can_bundle_groups<A>(b) ? Along::groups : Along::rows;
 }
 
 template <class T, class Combine>
 void forward_as(const Forward& f, ParallelFor run) {
-  const bool along_rows = is_narrow<T>(f.geometry, Pass::forward);
-  const bool spans = is_spanning<T>(f.geometry, f.spatial_strides, along_rows);
+  const Along along = fastest_to_filter<T>(f.geometry, f.spatial_strides, true);
   // Only the kernels along rows have a softmax.
-  if (f.channels_last && !f.pack.softmax && (spans || !along_rows))
-    forward_channels_last<T, Combine>(f, spans, run);
+  if (f.channels_last && !f.pack.softmax && along != Along::rows)
+    forward_channels_last<T, Combine>(f, along == Along::groups, run);
   else
     forward_nchw<T, Combine>(f, run);
 }
@@ -54,20 +105,19 @@ void forward_as(const Forward& f, ParallelFor run) {
 template <class T, class Combine>
 void backward_as(const Backward& b, ParallelFor run) {
   if (b.grad_features) {
-    const bool along_rows = is_narrow<T>(b.geometry, Pass::grad_features);
-    const bool spans = is_spanning<T>(b.geometry, b.spatial_strides, along_rows);
-    if (b.channels_last && (spans || !along_rows))
-      grad_features_channels_last<T, Combine>(b, spans, run);
+    const Along along = fastest_to_filter<T>(b.geometry, b.spatial_strides, false);
+    if (b.channels_last && along != Along::rows)
+      grad_features_channels_last<T, Combine>(b, along == Along::groups, run);
     else
       grad_features_nchw<T, Combine>(b, run);
   }
   if (b.grad_channel || b.grad_spatial) {
-    const bool along_rows = is_narrow<T>(b.geometry, Pass::grad_filters);
+    const Along along = fastest_for_filters<T>(b);
     // Kernels along rows are nearly as fast for 16-bit types.
     if constexpr (sizeof(T) >= 4)
-      if (b.channels_last && along_rows && can_bundle_groups<Accumulate<T>>(b))
+      if (b.channels_last && along == Along::groups)
         return grad_filters_few_channels<T, Combine>(b, run);
-    if (b.channels_last && !along_rows)
+    if (b.channels_last && along == Along::group)
       grad_filters_channels_last<T, Combine>(b, run);
     else
       grad_filters_nchw<T, Combine>(b, run);

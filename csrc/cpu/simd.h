@@ -220,7 +220,8 @@ DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
   }
 }
 
-// The first count < N elements; the other lanes are zero. Memory after them is not accessed.
+// The first count < N elements (with masks of AVX-512, <= N); the other lanes are zero. Memory
+// after them is not accessed.
 template <int N, class T>
 DDF_INLINE Vector<Accumulate<T>, N> load_some(const T* from, int64_t count) {
 #if DDF_MASK_BYTES == 64
@@ -275,6 +276,12 @@ DDF_INLINE void store_some(T* to, Vector<Accumulate<T>, N> v, int64_t count) {
 template <int N, class T>
 DDF_INLINE Vector<Accumulate<T>, N> load_first(const T* from, int64_t count) {
   return count >= N ? load<N>(from) : load_some<N>(from, count);
+}
+
+// The first count <= N elements, without a branch where there are masks.
+template <int N, class T>
+DDF_INLINE Vector<Accumulate<T>, N> load_up_to(const T* from, int64_t count) {
+  return DDF_MASK_BYTES == 64 ? load_some<N>(from, count) : load_first<N>(from, count);
 }
 
 template <int N, class T>
