@@ -36,6 +36,8 @@ with contextlib.suppress(ImportError):
         "thorough", settings.get_profile("suite"), derandomize=False, max_examples=20_000
     )
     settings.register_profile("cuda on host", settings.get_profile("suite"), max_examples=30)
+    # Of test_sanitizers.py, for each instruction set.
+    settings.register_profile("sanitized", settings.get_profile("suite"), max_examples=150)
     settings.load_profile("cuda on host" if CUDA_ON_HOST else "suite")
 
 

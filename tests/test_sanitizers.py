@@ -85,7 +85,7 @@ def test_passes_the_cases_of_ddf_and_ddf_pack(sanitized, instruction_set):
     command = [sys.executable, "-m", "pytest", "-q", *(ROOT / "tests" / "ops" / n for n in names)]
     # Not in ROOT, whose ddf_mm would be imported first.
     result = run(
-        [*command, "-k", "cpu or threads"],
+        [*command, "-k", "cpu or threads", "--hypothesis-profile=sanitized"],
         BUILD,
         **sanitized,
         DDF_MM_CPU_ISA=instruction_set,
