@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 from ddf_mm.engine import checkpoints, cli, conversion, launch
-from ddf_mm.engine.cli import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,10 +47,7 @@ def main() -> None:
     """Convert."""
     args = parse_args()
     checkpoints.require_checkpoint(args.src, "src")
-    if not args.dst.parent.is_dir():
-        raise UserError(f"dst {str(args.dst)!r} is in a folder that does not exist", exit_code=2)
-    if args.dst.exists() and not args.overwrite:
-        raise UserError(f"dst {str(args.dst)!r} exists; --overwrite replaces it", exit_code=2)
+    conversion.check_target(args.dst, args.overwrite)
     network = conversion.read_official(args.src, args.weights)
     if args.kernel_combine:
         combine, source = args.kernel_combine, "--kernel-combine"

@@ -49,10 +49,7 @@ def main() -> None:
     """Publish."""
     args = parse_args()
     checkpoints.require_checkpoint(args.src, "src")
-    if not args.dst.parent.is_dir():
-        raise UserError(f"dst {str(args.dst)!r} is in a folder that does not exist", exit_code=2)
-    if args.dst.exists() and not args.overwrite:
-        raise UserError(f"dst {str(args.dst)!r} exists; --overwrite replaces it", exit_code=2)
+    conversion.check_target(args.dst, args.overwrite)
     checkpoint = checkpoints.load_from_local_file(args.src, map_location="cpu")
     if "state_dict" not in checkpoint:
         raise UserError(

@@ -174,6 +174,14 @@ def convert(network: OfficialNetwork, combine: str, backbone_only: bool = False)
     return dict(meta=meta, state_dict=state_dict)
 
 
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise UserError if the argument ``dst`` of a tool is no file that it may write."""
+    if not path.parent.is_dir():
+        raise UserError(f"dst {str(path)!r} is in a folder that does not exist", exit_code=2)
+    if path.exists() and not overwrite:
+        raise UserError(f"dst {str(path)!r} exists; --overwrite replaces it", exit_code=2)
+
+
 def save(checkpoint: dict, path: Path, hash_in_name: bool = False) -> tuple[Path, str]:
     """Write a checkpoint atomically; return its path and its SHA-256 in hexadecimal.
 
