@@ -335,9 +335,11 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
   int64_t c = 0;
   for (const auto& groups : lanes) {
     const auto span = [&](auto number) {
-      filter_span<P, decltype(number)::value, T, Combine>(
-          taps, all_taps, c, filter + groups.first * group_step, group_step, pixel_step, groups,
-          channel + c * (all_taps + 1), output_min, out + c, out_step, channels - c);
+      constexpr int N = decltype(number)::value;
+      if constexpr (N <= L)
+        filter_span<P, N, T, Combine>(taps, all_taps, c, filter + groups.first * group_step,
+                                      group_step, pixel_step, groups, channel + c * (all_taps + 1),
+                                      output_min, out + c, out_step, channels - c);
     };
     switch (groups.count) {
       case 2:
@@ -350,10 +352,10 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
         span(std::integral_constant<int, 4>());
         break;
       case 6:
-        if constexpr (L > 6) span(std::integral_constant<int, 6>());
+        span(std::integral_constant<int, 6>());
         break;
       case 8:
-        if constexpr (L >= 8) span(std::integral_constant<int, 8>());
+        span(std::integral_constant<int, 8>());
         break;
       default:
         span(std::integral_constant<int, 0>());

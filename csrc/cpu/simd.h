@@ -62,17 +62,33 @@ DDF_INLINE To bit_cast(const From& from) {
 DDF_INLINE float widen(float x) { return x; }
 DDF_INLINE double widen(double x) { return x; }
 DDF_INLINE float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-DDF_INLINE float widen(Half x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t exponent = (x.bits >> 10) & 0x1f;
-  const uint32_t mantissa = x.bits & 0x3ff;
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24
-    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
-  }
-  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
-  return bit_cast<float>(sign | wide << 23 | mantissa << 13);
+// Conversions between the bits of a Half in the lower part of each lane and float.
+template <int N>
+DDF_INLINE Vector<float, N> widen_halves(Vector<int32_t, N> bits) {
+  const auto magnitude = (bits & 0x7fff) << 13;
+  const auto subnormal = __builtin_convertvector(bits & 0x3ff, Vector<float, N>) * 0x1p-24f;
+  const auto normal = magnitude + (112 << 23), not_finite = magnitude + (224 << 23);
+  const auto chosen = magnitude < 1 << 23    ? bit_cast<Vector<int32_t, N>>(subnormal)
+                      : magnitude < 31 << 23 ? normal
+                                             : not_finite;
+  return bit_cast<Vector<float, N>>(chosen | (bits & 0x8000) << 16);
 }
+template <int N>
+DDF_INLINE Vector<int32_t, N> narrow_to_halves(Vector<float, N> v) {
+  const auto bits = bit_cast<Vector<int32_t, N>>(v);
+  const auto magnitude = bits & 0x7fffffff;
+  const auto normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 leaves the rounded mantissa in the low bits.
+  const auto sum = bit_cast<Vector<float, N>>(magnitude) + 0.5f;
+  const auto subnormal = bit_cast<Vector<int32_t, N>>(sum) - 0x3f000000;
+  const auto not_finite = ((magnitude > 0x7f800000) & 0x200) | 0x7c00;
+  const auto chosen = magnitude < 0x38800000   ? subnormal
+                      : magnitude < 0x477ff000 ? normal
+                                               : not_finite;
+  return chosen | (bits >> 16 & 0x8000);
+}
+
+DDF_INLINE float widen(Half x) { return widen_halves<1>(Vector<int32_t, 1>{x.bits})[0]; }
 
 template <class T>
 DDF_INLINE T narrow(Accumulate<T> x) {
@@ -81,18 +97,7 @@ DDF_INLINE T narrow(Accumulate<T> x) {
     if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
   } else if constexpr (std::is_same_v<T, Half>) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t sign = (bits >> 16) & 0x8000;
-    const uint32_t magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-    if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
-    if (magnitude < 0x38800000) {
-      // Subnormal: adding 0.5 leaves the rounded mantissa in the low bits.
-      const uint32_t rounded = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f);
-      return {static_cast<uint16_t>(sign | (rounded - 0x3f000000))};
-    }
-    const uint32_t odd = (magnitude >> 13) & 1;
-    return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13))};
+    return {static_cast<uint16_t>(narrow_to_halves<1>(Vector<float, 1>{x})[0])};
   } else {
     return x;
   }
@@ -138,9 +143,9 @@ DDF_INLINE Vector<Accumulate<T>, N> load(const T* from) {
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
     }
 #endif
-    Vector<float, N> v{};
-    for (int i = 0; i < N; ++i) v[i] = widen(from[i]);
-    return v;
+    Vector<uint16_t, N> bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return widen_halves<N>(__builtin_convertvector(bits, Vector<int32_t, N>));
   }
 }
 
@@ -182,7 +187,8 @@ DDF_INLINE void store(T* to, Vector<Accumulate<T>, N> v) {
       return;
     }
 #endif
-    for (int i = 0; i < N; ++i) to[i] = narrow<T>(v[i]);
+    const auto narrowed = __builtin_convertvector(narrow_to_halves<N>(v), Vector<uint16_t, N>);
+    std::memcpy(to, &narrowed, sizeof(narrowed));
   }
 }
 
