@@ -89,7 +89,7 @@ def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, e
     # constant filters would be 0 / 0.
     eps = max(eps, 1e-20)
     deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5 / eps))
-    out = op.Div(out, op.Mul(op.Add(deviation, number(1.0)), number(eps / scale)))
+    out = op.Mul(out, op.Div(number(scale / eps), op.Add(deviation, number(1.0))))
     if filters > 1:
         out = op.Reshape(out, op.Shape(x))
     per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
