@@ -313,9 +313,18 @@ def count_kernels(library: Path) -> int:
 
 def build_command() -> type:
     """torch's build_ext, but skips a library that fails to compile unless the ops are required."""
+    from setuptools.command.build import build as Build
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOps(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:
+                # Not its temporary folder, so that the next build compiles only what has changed.
+                build = Build(self.distribution)
+                build.ensure_finalized()
+                self.build_temp = build.build_temp
+
         def run(self) -> None:
             # Wheels include all libraries in this folder, which may be from an earlier build.
             for old in Path(self.build_lib, "ddf_mm").glob("_C*.so"):

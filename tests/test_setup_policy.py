@@ -261,6 +261,16 @@ class TestCompileFailure:
         Path(line.partition("; the log is ")[2]).unlink()
         assert not library.exists()
 
+    def test_wheel_takes_the_objects_of_the_editable_install(self, project):
+        lines_of(build(project, hook="build_editable"))
+        (compiled,) = project.glob("build/temp.*/csrc/cpu/kernel.o")
+        before = compiled.stat().st_mtime_ns
+        lines_of(build(project))
+        assert compiled.stat().st_mtime_ns == before
+        add_source(project, "csrc/cpu/kernel.cpp", TRIVIAL + "\n")
+        lines_of(build(project))
+        assert compiled.stat().st_mtime_ns > before
+
     def test_demanded_ops_are_an_error(self, project):
         add_source(project, "csrc/cpu/kernel.cpp", BROKEN)
         result = build(project, DDF_MM_WITH_OPS="1")

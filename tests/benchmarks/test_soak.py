@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system 
 
 def test_soak(tmp_path):
     result = subprocess.run(
-        [sys.executable, SCRIPT],
+        [sys.executable, SCRIPT, "--steps", "500"],
         cwd=tmp_path,
         env=tool_environment(tmp_path),
         capture_output=True,
@@ -26,7 +26,7 @@ def test_soak(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("steps 2000, backend ")
+    assert result.stdout.startswith("steps 500, backend ")
 
 
 def test_growth_is_found():
