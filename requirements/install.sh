@@ -15,8 +15,9 @@ die() {
   exit 1
 }
 
+# Bytecode is not compiled in CI, which imports a small part of all modules.
 pip_install() {
-  "$py" -m pip install "$@"
+  "$py" -m pip install ${CI:+--no-compile} "$@"
 }
 
 make_venv() {
