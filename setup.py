@@ -247,7 +247,7 @@ def plan_ops() -> tuple[list[Extension], str]:
     link = []
     if sanitize:
         link = [f"-fsanitize={sanitize}"]
-        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-DDDF_SANITIZED", *link]
+        cxx += ["-Og", "-g1", "-fno-omit-frame-pointer", "-DDDF_SANITIZED", *link]
         # Save most of the compile time: calls in place of inline checks, and no checks of what
         # AddressSanitizer checks as well.
         cxx += ["--param", "asan-instrumentation-with-call-threshold=0"]

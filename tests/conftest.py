@@ -13,7 +13,7 @@ import torch
 
 # The library of cuda_host/emulated.py, if the tests of CUDA are to run on the devices made there.
 CUDA_ON_HOST = os.environ.get("DDF_MM_TEST_CUDA_ON_HOST")
-CASES_ON_HOST = int(os.environ.get("DDF_MM_TEST_CASES_ON_HOST", "8"))
+CASES_ON_HOST = int(os.environ.get("DDF_MM_TEST_CASES_ON_HOST", "4"))
 if CUDA_ON_HOST:
     from cuda_host import emulated
 
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: no emulated CUDA device does for it")
     config.addinivalue_line("markers", "slow: left out by `make test-fast`")
     config.addinivalue_line(
-        "markers", "kernels: numbers of the compiled kernels, the same with every torch"
+        "markers", "any_torch: the same with every torch, whose version it does not depend on"
     )
 
 
@@ -83,7 +83,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def sample_for_the_host(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Some cases of each test that needs a CUDA device: the host takes its time for all."""
+    """Some cases of each test that needs a CUDA device: the host takes its time for all. The tests
+    of the emulation all run."""
     cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("cuda") and not item.get_closest_marker("gpu"):
@@ -91,7 +92,11 @@ def sample_for_the_host(items: list[pytest.Item]) -> list[pytest.Item]:
     return [
         item
         for name, all_of_one in cases.items()
-        for item in Random(name).sample(all_of_one, min(CASES_ON_HOST, len(all_of_one)))
+        for item in (
+            all_of_one
+            if "emulated_cases" in name
+            else Random(name).sample(all_of_one, min(CASES_ON_HOST, len(all_of_one)))
+        )
     ]
 
 

@@ -19,15 +19,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = {
     "carafe": "carafe_forward_impl: implementation for device cpu not found",
     "grounding_dino": "fairscale",
-    "guided_anchoring": "masked_im2col_forward_impl: implementation for device cpu not found",
     "mask2former_vis": "Only support the 4 dims when use",
     "nas_fcos": "batch_norm eps must be positive",
 }
-# Folders with the models of other folders, trained on other data or for longer.
-SAME_MODELS = {
+# Folders with the models of other folders, trained on other data or for longer; and
+# guided_anchoring, which also fails with the stock backbone, after 40 seconds.
+LEFT_OUT = {
     "albu_example",
     "cityscapes",
     "deepfashion",
+    "guided_anchoring",
     "instaboost",
     "legacy_1.x",
     "lvis",
@@ -59,7 +60,7 @@ MMSEG = {
 }
 # One family of each kind for the other two swaps.
 FEW = ("mask_rcnn", "retinanet", "deformable_detr", "deeplabv3")
-FAMILIES = [("mmdet", family) for family in tool.families("mmdet") if family not in SAME_MODELS]
+FAMILIES = [("mmdet", family) for family in tool.families("mmdet") if family not in LEFT_OUT]
 FAMILIES += [("mmseg", family) for family in tool.families("mmseg") if family in MMSEG]
 CASES = [(toolbox, family, "mul") for toolbox, family in FAMILIES]
 CASES += [(*case, swap) for case in FAMILIES if case[1] in FEW for swap in ("add", "dcn")]

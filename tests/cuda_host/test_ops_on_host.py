@@ -31,16 +31,16 @@ from ddf_mm.ops import nvrtc
 TESTS = HERE.parent
 # Files with CUDA tests, and the least number of cases that must run with kernels by name.
 FILES = {
-    "ops/test_ddf.py": 30,
-    "ops/test_up.py": 35,
-    "ops/test_filter_norm.py": 8,
-    "ops/test_pack.py": 40,
-    "ops/test_compiled.py": 60,
+    "ops/test_ddf.py": 20,
+    "ops/test_up.py": 20,
+    "ops/test_filter_norm.py": 4,
+    "ops/test_pack.py": 24,
+    "ops/test_compiled.py": 36,
     "ops/test_sweep.py": 2,
-    "ops/test_direct_calls.py": 40,
+    "ops/test_direct_calls.py": 24,
     "layers/test_packs.py": 20,
-    "layers/test_fold.py": 5,
-    "cuda_host/emulated_cases.py": 10,
+    "layers/test_fold.py": 4,
+    "cuda_host/emulated_cases.py": 20,
 }
 
 pytestmark = [
@@ -181,7 +181,7 @@ def test_cuda_tests_pass_with_kernels_by_name(results_by_name, file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_cuda_tests_pass_on_emulated_devices(results, file):
-    check(results[file], FILES[file] // 4)
+    check(results[file], FILES[file] // 2)
 
 
 GUARD = "const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());"

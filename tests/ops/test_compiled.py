@@ -52,7 +52,7 @@ def device(device: str) -> str:
     return device
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1), (7, 2)])
@@ -64,7 +64,7 @@ def test_every_width(k, stride, layout, dtype, device):
         check_against_reference([layout(t) for t in tensors], (k, 1, stride))
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
@@ -83,7 +83,7 @@ def test_every_number_of_channels(k, stride, layout, dtype, device):
         check_against_reference([layout(t) for t in tensors], (k, 1, stride))
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (3, 3), (5, 1), (5, 2), (7, 1)])
 def test_planes_larger_than_a_block(k, stride, layout, device):
@@ -94,7 +94,7 @@ def test_planes_larger_than_a_block(k, stride, layout, device):
     check_against_reference([layout(t) for t in tensors], (k, 1, stride))
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("channels, groups, k, s", [(2, 1, 3, 8), (6, 2, 3, 3), (40, 1, 5, 2)])
@@ -619,6 +619,7 @@ def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TOTAL = 2 * 2 * 49.0  # two calls, two channels, 49 taps inside
 
 
+@pytest.mark.any_torch
 def test_the_reference_can_be_forced():
     folder = Path(sys.modules["ddf_mm"].__file__).parents[1]
     at_import, at_use, info, total = use_in_another_process(folder, DDF_MM_FORCE_REFERENCE="1")
@@ -628,6 +629,7 @@ def test_the_reference_can_be_forced():
     assert total == TOTAL
 
 
+@pytest.mark.any_torch
 def test_one_warning_without_the_library(without_library):
     at_import, at_use, info, total = use_in_another_process(without_library)
     assert at_import == []
@@ -644,11 +646,13 @@ def test_warnings_point_at_the_code_that_called_torch():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.any_torch
 def test_no_warning_when_the_reference_is_wanted(without_library):
     at_import, at_use, _, _ = use_in_another_process(without_library, DDF_MM_FORCE_REFERENCE="1")
     assert at_import == at_use == []
 
 
+@pytest.mark.any_torch
 def test_a_library_that_does_not_load_costs_a_warning_only(without_library, tmp_path):
     shutil.copytree(without_library / "ddf_mm", tmp_path / "ddf_mm")
     (tmp_path / "ddf_mm" / "_C.abi3.so").write_text("no library")
@@ -678,6 +682,7 @@ def site(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("safe_path", ["", "1"])
 def test_the_libraries_of_an_install_serve_in_its_source_folder(source, site, safe_path):
     at_import, at_use, info, total = use_in_another_process(
@@ -688,6 +693,7 @@ def test_the_libraries_of_an_install_serve_in_its_source_folder(source, site, sa
     assert total == TOTAL
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize(
     "changed", ["ddf_mm/version.py", "ddf_mm/layers/new.py", "csrc/cpu/ops.cpp"]
 )
@@ -704,6 +710,7 @@ def test_an_install_of_other_sources_is_named(source, site, changed):
     assert total == TOTAL
 
 
+@pytest.mark.any_torch
 def test_a_source_folder_that_was_never_installed_says_what_to_do(source):
     package = Path("ddf_mm", "__init__.py")
     if any((Path(entry) / package).is_file() for entry in getsitepackages()):

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("name", smaller_instruction_sets())
 def test_passes_the_same_tests(name):
     require_compiled("cpu")

@@ -240,6 +240,7 @@ def test_nor_is_a_user_without_a_home(compiled, monkeypatch):
         nvrtc.keep_kernel("a<float>", 90)
 
 
+@pytest.mark.any_torch
 @pytest.mark.slow
 @needs_nvrtc
 def test_eight_processes_at_once(cache):

@@ -106,7 +106,7 @@ def test_equals_the_ops_one_after_the_other(case, layout, dtype, device):
         check(tensors, k, dilation, stride, combine)
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
@@ -116,7 +116,7 @@ def test_every_width(k, stride, layout, dtype, device):
         check(tensors, k, 1, stride, options=[(1, 1, 1)])
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("channels, size", [(3, (70, 90)), (520, (4, 6)), (64, (33, 31))])
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])

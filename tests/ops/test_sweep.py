@@ -150,7 +150,7 @@ def finite_terms(tensors: list[Tensor | None], grad: Tensor, case: Case) -> list
     return counts
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.slow
 @given(
     case=cases(least_batch=1),
@@ -189,7 +189,7 @@ def compiled_for_the_cpu() -> None:
     require_compiled("cpu")
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_for_the_cpu")
 @given(case=cases(least_batch=1))

@@ -90,7 +90,7 @@ def test_equals_the_reference(case, layout, dtype, device):
         assert layout(out).stride() == out.stride()
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("scale", [2, 3])
@@ -103,7 +103,7 @@ def test_sizes_around_whole_vectors(scale, layout, dtype, device):
         check(tensors, (3, scale), padding="valid")
 
 
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 def test_planes_larger_than_a_block(layout, device):
     tensors = make(1, 9, (41, 131), dtype=torch.float32, device=device)
@@ -178,7 +178,7 @@ def test_result_does_not_depend_on_the_number_of_threads(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.kernels
+@pytest.mark.any_torch
 @pytest.mark.parametrize("isa", smaller_instruction_sets())
 def test_smaller_instruction_sets(isa):
     name = "test_sizes_around_whole_vectors or test_each_gradient_alone"
