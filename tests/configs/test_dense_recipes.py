@@ -226,8 +226,12 @@ def shrink(cfg: Config) -> Config:
     return cfg
 
 
+# Those of depth 101 differ by the depth alone, which one of them shows.
+TRAINED = [recipe for recipe in RECIPES if "r101" not in recipe or "retinanet" in recipe]
+
+
 @pytest.mark.usefixtures("_panopticapi")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_trains_and_tests(recipe, data, tmp_path, monkeypatch):
     depth, ddf_neck = RECIPES[recipe]
     monkeypatch.chdir(data)
