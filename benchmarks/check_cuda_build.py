@@ -292,11 +292,15 @@ COSTS = ("spilled bytes", "stack bytes", "instructions", "waits", "conflict", "c
 CAPACITIES = ("warps", "loads in flight")
 
 
+def resident_warps(registers: int) -> int:
+    """How many warps of a kernel the registers of a multiprocessor are enough for."""
+    # They are allocated to a warp in units of 256.
+    return min(64, 65536 // (-(-registers // 8) * 8 * 32))
+
+
 def measure(usage: Usage, loop: Sequence[str], conflicts: tuple[int, int]) -> dict[str, int]:
     """The gates of a kernel."""
     loads, waits = memory_parallelism(loop)
-    # Registers are allocated to a warp in units of 256.
-    warps = min(64, 65536 // (-(-usage.registers // 8) * 8 * 32))
     return {
         "registers": usage.registers,
         "spilled bytes": usage.spilled_bytes,
@@ -305,7 +309,7 @@ def measure(usage: Usage, loop: Sequence[str], conflicts: tuple[int, int]) -> di
         "waits": waits,
         "conflict": conflicts[0],
         "conflicts %": conflicts[1],
-        "warps": warps,
+        "warps": resident_warps(usage.registers),
         "loads in flight": loads,
     }
 
