@@ -52,7 +52,7 @@ if [ "$torch" = floor-torch ]; then
   exit
 fi
 
-# As `make wheel` compiles it. build/temp.* keeps what is compiled here for the next wheel.
+# As `make wheel` compiles it, from the objects that the install in VENV left in build/temp.*.
 (cd "$root" &&
   TORCH_CUDA_ARCH_LIST=none DDF_MM_WITH_OPS=1 "$build" -m pip wheel -q --no-build-isolation --no-deps -w "$folder" .)
 install "$folder"/ddf_mm-*.whl

@@ -211,6 +211,7 @@ def _onnx_3x3(x: Any, per_channel: Any, per_pixel: Any, weighted: Callable[..., 
         rows = [moved(row, offset, 0) for row, offset in zip(rows, offsets, strict=True)]
         weights.append([tap for row in rows for tap in op.Split(row, axis=1, num_outputs=3)])
     terms = [weighted(columns[tap % 3], *(side[tap] for side in weights)) for tap in range(9)]
+    # All additions last, as above.
     sums = [functools.reduce(op.Add, terms[first : first + 3]) for first in (0, 3, 6)]
     moves = [moved(row, -offset, 0) for row, offset in zip(sums, offsets, strict=True)]
     return functools.reduce(op.Add, moves)
