@@ -108,11 +108,6 @@ struct Taps {
   std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
 };
 
-// Steps in a spatial filter from the first tap of a strip's first pixel.
-struct SpatialSteps {
-  int64_t row, column, pixel;  // to the next row and column of taps, and to the next pixel
-};
-
 // Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip
 // (own_filter, forward) or those that the taps connect to (grad_features).
 template <class T>
@@ -156,16 +151,6 @@ struct Gather {
       for (int p = 0; p < P; ++p) to[p] = widen(filter[taps.filter[u] + p * step]);
   }
 
-  // For a 3x3 filter with these strides: the first tap of the pixel at (row, column), whose taps
-  // all lie inside the image, and the steps to the others.
-  template <class F>
-  std::pair<const F*, SpatialSteps> interior_3x3(const F* filter, const SpatialStrides& s,
-                                                 int64_t row, int64_t column) const {
-    if (own_filter) return {filter + row * s.row + column * s.column, {3 * s.tap, s.tap, s.column}};
-    return {filter + 8 * s.tap + (row - 1) * s.row + (column - 1) * s.column,
-            {s.row - 3 * s.tap, s.column - s.tap, s.column}};
-  }
-
   // The spatial filter of a group of one of batch * subpixels images.
   const T* filter_of(int64_t image, int64_t group) const {
     return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
@@ -180,17 +165,17 @@ template <class T>
 void fill_channel_blocks(Accumulate<T>* to, int64_t block_taps, const Geometry& g, const T* filter,
                          int64_t image, int64_t channel0, int64_t channel1, bool reversed,
                          Accumulate<T> neutral) {
-  constexpr int L = kLanes<Accumulate<T>>;
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
   const int64_t taps = g.taps();
   for (int64_t c = channel0; c < channel1; c += L, to += block_taps * L) {
     const int64_t lanes = std::min<int64_t>(L, channel1 - c);
-    if (lanes < L || filter == nullptr) std::fill(to, to + taps * L, lanes < L ? 0 : neutral);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const T* from = filter + (image * g.channels + c + lane) * taps;
-      Accumulate<T>* line = to + lane + (reversed ? (taps - 1) * L : 0);
-      const int64_t step = reversed ? -L : L;
-      for (int64_t t = 0; t < taps; ++t, line += step) *line = filter ? widen(from[t]) : neutral;
-    }
+    if (lanes < L) std::fill(to, to + taps * L, A(0));
+    if (filter)
+      transpose(reversed ? to + (taps - 1) * L : to, reversed ? -L : L,
+                filter + (image * g.channels + c) * taps, taps, lanes, taps);
+    else
+      for (int64_t t = 0; t < taps; ++t) std::fill_n(to + t * L, lanes, neutral);
   }
 }
 
@@ -364,43 +349,84 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
   }
 }
 
-// The same for a 3x3 filter inside the image, whose pixels are loaded once for all taps. `pixels`
-// is the first channel of the first pixel that the strip reads, `line` the step to the next row.
-template <int P, class T, class Combine, class F>
-DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line, const F* spatial,
-                                 const SpatialSteps& steps, const Accumulate<T>* channel,
+// Where the pixels of a row find the taps of a 3x3 window in a spatial filter: their own
+// (own_filter, forward) or those of the pixels in the window, in reverse order (grad_features).
+struct Taps3x3 {
+  int64_t first;               // the first tap of the row's first pixel
+  int64_t row, column, pixel;  // steps to the next row and column of taps, and to the next pixel
+
+  Taps3x3(bool own_filter, const SpatialStrides& s, int64_t at)
+      : first(own_filter ? at * s.row : 8 * s.tap + (at - 1) * s.row - s.column),
+        row(own_filter ? 3 * s.tap : s.row - 3 * s.tap),
+        column(own_filter ? s.tap : s.column - s.tap),
+        pixel(s.column) {}
+};
+
+// The pixels that a strip of 3x3 windows reads: the first one, the steps in a row and to the next
+// row, and which rows and columns lie outside the image.
+template <class T>
+struct Windows3x3 {
+  const T* pixels;
+  int64_t advance, line;
+  bool above, below, left, right;
+
+  bool is_edge() const { return above || below || left || right; }
+  bool has_row(int r) const { return !(r == 0 ? above : r == 2 && below); }
+};
+
+// The same for 3x3 windows, whose pixels are loaded once for the three taps of a row. The value of
+// tap (r, x) for pixel p is spatial[r * spatial_row + x * kColumn + p * 9].
+template <int P, int kColumn, bool kIsEdge, class T, class Combine>
+DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<T>* spatial,
+                                 int64_t spatial_row, const Accumulate<T>* channel,
                                  Accumulate<T> output_min, T* out, int64_t out_step,
                                  int64_t count) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  A values[9 * P];
-  for (int r = 0; r < 3; ++r)
-    for (int x = 0; x < 3; ++x)
-      for (int p = 0; p < P; ++p)
-        values[(r * 3 + x) * P + p] =
-            widen(spatial[r * steps.row + x * steps.column + p * steps.pixel]);
+  // x86 addresses scale an index by 1, 2, 4 or 8 only.
+  const int64_t advance = windows.advance;
+  int64_t steps[P + 2] = {0, advance, 2 * advance};
+  DDF_UNROLL
+  for (int q = 3; q < P + 2; ++q) {
+    steps[q] = q * advance;
+    DDF_OPAQUE(steps[q]);
+  }
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
     const A* block = channel + c * 10;
+    const T* row = windows.pixels + c;
     const V bias = load<L>(block + 9 * L);
     V sums[P];
     DDF_UNROLL
     for (int p = 0; p < P; ++p) sums[p] = bias;
+    // What the next strip writes, and reads in the last row, if a cache line starts at c. Other
+    // rows are in the cache.
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (L >= kLine || c % kLine == 0) {
+      DDF_UNROLL
+      for (int p = 0; p < P; ++p) {
+        __builtin_prefetch(out + c + (P + p) * out_step, 1);
+        __builtin_prefetch(row + 2 * windows.line + (P + 1 + p) * advance);
+      }
+    }
     DDF_UNROLL
-    for (int p = 0; p < P; ++p) __builtin_prefetch(pixels + 2 * line + c + (P + 2 + p) * advance);
-    DDF_UNROLL
-    for (int r = 0; r < 3; ++r) {
+    for (int r = 0; r < 3; ++r, row += windows.line) {
+      if (kIsEdge && !windows.has_row(r)) continue;
       V tap[3];
       DDF_UNROLL
       for (int x = 0; x < 3; ++x) tap[x] = load<L>(block + (r * 3 + x) * L);
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
-        const V value = load_first<L>(pixels + r * line + c + q * advance, room);
+        if (kIsEdge && (q == 0 ? windows.left : q == P + 1 && windows.right)) continue;
+        V value = load_first<L>(row + steps[q], room);
+        DDF_OPAQUE_VECTOR(value);
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
-          if (const int p = q - x; p >= 0 && p < P)
-            sums[p] += value * Combine::weight(tap[x], splat<A, L>(values[(r * 3 + x) * P + p]));
+          if (const int p = q - x; p >= 0 && p < P) {
+            const A* weight = spatial + r * spatial_row + x * kColumn + p * 9;
+            sums[p] += value * Combine::weight(tap[x], splat<A, L>(*weight));
+          }
       }
     }
     DDF_UNROLL
@@ -412,28 +438,54 @@ DDF_INLINE void filter_strip_3x3(const T* pixels, int64_t advance, int64_t line,
   if (c < count) filter(c, std::false_type());
 }
 
-// A row of a 3x3 filter except for its first and last pixel. `pixels` is the first pixel of the
-// previous row, `spatial` the first tap of the filter of the second pixel.
+// A row of `columns` pixels, at least kStrip; `windows` are those of its first strip.
 template <class T, class Combine, class F>
-__attribute__((noinline)) void filter_row_3x3(const T* pixels, int64_t channels, const F* spatial,
-                                              const SpatialSteps& steps,
-                                              const Accumulate<T>* channel,
+__attribute__((noinline)) void filter_row_3x3(Windows3x3<T> windows, const F* filter,
+                                              const Taps3x3& taps, const Accumulate<T>* channel,
                                               Accumulate<T> output_min, T* out, int64_t out_step,
                                               int64_t columns, int64_t count) {
-  const auto strip = [&](int64_t column, auto pixels_of_strip) __attribute__((always_inline)) {
-    filter_strip_3x3<decltype(pixels_of_strip)::value, T, Combine>(
-        pixels + (column - 1) * channels, channels, columns * channels,
-        spatial + (column - 1) * steps.pixel, steps, channel, output_min, out + column * out_step,
-        out_step, count);
+  using A = Accumulate<T>;
+  const T* const first_pixels = windows.pixels;
+  const auto filter_strip = [&](int64_t column, auto number) __attribute__((always_inline)) {
+    constexpr int P = decltype(number)::value;
+    windows.pixels = first_pixels + column * windows.advance;
+    windows.left = column == 0;
+    windows.right = column + P == columns;
+    const int64_t first = taps.first + column * taps.pixel;
+    const auto filter_by = [&](const A* spatial, int64_t spatial_row,
+                               auto tap_column) __attribute__((always_inline)) {
+      const auto filter = [&](auto is_edge) __attribute__((always_inline)) {
+        filter_strip_3x3<P, decltype(tap_column)::value, decltype(is_edge)::value, T, Combine>(
+            windows, spatial, spatial_row, channel, output_min, out + column * out_step, out_step,
+            count);
+      };
+      if (P < kStrip || windows.is_edge())
+        filter(std::true_type());
+      else
+        filter(std::false_type());
+    };
+    if constexpr (std::is_same_v<F, A>) {
+      // The taps of one group in a channels_last filter, in order and in reverse order.
+      if (taps.pixel == 9 && taps.column == 1)
+        return filter_by(filter + first, taps.row, std::integral_constant<int, 1>());
+      if (taps.pixel == 9 && taps.column == 8)
+        return filter_by(filter + first, taps.row, std::integral_constant<int, 8>());
+    }
+    A values[9 * P] = {};
+    for (int r = 0; r < 3; ++r)
+      for (int p = 0; p < P && windows.has_row(r); ++p)
+        for (int x = 0; x < 3; ++x)
+          // Taps outside the image may lie outside the filter.
+          if (!(p + x == 0 && windows.left) && !(p + x == P + 1 && windows.right))
+            values[p * 9 + r * 3 + x] =
+                widen(filter[first + p * taps.pixel + r * taps.row + x * taps.column]);
+    filter_by(values, 3, std::integral_constant<int, 1>());
   };
-  int64_t column = 1;
-  for (; column + kStrip < columns; column += kStrip)
-    strip(column, std::integral_constant<int, kStrip>());
-  if (column + 2 < columns) {
-    strip(column, std::integral_constant<int, 2>());
-    column += 2;
-  }
-  if (column + 1 < columns) strip(column, std::integral_constant<int, 1>());
+  // The last strip may compute pixels of the one before it again.
+  int64_t column = 0;
+  for (; column + 2 < columns; column += kStrip)
+    filter_strip(std::min(column, columns - kStrip), std::integral_constant<int, kStrip>());
+  if (column < columns) filter_strip(columns - 2, std::integral_constant<int, 2>());
 }
 
 // FilterNorm of the channel blocks of channels [channel0, channel1); stores the bias after the taps
@@ -463,6 +515,78 @@ void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t ta
     standardize<A, L>(to + j, taps, pitch, pack.eps, pack.spatial_scale);
 }
 
+// Whether filter_3x3_channels_last supports forward and grad_features.
+inline bool is_3x3(const Geometry& g, bool own_filter) {
+  return g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid && g.width >= kStrip &&
+         (own_filter || g.scale == 1);
+}
+
+// Forward (own_filter) and grad_features of 3x3 windows: each pixel of `to` gathers from `from`.
+template <class T, class Combine>
+void filter_3x3_channels_last(const Geometry& g, bool own_filter, const T* channel_filter,
+                              const T* spatial_filter, const SpatialStrides& strides, const T* from,
+                              T* to, const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t rows = g.height, columns = g.width, pitch = round_up(columns, L);
+  const int64_t block = round_up(g.group_channels, L) * 10;
+  const A neutral = A(Combine::kNeutral);
+  parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
+    Scratch<A> channel(g.subpixels() * g.groups * block);
+    // A row of a group's normalized spatial filter, [taps][pitch].
+    Scratch<A> normalized(pack.normalize ? 9 * pitch : 0);
+    int64_t filled = -1;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t image = index / rows, row = index % rows;
+      const auto filter_of = [&](int64_t subpixel, int64_t group) {
+        return spatial_filter + strides.start(image * g.subpixels() + subpixel, g.subpixels()) +
+               group * 9 * strides.tap;
+      };
+      for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
+        for (int64_t group = 0; group < g.groups; ++group) {
+          const int64_t first = group * g.group_channels, last = first + g.group_channels;
+          A* const to_group = channel + (r * g.groups + group) * block;
+          fill_channel_blocks(to_group, 10, g, channel_filter, image * g.subpixels() + r, first,
+                              last, !own_filter, neutral);
+          normalize_channel_blocks(to_group, 9, first, last, pack);
+        }
+      filled = image;
+      for (int64_t r = 0; r < g.subpixels(); ++r)
+        for (int64_t group = 0; group < g.groups; ++group) {
+          const int64_t first = group * g.group_channels;
+          const Windows3x3<T> windows{from + ((index - 1) * columns - 1) * g.channels + first,
+                                      g.channels,
+                                      columns * g.channels,
+                                      row == 0,
+                                      row + 1 == rows,
+                                      true,
+                                      true};
+          const auto filter_row =
+              [&](const auto* filter, const SpatialStrides& strides)
+                  __attribute__((always_inline)) {
+                    filter_row_3x3<T, Combine>(
+                        windows, filter, Taps3x3(own_filter, strides, row),
+                        channel + (r * g.groups + group) * block, pack.output_min,
+                        to +
+                            ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) *
+                                g.channels +
+                            first,
+                        g.scale * g.channels, columns, g.group_channels);
+                  };
+          if (pack.normalize) {
+            normalize_row(normalized.get(), pitch, columns, 9,
+                          filter_of(r, group) + row * strides.row, strides, pack);
+            filter_row(static_cast<const A*>(normalized), SpatialStrides{0, 0, pitch, 0, 1});
+          } else if (spatial_filter) {
+            filter_row(filter_of(r, group), strides);
+          } else {
+            filter_row(&neutral, SpatialStrides{0, 0, 0, 0, 0});
+          }
+        }
+    }
+  });
+}
+
 // Forward and grad_features: each pixel of `to` gathers from `from`.
 template <class T, class Combine>
 void filter_channels_last(const Gather<T>& gather, const T* channel_filter, const T* from,
@@ -484,8 +608,6 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
   std::vector<LaneGroups<A>> lanes;
   for (int64_t c = 0; is_spanning && c < g.channels; c += L)
     lanes.push_back(LaneGroups<A>::of_vector(g, c));
-  const bool has_interior_3x3 = !is_spanning && g.kernel == 3 && g.dilation == 1 && g.stride == 1 &&
-                                !g.is_valid && all_taps == 9 && columns > 2;
   parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
     Taps<T> taps(all_taps);
     const int64_t block = round_up(section_channels, L) * (all_taps + 1);
@@ -512,31 +634,12 @@ void filter_channels_last(const Gather<T>& gather, const T* channel_filter, cons
         normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
                       gather.filter_of(image, group) + row * gather.strides.row, gather.strides,
                       pack);
-      const bool is_interior_row = has_interior_3x3 && row > 0 && row + 1 < rows;
       const auto out_of = [&](int64_t r, int64_t column) {
         return to + ((index * scale + r / scale) * scale * columns + column * scale + r % scale) *
                         g.channels;
       };
-      for (int64_t r = 0; is_interior_row && r < subpixels; ++r)
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const int64_t first = group * g.group_channels;
-          const auto filter_interior = [&](const auto& start) __attribute__((always_inline)) {
-            filter_row_3x3<T, Combine>(
-                pixels + (row - 1) * columns * g.channels + first, g.channels, start.first,
-                start.second, channel + (r * g.groups + group) * block, pack.output_min,
-                out_of(r, 0) + first, scale * g.channels, columns, g.group_channels);
-          };
-          if (pack.normalize)
-            filter_interior(gather.interior_3x3(normalized + group * 9 * pitch,
-                                                SpatialStrides{0, 0, pitch, 0, 1}, row, 1));
-          else if (const T* filter = gather.filter_of(image * g.subpixels() + r, group))
-            filter_interior(gather.interior_3x3(filter, gather.strides, row, 1));
-          else
-            filter_interior(std::pair(&neutral, SpatialSteps{0, 0, 0}));
-        }
       for (int64_t r = 0; r < subpixels; ++r)
         for (const auto& strip : strips) {
-          if (is_interior_row && strip.first > 0 && strip.first + 1 < columns) continue;
           const A* const blocks = channel + r * sections * block;
           const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
                                      const SpatialStrides& strides) __attribute__((always_inline)) {
@@ -589,6 +692,11 @@ Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
 template <class T, class Combine>
 void forward_channels_last(const Forward& f, bool is_spanning, ParallelFor run) {
   const Geometry& g = f.geometry;
+  if (!is_spanning && is_3x3(g, true))
+    return filter_3x3_channels_last<T, Combine>(
+        g, true, static_cast<const T*>(f.channel_filter), static_cast<const T*>(f.spatial_filter),
+        f.spatial_strides, static_cast<const T*>(f.features), static_cast<T*>(f.output),
+        TypedPackOptions<Accumulate<T>>(f.pack), run);
   const auto gather = gather_from_features<T>(f, g);
   filter_channels_last<T, Combine>(gather, static_cast<const T*>(f.channel_filter),
                                    static_cast<const T*>(f.features), g.height * g.width,
@@ -599,6 +707,11 @@ void forward_channels_last(const Forward& f, bool is_spanning, ParallelFor run) 
 template <class T, class Combine>
 void grad_features_channels_last(const Backward& b, bool is_spanning, ParallelFor run) {
   const Geometry& g = b.geometry;
+  if (!is_spanning && is_3x3(g, false))
+    return filter_3x3_channels_last<T, Combine>(
+        g, false, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.spatial_filter),
+        b.spatial_strides, static_cast<const T*>(b.grad), static_cast<T*>(b.grad_features),
+        TypedPackOptions<Accumulate<T>>(), run);
   const Gather<T> gather{g,
                          AxisTaps::to_output(g, g.height, g.out_height),
                          AxisTaps::to_output(g, g.width, g.out_width),

@@ -185,17 +185,11 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   const int64_t pitch = left + std::max(columns, right + blocks * L);
   Scratch<A> lines(longest * pitch);
   std::fill(lines.get(), lines + longest * pitch, neutral);
-  // Processors do not predict the next plane after a few lines of one.
-  constexpr int64_t kAhead = 8;
-  const bool is_fetched = filter && strides.column == 1 && count > kAhead &&
-                          (row1 - row0) * width * static_cast<int64_t>(sizeof(T)) < 1024;
   // The vectors of many taps are stored far apart, which is faster from a copy of the row: 49 taps
   // were faster without, 441 with it.
   const bool is_direct = strides.column == 1 && count < 128;
   for (int64_t first = 0, last = 0; first < count; first = last) {
     last = last_of_run(first);
-    if (is_fetched && first + kAhead < count)
-      prefetch_plane(taps[first + kAhead], row0, row1, filter, rows, columns, strides);
     for (int64_t row = row0; row < row1; ++row) {
       const int64_t from = row + taps[first].down;
       const bool is_inside = filter && from >= 0 && from < rows;
@@ -459,6 +453,12 @@ int64_t spatial_row_bytes(int64_t width, int64_t taps) {
          static_cast<int64_t>(sizeof(Accumulate<T>));
 }
 
+// Bytes of a tile of the spatial filter, in the L2 cache. For few channels it is read once, and
+// what counts is that each plane of the filter is read in long pieces.
+inline int64_t spatial_tile_bytes(const Geometry& g) {
+  return (g.group_channels <= kBlockChannels ? 768 : 256) * 1024;
+}
+
 // Tap t of subpixel r of the pixel `down` rows below and `right` columns beside the filtered one.
 inline Phase::Tap tap_of(const Geometry& g, const SpatialStrides& strides, int64_t r, int64_t t,
                          int64_t down, int64_t right) {
@@ -473,7 +473,7 @@ void forward_nchw(const Forward& f, ParallelFor run) {
                                 ? g.taps() + (g.scale > 1 ? g.scale * g.group_channels : 0)
                                 : g.subpixels() * g.taps();
   const Plan plan(g, spatial_row_bytes<T>(g.out_width, tile_taps),
-                  shared_row_bytes<T>(g, f.channels_last));
+                  shared_row_bytes<T>(g, f.channels_last), spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < g.scale; ++row)
@@ -507,7 +507,7 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.dilation = 1;
   padded_geometry.stride = g.scale;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()),
-                  shared_row_bytes<T>(g, b.channels_last));
+                  shared_row_bytes<T>(g, b.channels_last), spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   Phase phase{0, 0, {}, {}};
   for (int64_t r = 0; r < g.subpixels(); ++r)
@@ -543,7 +543,7 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = padded_geometry.stride = 1;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()),
-                  shared_row_bytes<T>(g, b.channels_last));
+                  shared_row_bytes<T>(g, b.channels_last), spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < std::min(g.stride, g.height); ++row)

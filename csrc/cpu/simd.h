@@ -14,6 +14,13 @@
 #endif
 // Hides how a value was computed, so that compilers keep it in a register.
 #define DDF_OPAQUE(value) asm("" : "+r"(value))
+#if defined(__x86_64__)
+#define DDF_OPAQUE_VECTOR(value) asm("" : "+v"(value))
+#elif defined(__aarch64__)
+#define DDF_OPAQUE_VECTOR(value) asm("" : "+w"(value))
+#else
+#define DDF_OPAQUE_VECTOR(value)
+#endif
 // Selects lanes of the concatenation of a and b by index.
 #if defined(__clang__) || __GNUC__ >= 12
 #define DDF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -653,18 +660,26 @@ struct Plan {
     int64_t image, tile, row0, row1, group, channel_block, channel0, channel1;
   };
 
-  // row_bytes: memory that a tile needs per row. A tile has as many rows as fit in the cache.
+  static constexpr int64_t kL1Bytes = 48 * 1024;
+
+  // row_bytes: memory that a tile needs per row. A tile has as many rows as fit in cache_bytes, but
+  // no more than in the L1 cache where there are too few groups to fill the items.
   // shared_row_bytes: a row of tensors in which the groups of a pixel are adjacent, so that the
   // groups of a tile use the same cache lines; 0 if they are not.
-  Plan(const Geometry& g, int64_t row_bytes, int64_t shared_row_bytes = 0) {
-    constexpr int64_t kTileBytes = 48 * 1024, kSharedBytes = 512 * 1024;
+  Plan(const Geometry& g, int64_t row_bytes, int64_t shared_row_bytes = 0,
+       int64_t cache_bytes = kL1Bytes) {
+    constexpr int64_t kSharedBytes = 512 * 1024;
     // Enough items for many cores, but each partial sum stays under 1 % of the unfolded features.
     constexpr int64_t kItems = 32, kSparse = 128;
-    int64_t fitting = std::max<int64_t>(1, kTileBytes / row_bytes);
-    if (shared_row_bytes && g.groups > 1)
-      fitting = std::clamp<int64_t>(kSharedBytes / shared_row_bytes, 1, fitting);
-    tiles = std::min(ceil_div(g.out_height, fitting),
-                     std::max<int64_t>(1, g.out_height * g.out_width / kSparse));
+    const auto tiles_in = [&](int64_t bytes) {
+      int64_t fitting = std::max<int64_t>(1, bytes / row_bytes);
+      if (shared_row_bytes && g.groups > 1)
+        fitting = std::clamp<int64_t>(kSharedBytes / shared_row_bytes, 1, fitting);
+      return std::min(ceil_div(g.out_height, fitting),
+                      std::max<int64_t>(1, g.out_height * g.out_width / kSparse));
+    };
+    tiles = std::max(tiles_in(cache_bytes),
+                     std::min(tiles_in(kL1Bytes), ceil_div(kItems, g.batch * g.groups)));
     rows = ceil_div(g.out_height, tiles);
     tiles = ceil_div(g.out_height, rows);
     const int64_t needed = ceil_div(kItems, g.batch * tiles * g.groups);
