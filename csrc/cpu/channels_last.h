@@ -864,6 +864,105 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   }
 }
 
+// The same for a strip of P pixels with 3x3 windows, one row of taps at a time, whose pixels are
+// loaded once. kIsEdge: the windows may reach over the ends of the row.
+template <int P, bool kIsEdge, int kPixel, class T, class Combine>
+DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  using V = Vector<A, L>;
+  // Sums of 3 x P taps, to a power of two.
+  constexpr int K = P == 1 ? 4 : P == 2 ? 8 : 16;
+  // Copies, which stores cannot change.
+  const int64_t advance = row.g.channels, width = row.g.out_width;
+  const int64_t channels = row.channels, dy_step = row.dy_step;
+  const bool left = column == 0, right = column + P == width;
+  // x86 addresses scale an index by 1, 2, 4 or 8 only.
+  int64_t steps[P + 2] = {0, advance, 2 * advance}, dy_step3 = 3 * dy_step;
+  DDF_OPAQUE(dy_step3);
+  DDF_UNROLL
+  for (int q = 3; q < P + 2; ++q) {
+    steps[q] = q * advance;
+    DDF_OPAQUE(steps[q]);
+  }
+  const T* const dy = row.dy + column * dy_step;
+  for (int64_t ty = row.ty0; ty < row.ty1; ++ty) {
+    const T* const pixels = row.x + (ty * width + column) * advance;
+    const A* const spatial = row.s + (kPixel == 1 ? 3 * ty * width : 3 * ty) + column * kPixel;
+    const A* c = row.c + 3 * ty * L;
+    A* dc = row.dc + 3 * ty * L;
+    V sums[K] = {};
+    const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
+      const int64_t room = decltype(wide)::value ? L : channels - i;
+      V y[P], tap[3], totals[3];
+      DDF_UNROLL
+      for (int p = 0; p < P; ++p)
+        y[p] = load_first<L>(dy + i + (p == 3 ? dy_step3 : p * dy_step), room);
+      DDF_UNROLL
+      for (int x = 0; x < 3; ++x) {
+        tap[x] = load<L>(c + x * L);
+        totals[x] = load<L>(dc + x * L);
+      }
+      DDF_UNROLL
+      for (int q = 0; q < P + 2; ++q) {
+        if (kIsEdge && (q == 0 ? left : q == P + 1 && right)) continue;
+        V value = load_first<L>(pixels + i + steps[q], room);
+        DDF_OPAQUE_VECTOR(value);
+        DDF_UNROLL
+        for (int x = 0; x < 3; ++x)
+          if (const int p = q - x; p >= 0 && p < P) {
+            const V product = y[p] * value;
+            const V weight = splat<A, L>(spatial[(kPixel == 1 ? x * width : x) + p * kPixel]);
+            sums[x * P + p] += Combine::grad_spatial(product, tap[x], weight);
+            totals[x] += Combine::grad_channel(product, tap[x], weight);
+          }
+      }
+      DDF_UNROLL
+      for (int x = 0; x < 3; ++x) store<L>(dc + x * L, totals[x]);
+      c += 9 * L;
+      dc += 9 * L;
+    };
+    int64_t i = 0;
+    for (; i + L <= channels; i += L) add(i, std::true_type());
+    if (i < channels) add(i, std::false_type());
+    A totals[K];
+    sum_lanes_of_each<A, L>(sums, totals);
+    for (int x = 0; x < 3; ++x)
+      std::copy_n(totals + x * P, P, row.ds + (3 * ty + x) * width + column);
+  }
+}
+
+// Whether grad_filters_row_3x3 supports a geometry. It needs many registers.
+inline bool has_grad_filters_row_3x3(const Geometry& g) {
+#if defined(__x86_64__)
+  constexpr bool kHasRegisters = DDF_VECTOR_BYTES == 64;
+#else
+  constexpr bool kHasRegisters = true;
+#endif
+  return kHasRegisters && g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid;
+}
+
+template <int kPixel, class T, class Combine>
+__attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
+  const int64_t width = row.g.out_width;
+  const std::integral_constant<int, kStrip> whole;
+  const auto strip = [&](int64_t column, auto pixels, auto is_edge) __attribute__((always_inline)) {
+    grad_filters_strip_3x3<decltype(pixels)::value, decltype(is_edge)::value, kPixel, T, Combine>(
+        row, column);
+  };
+  int64_t column = 0;
+  for (; column + kStrip <= width; column += kStrip)
+    if (column == 0 || column + kStrip == width)
+      strip(column, whole, std::true_type());
+    else
+      strip(column, whole, std::false_type());
+  if (column + 2 <= width) {
+    strip(column, std::integral_constant<int, 2>(), std::true_type());
+    column += 2;
+  }
+  if (column < width) strip(column, std::integral_constant<int, 1>(), std::true_type());
+}
+
 template <class T, class Combine>
 void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   using A = Accumulate<T>;
@@ -951,10 +1050,16 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
         if constexpr (std::is_same_v<T, A>) {
           if (is_in_place) {
             of_row.s = filter + row * from.row;
-            grad_filters_row<kTapsInner, T, Combine>(of_row);
+            if (has_grad_filters_row_3x3(g))
+              grad_filters_row_3x3<kTapsInner, T, Combine>(of_row);
+            else
+              grad_filters_row<kTapsInner, T, Combine>(of_row);
           }
         }
-        if (!is_in_place) grad_filters_row<1, T, Combine>(of_row);
+        if (!is_in_place && has_grad_filters_row_3x3(g))
+          grad_filters_row_3x3<1, T, Combine>(of_row);
+        else if (!is_in_place)
+          grad_filters_row<1, T, Combine>(of_row);
         for (int64_t t = 0; t < taps; ++t)
           if (is_split)
             std::copy_n(ds + t * width, width,
