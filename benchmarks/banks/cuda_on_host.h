@@ -161,6 +161,7 @@ inline int thread_index() { return banks::recorder.thread(); }
 inline int64_t block_index() { return banks::recorder.block(); }
 inline void sync_threads() { banks::recorder.sync(); }
 inline void sync_warp() { banks::recorder.sync(); }
+inline void keep_branches() {}
 inline float shuffle_xor(float value, int) { return value; }
 
 template <typename T>

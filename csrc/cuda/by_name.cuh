@@ -31,6 +31,7 @@ int thread_index();
 int64_t block_index();
 void sync_threads();
 void sync_warp();
+void keep_branches();
 float shuffle_xor(float value, int mask);
 template <typename T>
 Loaded<T> load(const T* p);

@@ -123,6 +123,7 @@ filter_norm_forward(FilterNormArguments<T> a) {
   const int taps = a.taps;
   const auto m = moments_of(a.x + offset, taps, stride, a.eps);
   for (int tap = 0; tap < taps; ++tap) {
+    keep_branches();
     const int64_t parameter = at.filter * taps + tap;
     Accumulate<T> value = m.standardized(load(a.x + offset + tap * stride)) * a.scale;
     if (a.std != nullptr) value *= load(a.std + parameter);
@@ -170,6 +171,7 @@ filter_norm_grad_parameters(FilterNormArguments<T> a) {
   A with_x = 0, alone = 0;
   for (int64_t i = thread_index(); i < a.batch * a.pixels; i += kFilterNormThreads) {
     const int64_t offset = a.offset(i / a.pixels, filter, i % a.pixels);
+    keep_branches();
     const A grad = load(a.grad + offset + tap * stride);
     alone += grad;
     if (a.grad_std != nullptr) {

@@ -121,6 +121,7 @@ grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
     float channel_sums[summed_taps(kTaps)] = {};
     DDF_UNROLL
     for (int tap = 0; tap < kTaps; ++tap) {
+      keep_branches();
       float per_channel = Combine::kNeutral;
       if (Combine::kGradReadsFilters && a.channel_filter.data != nullptr) {
         per_channel = load(channel_taps + tap / Kernel * a.channel_filter.row_stride +

@@ -28,6 +28,10 @@ DDF_DEVICE int thread_index() { return threadIdx.x; }
 DDF_DEVICE int64_t block_index() { return blockIdx.x; }
 DDF_DEVICE void sync_threads() { __syncthreads(); }
 DDF_DEVICE void sync_warp() { __syncwarp(); }
+// Keeps a branch on the kernel's arguments in the loop that calls this. Since sm_100 NVRTC, unlike
+// nvcc, otherwise makes a copy of the loop for each side, and takes more registers. Neither copies
+// a loop with inline assembly; this one has no instruction.
+DDF_DEVICE void keep_branches() { asm volatile(""); }
 // The value of lane (index ^ mask); all lanes of the warp must call it.
 DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

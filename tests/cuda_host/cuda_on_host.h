@@ -361,6 +361,7 @@ inline int64_t block_index() { return host::machine().block(); }
 inline void sync_threads() { host::machine().barrier(); }
 // Synchronizes the threads of a warp, like a shuffle.
 inline void sync_warp() { host::machine().shuffle_xor(0.f, 0); }
+inline void keep_branches() {}
 inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
 
 template <typename T>
