@@ -129,15 +129,29 @@ gather_3x3(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
   DDF_UNROLL
   for (int i = 0; i < kGatherChannels; ++i) {
     if (i >= count) break;
+    keep_branches();
     store(to, a.pack.clamp_min(sums[i] + a.pack.bias_of(first + i)));
     to += a.result.channel_stride;
   }
 }
 
+// Whether elements of the spatial filter are loaded even if it is None: of the image, for which its
+// strides of 0 serve. 16 bits are converted in the branch that loads them otherwise, where they
+// would be waited for; for GPUs before sm_100 ptxas moves other loads behind such waits if there is
+// none.
+template <typename T>
+constexpr bool always_loads_filter() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+  return false;
+#else
+  return sizeof(T) == 2;
+#endif
+}
+
 // A thread has four neighbouring channels of two neighbouring pixels of a row. Channels are
 // adjacent and aligned in memory, and a multiple of four in a group.
 template <typename T, typename Combine, bool Mirrored>
-DDF_KERNEL(kGatherThreads, 4)
+DDF_KERNEL(kGatherThreads, !Mirrored && always_loads_filter<T>() ? 8 : 4)
 gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides strides) {
   DDF_SHARED(float, channel_taps);
   const Geometry& g = a.geometry;
@@ -145,6 +159,8 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
   const auto [rows, columns, in_rows, in_columns, scale] = gather_sizes<Mirrored>(g);
   // Offsets within a plane have 32 bits.
   const int row_stride = input.row_stride, column_stride = input.column_stride;
+  constexpr bool kAlwaysLoads = always_loads_filter<T>();
+  const bool filtered = a.spatial_filter.data != nullptr;
   const int filter_row_stride = a.spatial_filter.row_stride;
   const int filter_column_stride = a.spatial_filter.column_stride;
   const int block_channels = grid.lanes * kGatherQuad;
@@ -192,7 +208,9 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
 
     const T* const origin = input.at(batch, channel, subpixel / scale, subpixel % scale);
     const T* const group_filter =
-        a.spatial_filter.at(batch, group * 9, 0, 0) + subpixel * strides.spatial_filter;
+        kAlwaysLoads && !filtered
+            ? origin
+            : a.spatial_filter.at(batch, group * 9, 0, 0) + subpixel * strides.spatial_filter;
     // Unrolled, it would spill registers.
     DDF_UNROLL_NOT
     for (int tap_row = 0; tap_row < 3; ++tap_row) {
@@ -203,25 +221,27 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
       for (int tap = 0; tap < 3; ++tap) {
         DDF_UNROLL
         for (int j = 0; j < kGatherPixels; ++j) {
+          keep_branches();
           const int x = from_columns[tap][j];
           const bool inside = y >= 0 && x >= 0;
           const int offset = inside ? scale * (y * row_stride + x * column_stride) : 0;
           load4(values[tap][j], origin + offset);
+          // Of the first pixel instead of one outside the image.
+          const int filter_column = Mirrored ? (inside ? x : 0) : (j < pixels ? left + j : left);
           spatial[tap][j] = Combine::kNeutral;
-          if (a.spatial_filter.data != nullptr) {
-            // Of the first pixel instead of one outside the image.
-            const int filter_column = Mirrored ? (inside ? x : 0) : (j < pixels ? left + j : left);
+          if (kAlwaysLoads || filtered) {
             spatial[tap][j] = load(
                 group_filter + (tap_row * 3 + tap) * a.spatial_filter.channel_stride +
                 (Mirrored ? y : row) * filter_row_stride + filter_column * filter_column_stride);
           }
+          if (kAlwaysLoads && !filtered) spatial[tap][j] = Combine::kNeutral;
         }
       }
       DDF_UNROLL
       for (int tap = 0; tap < 3; ++tap) {
         float per_channel[kGatherQuad];
         load_shared4(per_channel,
-                     channel_taps + (tap_row * 3 + tap) * tap_stride + lane * kGatherQuad);
+                     channel_taps + ((tap_row * 3 + tap) * tap_stride + lane * kGatherQuad));
         DDF_UNROLL
         for (int j = 0; j < kGatherPixels; ++j) {
           const bool inside = y >= 0 && from_columns[tap][j] >= 0;
@@ -243,6 +263,7 @@ gather_3x3_channels_last(Arguments<T> a, GatherGrid grid, SubpixelStrides stride
     float values[kGatherQuad];
     DDF_UNROLL
     for (int i = 0; i < kGatherQuad; ++i) {
+      keep_branches();
       values[i] = a.pack.clamp_min(sums[j][i] + a.pack.bias_of(channel + i));
     }
     store4(to, values);
