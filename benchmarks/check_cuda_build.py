@@ -135,6 +135,11 @@ def compile_for(nvcc: str, cuobjdump: str | None, arch: str, source: Path, folde
 def hot_loops(code: str) -> dict[str, list[str]]:
     """The instructions of the loop of each kernel that multiplies and adds most, without those of
     the loops in it."""
+    return {name: [text for _, text in lines] for name, lines in hot_lines(code).items()}
+
+
+def hot_lines(code: str) -> dict[str, list[tuple[int, str]]]:
+    """The same with their addresses."""
     hot = {}
     for function in re.split(r"\n\s*Function : ", code)[1:]:
         name, body = function.split("\n", 1)
@@ -144,7 +149,7 @@ def hot_loops(code: str) -> dict[str, list[str]]:
         end = max((address for address, text in lines if "EXIT" in text), default=0)
         kernel = Kernel.of(name)
         if kernel is not None and kernel.name in UNROLLED:
-            hot[name] = [text for address, text in lines if address <= end]
+            hot[name] = [line for line in lines if line[0] <= end]
             continue
         loops = set()
         for address, text in lines:
@@ -156,13 +161,15 @@ def hot_loops(code: str) -> dict[str, list[str]]:
             inner = [o for o in loops if (first, last) != o and first <= o[0] and o[1] <= last]
             bodies.append(
                 [
-                    text
+                    (address, text)
                     for address, text in lines
                     if first <= address <= last and not any(a <= address <= b for a, b in inner)
                 ]
             )
         hot[name] = max(
-            bodies, key=lambda body: (sum("FFMA" in text for text in body), len(body)), default=[]
+            bodies,
+            key=lambda body: (sum("FFMA" in text for _, text in body), len(body)),
+            default=[],
         )
     return hot
 
@@ -292,10 +299,12 @@ COSTS = ("spilled bytes", "stack bytes", "instructions", "waits", "conflict", "c
 CAPACITIES = ("warps", "loads in flight")
 
 
-def resident_warps(registers: int) -> int:
-    """How many warps of a kernel the registers of a multiprocessor are enough for."""
+def resident_warps(registers: int, block_warps: int = 1) -> int:
+    """How many warps of a kernel, in whole blocks, the registers of a multiprocessor are enough
+    for."""
     # They are allocated to a warp in units of 256.
-    return min(64, 65536 // (-(-registers // 8) * 8 * 32))
+    warps = min(64, 65536 // (-(-registers // 8) * 8 * 32))
+    return warps // block_warps * block_warps
 
 
 def measure(usage: Usage, loop: Sequence[str], conflicts: tuple[int, int]) -> dict[str, int]:
