@@ -22,8 +22,20 @@ constexpr int forward_tiled_floats(int kernel) {
   return kernel * kernel * (kTilePixels + kChannelStride);
 }
 
+// Blocks of a multiprocessor, for which ptxas limits the registers where one or two more than it
+// takes anyway would cost a block.
+template <int Kernel, bool Mirrored, bool ChannelsLast>
+constexpr int tiled_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (Kernel == 5 && Mirrored && !ChannelsLast) return 4;
+#else
+  if (Kernel == 5 && !Mirrored && ChannelsLast) return 5;
+#endif
+  return Kernel == 7 ? 2 : 3;
+}
+
 template <typename T, int Kernel, int Stride, typename Combine, bool Mirrored, bool ChannelsLast>
-DDF_KERNEL(kTiledThreads, Kernel == 7 ? 2 : 3)
+DDF_KERNEL(kTiledThreads, tiled_blocks<Kernel, Mirrored, ChannelsLast>())
 forward_tiled(Arguments<T> a, QuadGrid grid, int channel_blocks, bool vector) {
   static_assert(!Mirrored || Stride == 1);
   constexpr int kTaps = Kernel * Kernel;
