@@ -1,4 +1,4 @@
-"""The digits recipe: shortened trainings, and ``make demo``."""
+"""The digits recipe and tools/demo.sh, with shorter trainings."""
 
 import json
 import os
@@ -46,12 +46,6 @@ def small_config(work_dir: Path, name: str, epochs: int, config: Path = CONFIG) 
     return cfg
 
 
-def losses(work_dir: Path) -> list[float]:
-    (log,) = work_dir.glob("*/vis_data/scalars.json")
-    records = map(json.loads, log.read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def test_network_is_all_ddf():
     cfg = Config.fromfile(CONFIG)
     init_default_scope(cfg.default_scope)
@@ -67,15 +61,6 @@ def test_training_and_test_images_are_different_ones():
     # The split depends only on these two.
     for key in ("seed", "test_size"):
         assert train.get(key) == val.get(key) == test.get(key)
-
-
-def test_short_training_learns(tmp_path):
-    runner = Runner.from_cfg(small_config(tmp_path, "digits_short", epochs=4))
-    runner.train()
-    curve = losses(tmp_path)
-    # Measured: 2.3 to 1.4, and 76 % to 81 % with two seeds; guessing gives 10 %.
-    assert curve[-1] < 0.8 * curve[0]
-    assert runner.test()["accuracy/top1"] > 50
 
 
 def test_same_seed_gives_the_same_network(tmp_path):
@@ -115,9 +100,11 @@ def run_demo(python: str, *arguments: object, cwd: Path) -> subprocess.Completed
     )
 
 
-def test_demo_reaches_its_accuracy(tmp_path):
-    """``make demo``: the full recipe with train.py, test.py and the plots."""
-    result = run_demo(sys.executable, "work dir", cwd=tmp_path)
+def test_demo_learns(tmp_path):
+    """``make demo`` with a fifth of its epochs: train.py, test.py and the plots."""
+    epochs = 5
+    options = ["--cfg-options", f"train_cfg.max_epochs={epochs}"]
+    result = run_demo(sys.executable, "work dir", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines()[-3:])
     assert list(lines) == ["accuracy/top1", "curve", "filters"]
@@ -125,8 +112,7 @@ def test_demo_reaches_its_accuracy(tmp_path):
     work_dir = tmp_path / "work dir"
     measured = json.loads((work_dir / "metrics.json").read_text())["accuracy/top1"]
     assert lines["accuracy/top1"] == f"{measured:.2f}"
-    assert measured >= 97.0
-    epochs = Config.fromfile(CONFIG).train_cfg.max_epochs
+    assert measured >= 80.0
     assert (work_dir / f"epoch_{epochs}.pth").is_file()
     for name in ("curve", "filters"):
         with Image.open(tmp_path / lines[name]) as picture:
@@ -154,4 +140,4 @@ def test_demo_stops_at_the_step_that_fails(tmp_path, failing):
 def test_demo_refuses_other_arguments(tmp_path, arguments):
     result = run_demo("false", *arguments, cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "demo.sh: error: usage: demo.sh [WORK_DIR]\n"
+    assert result.stderr == "demo.sh: error: usage: demo.sh [WORK_DIR [OPTION OF train.py]...]\n"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train, evaluate and draw the digits recipe: demo.sh [WORK_DIR]
+# Train, evaluate and draw the digits recipe: demo.sh [WORK_DIR [OPTION OF train.py]...]
 #
 # The last three lines of the output are for scripts: the top-1 accuracy on the held-out digits, as
 # test.py measures it, and the paths of two pictures. WORK_DIR defaults to work_dirs/demo in the
 # project. Environment variable PYTHON: the interpreter with the classification stack.
 set -euo pipefail
 
-if [[ $# -gt 1 || ${1:-} == -* ]]; then
-    echo "demo.sh: error: usage: demo.sh [WORK_DIR]" >&2
+if [[ ${1:-} == -* || $# -gt 1 && $2 != -* ]]; then
+    echo "demo.sh: error: usage: demo.sh [WORK_DIR [OPTION OF train.py]...]" >&2
     exit 2
 fi
 TOOLS=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -18,7 +18,7 @@ CONFIG=$ROOT/configs/classification/ddf-mul-resnet26_digits.py
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 echo "== Training on 1,437 scanned digits"
-"$PYTHON" "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR"
+"$PYTHON" "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" "${@:2}"
 CHECKPOINT=$(cat -- "$WORK_DIR/last_checkpoint")
 
 echo "== Evaluating $CHECKPOINT on 360 held-out digits"
