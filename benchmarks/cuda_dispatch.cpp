@@ -55,7 +55,7 @@ double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums
 }
 template <typename T>
 double active_lanes(const std::string&, const Arguments<T>& a, const PartialSums<T>&,
-                    const QuadGrid& grid) {
+                    const QuadGrid& grid, bool) {
   const Geometry& g = a.geometry;
   return fraction(g.out_height * ceil_div(g.out_width, kQuadOutputs), grid.tiles * kTileQuads);
 }

@@ -162,6 +162,7 @@ inline int64_t block_index() { return banks::recorder.block(); }
 inline void sync_threads() { banks::recorder.sync(); }
 inline void sync_warp() { banks::recorder.sync(); }
 inline void keep_branches() {}
+inline int in_each_iteration(int value) { return value; }
 inline float shuffle_xor(float value, int) { return value; }
 
 template <typename T>

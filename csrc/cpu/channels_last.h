@@ -10,6 +10,22 @@
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
+// The offsets i * step. x86 addresses scale an index by 1, 2, 4 or 8 only, so others are computed
+// once.
+template <int N>
+struct Steps {
+  int64_t of[N > 3 ? N : 3];
+
+  DDF_INLINE explicit Steps(int64_t step) : of{0, step, 2 * step} {
+    DDF_UNROLL
+    for (int i = 3; i < N; ++i) {
+      of[i] = i * step;
+      DDF_OPAQUE(of[i]);
+    }
+  }
+  DDF_INLINE int64_t operator[](int i) const { return of[i]; }
+};
+
 // Pixels of a whole strip; the remaining pixels of a row form strips of one pixel.
 constexpr int kStrip = 4;
 
@@ -108,6 +124,14 @@ struct Taps {
   std::unique_ptr<int64_t[]> tap;            // in the blocks of the channel filter
 };
 
+// The spatial filter of a group of one of batch * subpixels images, or null.
+template <class T>
+const T* filter_of_group(const T* filter, const SpatialStrides& strides, const Geometry& g,
+                         int64_t image, int64_t group) {
+  return filter ? filter + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
+                : nullptr;
+}
+
 // Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip
 // (own_filter, forward) or those that the taps connect to (grad_features).
 template <class T>
@@ -151,10 +175,8 @@ struct Gather {
       for (int p = 0; p < P; ++p) to[p] = widen(filter[taps.filter[u] + p * step]);
   }
 
-  // The spatial filter of a group of one of batch * subpixels images.
   const T* filter_of(int64_t image, int64_t group) const {
-    return spatial ? spatial + strides.start(image, g.subpixels()) + group * g.taps() * strides.tap
-                   : nullptr;
+    return filter_of_group(spatial, strides, g, image, group);
   }
 };
 
@@ -368,7 +390,7 @@ template <class T>
 struct Windows3x3 {
   const T* pixels;
   int64_t advance, line;
-  bool above, below, left, right;
+  bool above, below, left = true, right = true;
 
   bool is_edge() const { return above || below || left || right; }
   bool has_row(int r) const { return !(r == 0 ? above : r == 2 && below); }
@@ -384,14 +406,8 @@ DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  // x86 addresses scale an index by 1, 2, 4 or 8 only.
   const int64_t advance = windows.advance;
-  int64_t steps[P + 2] = {0, advance, 2 * advance};
-  DDF_UNROLL
-  for (int q = 3; q < P + 2; ++q) {
-    steps[q] = q * advance;
-    DDF_OPAQUE(steps[q]);
-  }
+  const Steps<P + 2> steps(advance);
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
     const A* block = channel + c * 10;
@@ -438,7 +454,7 @@ DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<
   if (c < count) filter(c, std::false_type());
 }
 
-// A row of `columns` pixels, at least kStrip; `windows` are those of its first strip.
+// A row of `columns` pixels, at least kStrip; the pixels of `windows` are those of its first strip.
 template <class T, class Combine, class F>
 __attribute__((noinline)) void filter_row_3x3(Windows3x3<T> windows, const F* filter,
                                               const Taps3x3& taps, const Accumulate<T>* channel,
@@ -539,8 +555,7 @@ void filter_3x3_channels_last(const Geometry& g, bool own_filter, const T* chann
     for (int64_t index = begin; index < end; ++index) {
       const int64_t image = index / rows, row = index % rows;
       const auto filter_of = [&](int64_t subpixel, int64_t group) {
-        return spatial_filter + strides.start(image * g.subpixels() + subpixel, g.subpixels()) +
-               group * 9 * strides.tap;
+        return filter_of_group(spatial_filter, strides, g, image * g.subpixels() + subpixel, group);
       };
       for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
         for (int64_t group = 0; group < g.groups; ++group) {
@@ -555,12 +570,7 @@ void filter_3x3_channels_last(const Geometry& g, bool own_filter, const T* chann
         for (int64_t group = 0; group < g.groups; ++group) {
           const int64_t first = group * g.group_channels;
           const Windows3x3<T> windows{from + ((index - 1) * columns - 1) * g.channels + first,
-                                      g.channels,
-                                      columns * g.channels,
-                                      row == 0,
-                                      row + 1 == rows,
-                                      true,
-                                      true};
+                                      g.channels, columns * g.channels, row == 0, row + 1 == rows};
           const auto filter_row =
               [&](const auto* filter, const SpatialStrides& strides)
                   __attribute__((always_inline)) {
@@ -746,25 +756,21 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr int K = S * (P == 3 ? 4 : P);
-  // x86 addresses scale an index by 1, 2, 4 or 8 only.
-  int64_t x_step3 = 3 * x_step, dy_step3 = 3 * dy_step;
-  DDF_OPAQUE(x_step3);
-  DDF_OPAQUE(dy_step3);
+  const Steps<P> x_steps(x_step), dy_steps(dy_step);
   V sums[K] = {};
   // wide is an integral constant: whether i starts a whole vector of channels.
   const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : channels - i;
     V y[P];
     DDF_UNROLL
-    for (int p = 0; p < P; ++p)
-      y[p] = load_first<L>(dy + i + (p == 3 ? dy_step3 : p * dy_step), room);
+    for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + i + dy_steps[p], room);
     DDF_UNROLL
     for (int u = 0; u < S; ++u) {
       const V tap = load<L>(at.c + u * at.next);
       V total = load<L>(at.dc + u * at.next);
       DDF_UNROLL
       for (int p = 0; p < P; ++p) {
-        const V product = y[p] * load_first<L>(at.x[u] + i + (p == 3 ? x_step3 : p * x_step), room);
+        const V product = y[p] * load_first<L>(at.x[u] + i + x_steps[p], room);
         const V spatial = splat<A, L>(at.s[u][p * kPixel]);
         sums[u * P + p] += Combine::grad_spatial(product, tap, spatial);
         total += Combine::grad_channel(product, tap, spatial);
@@ -877,14 +883,8 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
   const int64_t advance = row.g.channels, width = row.g.out_width;
   const int64_t channels = row.channels, dy_step = row.dy_step;
   const bool left = column == 0, right = column + P == width;
-  // x86 addresses scale an index by 1, 2, 4 or 8 only.
-  int64_t steps[P + 2] = {0, advance, 2 * advance}, dy_step3 = 3 * dy_step;
-  DDF_OPAQUE(dy_step3);
-  DDF_UNROLL
-  for (int q = 3; q < P + 2; ++q) {
-    steps[q] = q * advance;
-    DDF_OPAQUE(steps[q]);
-  }
+  const Steps<P + 2> steps(advance);
+  const Steps<P> dy_steps(dy_step);
   const T* const dy = row.dy + column * dy_step;
   for (int64_t ty = row.ty0; ty < row.ty1; ++ty) {
     const T* const pixels = row.x + (ty * width + column) * advance;
@@ -896,8 +896,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
       const int64_t room = decltype(wide)::value ? L : channels - i;
       V y[P], tap[3], totals[3];
       DDF_UNROLL
-      for (int p = 0; p < P; ++p)
-        y[p] = load_first<L>(dy + i + (p == 3 ? dy_step3 : p * dy_step), room);
+      for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + i + dy_steps[p], room);
       DDF_UNROLL
       for (int x = 0; x < 3; ++x) {
         tap[x] = load<L>(c + x * L);
@@ -963,6 +962,14 @@ __attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
   if (column < width) strip(column, std::integral_constant<int, 1>(), std::true_type());
 }
 
+template <int kPixel, class T, class Combine>
+void grad_filters_any_row(const GradRow<T>& row) {
+  if (has_grad_filters_row_3x3(row.g))
+    grad_filters_row_3x3<kPixel, T, Combine>(row);
+  else
+    grad_filters_row<kPixel, T, Combine>(row);
+}
+
 template <class T, class Combine>
 void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   using A = Accumulate<T>;
@@ -1008,9 +1015,7 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
       // The group's first channel of the spatial filter and of its gradient.
       const int64_t spatial_channel = item.group * taps;
       const SpatialStrides &from = b.spatial_strides, &to = b.grad_spatial_strides;
-      const T* filter = spatial_filter ? spatial_filter + from.start(item.image, g.subpixels()) +
-                                             spatial_channel * from.tap
-                                       : nullptr;
+      const T* filter = filter_of_group(spatial_filter, from, g, item.image, item.group);
       std::fill(dc.get(), dc + room * taps, A(0));
       fill_channel_blocks(channel.get(), taps, g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
@@ -1047,19 +1052,12 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
                           channel,
                           dc,
                           count};
-        if constexpr (std::is_same_v<T, A>) {
-          if (is_in_place) {
-            of_row.s = filter + row * from.row;
-            if (has_grad_filters_row_3x3(g))
-              grad_filters_row_3x3<kTapsInner, T, Combine>(of_row);
-            else
-              grad_filters_row<kTapsInner, T, Combine>(of_row);
-          }
-        }
-        if (!is_in_place && has_grad_filters_row_3x3(g))
-          grad_filters_row_3x3<1, T, Combine>(of_row);
-        else if (!is_in_place)
-          grad_filters_row<1, T, Combine>(of_row);
+        if constexpr (std::is_same_v<T, A>)
+          if (is_in_place) of_row.s = filter + row * from.row;
+        if (is_in_place)
+          grad_filters_any_row<kTapsInner, T, Combine>(of_row);
+        else
+          grad_filters_any_row<1, T, Combine>(of_row);
         for (int64_t t = 0; t < taps; ++t)
           if (is_split)
             std::copy_n(ds + t * width, width,

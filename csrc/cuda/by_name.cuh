@@ -32,6 +32,7 @@ int64_t block_index();
 void sync_threads();
 void sync_warp();
 void keep_branches();
+int in_each_iteration(int value);
 float shuffle_xor(float value, int mask);
 template <typename T>
 Loaded<T> load(const T* p);

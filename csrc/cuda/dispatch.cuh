@@ -477,25 +477,27 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
     return with_kernel_size(g, [&](auto kernel_size, auto stride) {
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
-      PartialSums<T> partials{};
-      const QuadGrid grid = quad_grid_of(g);
-      partials.tiles = grid.tiles;
-      split_channels(partials, g, g.group_channels);
-      const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
-      if (blocks > kMaxBlocks) return false;
-      const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 &&
-                          has_aligned_rows(a.features) && has_aligned_rows(a.grad) &&
-                          has_aligned_rows(a.spatial_filter);
-      const auto kernel = with_combine(a.combine, [&](auto combine) {
-        using Combine = decltype(combine);
-        return vector ? DDF_HANDLE(grad_filters<T, kKernel, kStride, Combine, true>)
-                      : DDF_HANDLE(grad_filters<T, kKernel, kStride, Combine, false>);
-      });
-      launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
-        launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
-               sizeof(float) * grad_filters_shared_floats(kKernel), a, ready, grid);
-      });
-      return true;
+      if constexpr (kKernel == 3 && kStride == 1) {
+        return false;
+      } else {
+        PartialSums<T> partials{};
+        const QuadGrid grid = quad_grid_of(g);
+        partials.tiles = grid.tiles;
+        split_channels(partials, g, g.group_channels);
+        const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
+        if (blocks > kMaxBlocks) return false;
+        const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 &&
+                            has_aligned_rows(a.features) && has_aligned_rows(a.grad) &&
+                            has_aligned_rows(a.spatial_filter);
+        const auto kernel = with_combine(a.combine, [](auto combine) {
+          return DDF_HANDLE(grad_filters<T, kKernel, kStride, decltype(combine)>);
+        });
+        launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
+          launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
+                 sizeof(float) * grad_filters_shared_floats(kKernel), a, ready, grid, vector);
+        });
+        return true;
+      }
     });
   }
 }

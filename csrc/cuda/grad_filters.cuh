@@ -17,6 +17,8 @@ constexpr int channel_warps(int kernel) { return kernel == 3 ? 4 : 1; }
 constexpr int grad_filters_threads(int kernel) {
   return kLanes * channel_warps(kernel) * (kernel / tap_rows(kernel));
 }
+// Resident blocks of a multiprocessor, for which ptxas limits the registers.
+constexpr int grad_filters_blocks(int kernel) { return kernel == 3 ? 3 : kernel == 5 ? 4 : 2; }
 // Floats of shared memory for the sums of half of the warps.
 constexpr int grad_filters_shared_floats(int kernel) {
   return channel_warps(kernel) / 2 * tap_rows(kernel) * kernel * kQuadOutputs * kLanes;
@@ -44,9 +46,10 @@ DDF_DEVICE void sum_over_warps(float (&sums)[N], Shared* shared, int warp, int l
   }
 }
 
-template <typename T, int Kernel, int Stride, typename Combine, bool Vector>
-DDF_KERNEL(grad_filters_threads(Kernel), Kernel == 3 && Vector ? 3 : 2)
-grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
+// vector: the widths and the addresses of the rows, in elements, are multiples of 4.
+template <typename T, int Kernel, int Stride, typename Combine>
+DDF_KERNEL(grad_filters_threads(Kernel), grad_filters_blocks(Kernel))
+grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid, bool vector) {
   constexpr int kRows = tap_rows(Kernel);
   constexpr int kTaps = kRows * Kernel;
   constexpr int kWarps = channel_warps(Kernel);
@@ -60,13 +63,14 @@ grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
   const int first_tap_row = thread_index() / kLanes / kWarps * kRows;
   const auto [tile, channel_block, group, batch] =
       place_of_block(partials.tiles, partials.channel_blocks, g);
-  const auto [row, left] = grid.place_of(tile, lane);
+  const QuadGrid::Place quad = grid.place_of(tile, lane);
+  const int row = quad.row, left = quad.left;
   const bool active = row < g.out_height && left < out_width;
   const int top = row * Stride + first_tap_row - Kernel / 2;
   bool output_inside[kQuadOutputs];
   DDF_UNROLL
   for (int i = 0; i < kQuadOutputs; ++i) {
-    output_inside[i] = active && (Vector || left + i < out_width);
+    output_inside[i] = active && left + i < out_width;
   }
   bool row_inside[kRows];
   DDF_UNROLL
@@ -84,7 +88,7 @@ grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
     }
     if (!Combine::kGradReadsFilters || !active || a.spatial_filter.data == nullptr) continue;
     const T* const source = a.spatial_filter.at(batch, plane + tap, row, left);
-    if (Vector) {
+    if (vector) {
       load4(spatial_taps[tap], source);
     } else {
       DDF_UNROLL
@@ -104,16 +108,24 @@ grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
   float* partial = partials.channel_at(g, tile, batch, channel) + first_tap_row * Kernel;
   DDF_UNROLL_NOT
   for (int i = first; i < end; i += kWarps) {
-    float window[kRows][kColumns];
-    DDF_UNROLL
-    for (int y = 0; y < kRows; ++y) {
-      load_row<Kernel / 2, Vector>(window[y], features + y * a.features.row_stride, left * Stride,
-                                   width, row_inside[y]);
-    }
-    float grad[kQuadOutputs];
-    if (Vector) {
+    float window[kRows][kColumns], grad[kQuadOutputs];
+    int from = left * Stride;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    // Otherwise the comparisons of columns with the width stay in registers, and spill others.
+    if (Kernel > 3) from = in_each_iteration(from);
+#endif
+    const auto load_rows = [&](auto aligned) {
+      DDF_UNROLL
+      for (int y = 0; y < kRows; ++y) {
+        load_row<Kernel / 2, decltype(aligned)::value>(
+            window[y], features + y * a.features.row_stride, from, width, row_inside[y]);
+      }
+    };
+    if (vector) {
+      load_rows(True{});
       load4_if(grad, gradient, active);
     } else {
+      load_rows(False{});
       DDF_UNROLL
       for (int j = 0; j < kQuadOutputs; ++j) grad[j] = load_if(gradient + j, output_inside[j]);
     }
@@ -133,7 +145,7 @@ grad_filters(Arguments<T> a, PartialSums<T> partials, QuadGrid grid) {
         spatial_sums[tap * kQuadOutputs + j] +=
             Combine::grad_spatial(term, per_channel, spatial_taps[tap][j]);
         // Outputs after the end of the row have a zero grad, but their features may be NaN or Inf.
-        if (Vector || output_inside[j])
+        if (output_inside[j])
           channel_sums[tap] += Combine::grad_channel(term, per_channel, spatial_taps[tap][j]);
       }
     }

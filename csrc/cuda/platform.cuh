@@ -32,6 +32,12 @@ DDF_DEVICE void sync_warp() { __syncwarp(); }
 // nvcc, otherwise makes a copy of the loop for each side, and takes more registers. Neither copies
 // a loop with inline assembly; this one has no instruction.
 DDF_DEVICE void keep_branches() { asm volatile(""); }
+// `value`, of which the compiler does not know that it is the same in each iteration of a loop:
+// what depends on it takes no registers from one to the next. Keeps branches too.
+DDF_DEVICE int in_each_iteration(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 // The value of lane (index ^ mask); all lanes of the warp must call it.
 DDF_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -362,6 +362,7 @@ inline void sync_threads() { host::machine().barrier(); }
 // Synchronizes the threads of a warp, like a shuffle.
 inline void sync_warp() { host::machine().shuffle_xor(0.f, 0); }
 inline void keep_branches() {}
+inline int in_each_iteration(int value) { return value; }
 inline float shuffle_xor(float value, int mask) { return host::machine().shuffle_xor(value, mask); }
 
 template <typename T>

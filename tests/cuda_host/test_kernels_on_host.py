@@ -436,7 +436,7 @@ def test_gathered_nan_and_inf_stay_where_they_are(host, poisoned, value):
             assert torch.equal(got.isinf(), want.isinf())
 
 
-WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
+WINDOWS = [(3, 2), (5, 1), (7, 1)]  # other kernels than 3 x 3 windows of stride 1
 
 
 @pytest.mark.parametrize("size", [(3, 8), (2, 9)], ids=str)
@@ -444,7 +444,6 @@ WINDOWS = [(3, 1), (3, 2), (5, 1), (7, 1)]
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients(host, k, stride, dtype, combine, size):
-    vector = size[1] % 4 == 0
     for which in ("both", "channel", "spatial"):
         # 9 channels per group: one of the 4 warps has three of them, the others two.
         tensors = make(1, 18, size, k, 2, stride, which, dtype=dtype)
@@ -452,7 +451,7 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         for name in names:
             check(host, name, tensors, k, 1, stride, combine)
             assert "grad_filters<" in host.last_kernels
-            assert f", {k}, {stride}{template_arguments(combine, vector)}" in host.last_kernels
+            assert f", {k}, {stride}{template_arguments(combine)}" in host.last_kernels
             # A single partial sum in float32 is the gradient.
             reduces = name == "grad_channel" and dtype != torch.float32
             assert ("reduce_partials<" in host.last_kernels) == reduces
@@ -463,10 +462,22 @@ def test_filter_gradients(host, k, stride, dtype, combine, size):
         assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("size", [(3, 8), (9, 20), (1, 1)], ids=str)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_filter_gradients_alone_of_3x3_windows(host, dtype, combine, size):
+    """backward_3x3 computes all gradients together."""
+    for which in ("both", "channel", "spatial"):
+        tensors = make(1, 18, size, 3, 2, which=which, dtype=dtype)
+        for name in served(tensors)[2:]:
+            check(host, name, tensors, combine=combine)
+            assert "grad_filters_gathered<" in host.last_kernels
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+@pytest.mark.parametrize("k, stride", WINDOWS)
 def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
     rows = layout == torch.contiguous_format
     for which, size in (
@@ -486,7 +497,7 @@ def test_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels, size", [(132, (2, 4)), (4, (7, 60)), (4, (9, 74))], ids=str)
-@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+@pytest.mark.parametrize("k, stride", WINDOWS)
 def test_larger_windows_with_channel_blocks_and_tiles(host, k, stride, channels, size, layout):
     tensors = make(1, channels, size, k, stride=stride, layout=layout)
     for name in PASSES[: 3 - stride]:
@@ -496,7 +507,7 @@ def test_larger_windows_with_channel_blocks_and_tiles(host, k, stride, channels,
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+@pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
     for which in ("both", "channel", "spatial"):
         # 6 quads of channels on 8 lanes; widths of 17 and 9.
@@ -513,7 +524,7 @@ def test_filter_gradients_channels_last(host, k, stride, dtype, combine):
 @pytest.mark.parametrize(
     "channels, size", [(128, (9, 3)), (64, (3, 18)), (160, (4, 4)), (4, (1, 4))]
 )
-@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+@pytest.mark.parametrize("k, stride", WINDOWS)
 def test_filter_gradients_channels_last_of_lanes(host, k, stride, channels, size):
     tensors = make(2, channels, size, k, stride=stride, layout=torch.channels_last)
     got = host.run_several(PASSES[2:], *tensors, k, 1, stride, "mul")
@@ -1040,7 +1051,8 @@ def test_a_fault_is_found(faulty_host, name):
     k = 5 if fault.file in ("forward_tiled.cuh", "generic.cuh") else 3
     layout = torch.channels_last if "channels_last" in fault.file else torch.contiguous_format
     sizes = dict(batch=1, channels=4, size=(4, 20))
-    if fault.file == "grad_filters_channels_last.cuh":  # 3 x 3 windows have another kernel
+    # 3 x 3 windows of stride 1 have another kernel.
+    if fault.file == "grad_filters_channels_last.cuh" or "shuffle" in name:
         k = 5
     if name in ("shared memory too small", "sums of another result"):
         sizes = dict(batch=1, channels=150, size=(8, 20))
@@ -1150,7 +1162,7 @@ def test_pack_3x3_channels_last(host, dtype, combine, size):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("k, stride", WINDOWS[1:])
+@pytest.mark.parametrize("k, stride", WINDOWS)
 def test_pack_of_larger_windows_and_stride_2(host, k, stride, dtype, combine, layout, size):
     rows = layout == torch.contiguous_format
     # In NCHW, 3 channels per group are less than the 4 channels of a thread.

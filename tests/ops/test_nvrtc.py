@@ -44,7 +44,7 @@ KERNELS = [
     "gather_3x3_channels_last<ddf::cuda::BFloat16, ddf::Add, true>",
     "grad_channel_generic<ddf::cuda::BFloat16>",
     "grad_features_generic<double>",
-    "grad_filters<ddf::cuda::Half, 3, 2, ddf::Mul, true>",
+    "grad_filters<ddf::cuda::Half, 3, 2, ddf::Mul>",
     "grad_filters_channels_last<ddf::cuda::BFloat16, 7, 1, ddf::Add>",
     "grad_filters_gathered<ddf::cuda::Half, ddf::Mul>",
     "grad_spatial_generic<float>",
