@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import ROOT, ForkServer
+from torch import nn
 
 from ddf_mm.engine import export
 from ddf_mm.engine.export import Size
@@ -316,3 +317,39 @@ def test_every_kind_of_argument(tmp_path):
             error = (torch.from_numpy(got) - want).abs().max()
             # 25 products, and the rounding of the result to float16.
             assert error < 20 * eps * want.abs().max()
+
+
+class Convolutions(nn.ModuleList):
+    def forward(self, inputs):
+        return [conv(x) for conv, x in zip(self, inputs, strict=True)]
+
+
+def test_convolutions(tmp_path):
+    """Those of one pixel become matrix products, whose weights ONNX Runtime reads faster."""
+    pixel, row = (2, 8, 1, 1), (2, 8, 1, 2)
+    products = [
+        (nn.Conv2d(8, 12, 1), pixel),
+        (nn.Conv2d(8, 12, 1, bias=False), pixel),
+        (nn.Conv2d(8, 12, 1), pixel[1:]),
+    ]
+    others = [
+        (nn.Conv2d(8, 12, 1), row),
+        (nn.Conv2d(8, 12, 1), row[1:]),
+        (nn.Conv2d(8, 12, 1, groups=2), pixel),
+        (nn.Conv2d(8, 12, 1, padding=1), pixel),
+        (nn.Conv2d(8, 12, (3, 5), (2, 1), (1, 4), (1, 2), groups=4), (2, 8, 9, 7)),
+    ]
+    convs, shapes = zip(*products, *others, strict=True)
+    model, inputs = Convolutions(convs).eval(), [torch.randn(shape) for shape in shapes]
+    program = torch.onnx.export(
+        model, (inputs,), opset_version=18, verbose=False,
+        custom_translation_table=export.onnx_translations(),
+    )  # fmt: skip
+    operators = [node.op_type for node in program.model.graph]
+    assert operators.count("Gemm") == len(products) and operators.count("Conv") == len(others)
+    program.save(tmp_path / "convs.onnx")
+    session = export.onnx_session(tmp_path / "convs.onnx", 1)
+    names = [given.name for given in session.get_inputs()]
+    got = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+    for result, want in zip(got, model(inputs), strict=True):
+        torch.testing.assert_close(torch.from_numpy(result), want.detach())
