@@ -67,12 +67,11 @@ bool has_aligned_channels(const View<T>& tensor) {
 template <int Value>
 using Constant = std::integral_constant<int, Value>;
 
-// Calls function(kernel, stride) with constants if kernels are compiled for them; returns its
-// result, otherwise false.
+// Calls function(kernel, stride) with constants if there are kernels for such windows beside those
+// of is_3x3; returns its result, otherwise false.
 template <typename Function>
 bool with_kernel_size(const Geometry& g, Function&& function) {
   if (g.dilation != 1) return false;
-  if (g.kernel == 3 && g.stride == 1) return function(Constant<3>{}, Constant<1>{});
   if (g.kernel == 3 && g.stride == 2) return function(Constant<3>{}, Constant<2>{});
   if (g.kernel == 5 && g.stride == 1) return function(Constant<5>{}, Constant<1>{});
   if (g.kernel == 7 && g.stride == 1) return function(Constant<7>{}, Constant<1>{});
@@ -177,7 +176,7 @@ bool launch_forward_tiled(const Arguments<T>& a, const char* name, Launch&& laun
     return with_kernel_size(g, [&](auto kernel_size, auto stride) {
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
-      if constexpr ((kKernel == 3 && kStride == 1) || (Mirrored && kStride != 1)) {
+      if constexpr (Mirrored && kStride != 1) {
         return false;
       } else {
         const QuadGrid grid = quad_grid_of(g);
@@ -477,27 +476,23 @@ bool launch_grad_filters_nchw(const Arguments<T>& a, const Gradients<T>& to, All
     return with_kernel_size(g, [&](auto kernel_size, auto stride) {
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
-      if constexpr (kKernel == 3 && kStride == 1) {
-        return false;
-      } else {
-        PartialSums<T> partials{};
-        const QuadGrid grid = quad_grid_of(g);
-        partials.tiles = grid.tiles;
-        split_channels(partials, g, g.group_channels);
-        const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
-        if (blocks > kMaxBlocks) return false;
-        const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 &&
-                            has_aligned_rows(a.features) && has_aligned_rows(a.grad) &&
-                            has_aligned_rows(a.spatial_filter);
-        const auto kernel = with_combine(a.combine, [](auto combine) {
-          return DDF_HANDLE(grad_filters<T, kKernel, kStride, decltype(combine)>);
-        });
-        launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
-          launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
-                 sizeof(float) * grad_filters_shared_floats(kKernel), a, ready, grid, vector);
-        });
-        return true;
-      }
+      PartialSums<T> partials{};
+      const QuadGrid grid = quad_grid_of(g);
+      partials.tiles = grid.tiles;
+      split_channels(partials, g, g.group_channels);
+      const int64_t blocks = g.batch * g.groups * partials.tiles * partials.channel_blocks;
+      if (blocks > kMaxBlocks) return false;
+      const bool vector = g.width % 4 == 0 && g.out_width % 4 == 0 &&
+                          has_aligned_rows(a.features) && has_aligned_rows(a.grad) &&
+                          has_aligned_rows(a.spatial_filter);
+      const auto kernel = with_combine(a.combine, [](auto combine) {
+        return DDF_HANDLE(grad_filters<T, kKernel, kStride, decltype(combine)>);
+      });
+      launch_with_partials(partials, g, to, allocate, launch, [&](const PartialSums<T>& ready) {
+        launch("ddf grad_filters", kernel, blocks, grad_filters_threads(kKernel),
+               sizeof(float) * grad_filters_shared_floats(kKernel), a, ready, grid, vector);
+      });
+      return true;
     });
   }
 }
@@ -650,31 +645,27 @@ bool launch_grad_filters_channels_last(const Arguments<T>& a, const Gradients<T>
     return with_kernel_size(dense, [&](auto kernel_size, auto stride) {
       constexpr int kKernel = decltype(kernel_size)::value;
       constexpr int kStride = decltype(stride)::value;
-      if constexpr (kKernel == 3 && kStride == 1) {
-        return false;
-      } else {
-        const auto kernel = with_combine(a.combine, [](auto combine) {
-          return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
-        });
-        const auto launch_of = [](const Geometry& g) {
-          TiledLaunch<TileGrid> of;
-          of.grid = tile_grid_of(g, kTileOutputColumns);
-          of.tiles = of.grid.per_row * of.grid.rows;
-          of.block_channels = of.grid.lanes * kQuadChannels;
-          const int64_t tiles = ceil_div(of.tiles, kLanes / of.grid.lanes);
-          of.blocks = ceil_div(g.batch * g.groups * tiles, tile_warps(kKernel)) *
-                      ceil_div(g.group_channels, of.block_channels);
-          return of;
-        };
-        return launch_residues(
-            a, to, allocate, launch, launch_of,
-            [&](const Arguments<T>& call, const PartialSums<T>& partials, const auto& of) {
-              launch("ddf grad_filters, channels_last", kernel, of.blocks,
-                     grad_filters_channels_last_threads(kKernel),
-                     sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), call,
-                     partials, of.grid);
-            });
-      }
+      const auto kernel = with_combine(a.combine, [](auto combine) {
+        return DDF_HANDLE(grad_filters_channels_last<T, kKernel, kStride, decltype(combine)>);
+      });
+      const auto launch_of = [](const Geometry& g) {
+        TiledLaunch<TileGrid> of;
+        of.grid = tile_grid_of(g, kTileOutputColumns);
+        of.tiles = of.grid.per_row * of.grid.rows;
+        of.block_channels = of.grid.lanes * kQuadChannels;
+        const int64_t tiles = ceil_div(of.tiles, kLanes / of.grid.lanes);
+        of.blocks = ceil_div(g.batch * g.groups * tiles, tile_warps(kKernel)) *
+                    ceil_div(g.group_channels, of.block_channels);
+        return of;
+      };
+      return launch_residues(
+          a, to, allocate, launch, launch_of,
+          [&](const Arguments<T>& call, const PartialSums<T>& partials, const auto& of) {
+            launch("ddf grad_filters, channels_last", kernel, of.blocks,
+                   grad_filters_channels_last_threads(kKernel),
+                   sizeof(float) * grad_filters_channels_last_shared_floats(kKernel), call,
+                   partials, of.grid);
+          });
     });
   }
 }
