@@ -10,24 +10,24 @@
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// The offsets i * step. x86 addresses scale an index by 1, 2, 4 or 8 only, so others are computed
-// once.
-template <int N>
+// The addresses base + i * step, in base, step and 3 * step alone: x86 scales an index by 1, 2, 4 or
+// 8. Hiding the base in a loop keeps compilers from computing each of them before it, which needs
+// more registers than there are.
 struct Steps {
-  int64_t of[N > 3 ? N : 3];
+  int64_t step, step3;
 
-  DDF_INLINE explicit Steps(int64_t step) : of{0, step, 2 * step} {
-    DDF_UNROLL
-    for (int i = 3; i < N; ++i) {
-      of[i] = i * step;
-      DDF_OPAQUE(of[i]);
-    }
+  DDF_INLINE explicit Steps(int64_t step) : step(step), step3(3 * step) { DDF_OPAQUE(step3); }
+  template <class T>
+  DDF_INLINE T* operator()(T* base, int i) const {
+    base += i / 4 * (4 * step);
+    return i % 4 == 3 ? base + step3 : base + i % 4 * step;
   }
-  DDF_INLINE int64_t operator[](int i) const { return of[i]; }
 };
 
 // Pixels of a whole strip; the remaining pixels of a row form strips of one pixel.
 constexpr int kStrip = 4;
+// The same for 3x3 windows in rows of a multiple of 7, as networks have for images of 224 pixels.
+constexpr int kLongStrip = 7;
 
 // Along one axis: for each position, the taps that lie inside the image and the positions that they
 // connect to, in ascending order.
@@ -392,8 +392,12 @@ struct Windows3x3 {
   int64_t advance, line;
   bool above, below, left = true, right = true;
 
-  bool is_edge() const { return above || below || left || right; }
   bool has_row(int r) const { return !(r == 0 ? above : r == 2 && below); }
+  // Of the columns of P windows.
+  template <int P>
+  bool has_column(int q) const {
+    return !(q == 0 ? left : q == P + 1 && right);
+  }
 };
 
 // The same for 3x3 windows, whose pixels are loaded once for the three taps of a row. The value of
@@ -406,102 +410,113 @@ DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
-  const int64_t advance = windows.advance;
-  const Steps<P + 2> steps(advance);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const Steps in_row(windows.advance), in_out(out_step);
   const auto filter = [&](int64_t c, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : count - c;
     const A* block = channel + c * 10;
+    const A* weights = spatial;
     const T* row = windows.pixels + c;
+    T* to = out + c;
+    DDF_OPAQUE(to);
     const V bias = load<L>(block + 9 * L);
     V sums[P];
     DDF_UNROLL
     for (int p = 0; p < P; ++p) sums[p] = bias;
-    // What the next strip writes, and reads in the last row, if a cache line starts at c. Other
-    // rows are in the cache.
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (L >= kLine || c % kLine == 0) {
-      DDF_UNROLL
-      for (int p = 0; p < P; ++p) {
-        __builtin_prefetch(out + c + (P + p) * out_step, 1);
-        __builtin_prefetch(row + 2 * windows.line + (P + 1 + p) * advance);
-      }
-    }
     DDF_UNROLL
-    for (int r = 0; r < 3; ++r, row += windows.line) {
-      if (kIsEdge && !windows.has_row(r)) continue;
+    for (int r = 0; r < 3; ++r, row += windows.line, weights += spatial_row) {
+      if (!windows.has_row(r)) continue;
+      DDF_OPAQUE(row);
+      DDF_OPAQUE(weights);
+      // What the next strip writes, and reads in the last row, if a cache line starts at c. Other
+      // rows are in the cache.
+      const bool is_fetched = r == 1 && (L >= kLine || c % kLine == 0);
+      T* to_next = in_out(to, P);
+      const T* from_next = in_row(row + windows.line, P + 1);
+      if (is_fetched) {
+        DDF_OPAQUE(to_next);
+        DDF_OPAQUE(from_next);
+      }
       V tap[3];
       DDF_UNROLL
       for (int x = 0; x < 3; ++x) tap[x] = load<L>(block + (r * 3 + x) * L);
+      const T* next = in_row(row, 4);
+      DDF_OPAQUE(next);
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
-        if (kIsEdge && (q == 0 ? windows.left : q == P + 1 && windows.right)) continue;
-        V value = load_first<L>(row + steps[q], room);
+        if (is_fetched && q < P) {
+          __builtin_prefetch(in_out(to_next, q), 1);
+          __builtin_prefetch(in_row(from_next, q));
+        }
+        if (kIsEdge && !windows.template has_column<P>(q)) continue;
+        V value = load_first<L>(q < 4 ? in_row(row, q) : in_row(next, q - 4), room);
         DDF_OPAQUE_VECTOR(value);
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
-          if (const int p = q - x; p >= 0 && p < P) {
-            const A* weight = spatial + r * spatial_row + x * kColumn + p * 9;
-            sums[p] += value * Combine::weight(tap[x], splat<A, L>(*weight));
-          }
+          if (const int p = q - x; p >= 0 && p < P)
+            sums[p] += value * Combine::weight(tap[x], splat<A, L>(weights[x * kColumn + p * 9]));
       }
     }
     DDF_UNROLL
     for (int p = 0; p < P; ++p)
-      store_first<L>(out + p * out_step + c, clamp_min(sums[p], splat<A, L>(output_min)), room);
+      store_first<L>(in_out(to, p), clamp_min(sums[p], splat<A, L>(output_min)), room);
   };
   int64_t c = 0;
   for (; c + L <= count; c += L) filter(c, std::true_type());
   if (c < count) filter(c, std::false_type());
 }
 
-// A row of `columns` pixels, at least kStrip; the pixels of `windows` are those of its first strip.
-template <class T, class Combine, class F>
+// A row of `columns` pixels, in strips of P pixels; the pixels of `windows` are those of the first
+// strip.
+template <int P, class T, class Combine, class F>
 __attribute__((noinline)) void filter_row_3x3(Windows3x3<T> windows, const F* filter,
                                               const Taps3x3& taps, const Accumulate<T>* channel,
                                               Accumulate<T> output_min, T* out, int64_t out_step,
                                               int64_t columns, int64_t count) {
   using A = Accumulate<T>;
   const T* const first_pixels = windows.pixels;
-  const auto filter_strip = [&](int64_t column, auto number) __attribute__((always_inline)) {
-    constexpr int P = decltype(number)::value;
+  const auto filter_strip = [&](int64_t column) __attribute__((always_inline)) {
     windows.pixels = first_pixels + column * windows.advance;
     windows.left = column == 0;
     windows.right = column + P == columns;
     const int64_t first = taps.first + column * taps.pixel;
-    const auto filter_by = [&](const A* spatial, int64_t spatial_row,
-                               auto tap_column) __attribute__((always_inline)) {
+    A values[9 * P];
+    const A* spatial = values;
+    int64_t spatial_row = 3;
+    const auto filter_by = [&](auto tap_column) __attribute__((always_inline)) {
       const auto filter = [&](auto is_edge) __attribute__((always_inline)) {
         filter_strip_3x3<P, decltype(tap_column)::value, decltype(is_edge)::value, T, Combine>(
             windows, spatial, spatial_row, channel, output_min, out + column * out_step, out_step,
             count);
       };
-      if (P < kStrip || windows.is_edge())
+      if (windows.left || windows.right)
         filter(std::true_type());
       else
         filter(std::false_type());
     };
-    if constexpr (std::is_same_v<F, A>) {
-      // The taps of one group in a channels_last filter, in order and in reverse order.
-      if (taps.pixel == 9 && taps.column == 1)
-        return filter_by(filter + first, taps.row, std::integral_constant<int, 1>());
-      if (taps.pixel == 9 && taps.column == 8)
-        return filter_by(filter + first, taps.row, std::integral_constant<int, 8>());
-    }
-    A values[9 * P] = {};
-    for (int r = 0; r < 3; ++r)
-      for (int p = 0; p < P && windows.has_row(r); ++p)
+    // The taps of one group in a channels_last filter, in order or in reverse order.
+    const bool is_in_place =
+        std::is_same_v<F, A> && taps.pixel == 9 && (taps.column == 1 || taps.column == 8);
+    if constexpr (std::is_same_v<F, A>)
+      if (is_in_place) {
+        spatial = filter + first;
+        spatial_row = taps.row;
+        if (taps.column == 8) return filter_by(std::integral_constant<int, 8>());
+      }
+    if (!is_in_place)
+      for (int r = 0; r < 3; ++r)
         for (int x = 0; x < 3; ++x)
-          // Taps outside the image may lie outside the filter.
-          if (!(p + x == 0 && windows.left) && !(p + x == P + 1 && windows.right))
+          for (int p = 0; p < P; ++p)
+            // Taps outside the image may lie outside the filter.
             values[p * 9 + r * 3 + x] =
-                widen(filter[first + p * taps.pixel + r * taps.row + x * taps.column]);
-    filter_by(values, 3, std::integral_constant<int, 1>());
+                windows.has_row(r) && windows.template has_column<P>(p + x)
+                    ? widen(filter[first + p * taps.pixel + r * taps.row + x * taps.column])
+                    : A(0);
+    filter_by(std::integral_constant<int, 1>());
   };
   // The last strip may compute pixels of the one before it again.
-  int64_t column = 0;
-  for (; column + 2 < columns; column += kStrip)
-    filter_strip(std::min(column, columns - kStrip), std::integral_constant<int, kStrip>());
-  if (column < columns) filter_strip(columns - 2, std::integral_constant<int, 2>());
+  for (int64_t column = 0; column < columns; column += P)
+    filter_strip(std::min(column, columns - P));
 }
 
 // FilterNorm of the channel blocks of channels [channel0, channel1); stores the bias after the taps
@@ -574,14 +589,20 @@ void filter_3x3_channels_last(const Geometry& g, bool own_filter, const T* chann
           const auto filter_row =
               [&](const auto* filter, const SpatialStrides& strides)
                   __attribute__((always_inline)) {
-                    filter_row_3x3<T, Combine>(
-                        windows, filter, Taps3x3(own_filter, strides, row),
-                        channel + (r * g.groups + group) * block, pack.output_min,
-                        to +
-                            ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) *
-                                g.channels +
-                            first,
-                        g.scale * g.channels, columns, g.group_channels);
+                    const auto filter_row_by = [&](auto strip) __attribute__((always_inline)) {
+                      filter_row_3x3<decltype(strip)::value, T, Combine>(
+                          windows, filter, Taps3x3(own_filter, strides, row),
+                          channel + (r * g.groups + group) * block, pack.output_min,
+                          to +
+                              ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) *
+                                  g.channels +
+                              first,
+                          g.scale * g.channels, columns, g.group_channels);
+                    };
+                    if constexpr (std::is_same_v<T, float>)
+                      if (columns % kLongStrip == 0)
+                        return filter_row_by(std::integral_constant<int, kLongStrip>());
+                    filter_row_by(std::integral_constant<int, kStrip>());
                   };
           if (pack.normalize) {
             normalize_row(normalized.get(), pitch, columns, 9,
@@ -756,21 +777,21 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   constexpr int K = S * (P == 3 ? 4 : P);
-  const Steps<P> x_steps(x_step), dy_steps(dy_step);
+  const Steps x_steps(x_step), dy_steps(dy_step);
   V sums[K] = {};
   // wide is an integral constant: whether i starts a whole vector of channels.
   const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
     const int64_t room = decltype(wide)::value ? L : channels - i;
     V y[P];
     DDF_UNROLL
-    for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + i + dy_steps[p], room);
+    for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy_steps(dy + i, p), room);
     DDF_UNROLL
     for (int u = 0; u < S; ++u) {
       const V tap = load<L>(at.c + u * at.next);
       V total = load<L>(at.dc + u * at.next);
       DDF_UNROLL
       for (int p = 0; p < P; ++p) {
-        const V product = y[p] * load_first<L>(at.x[u] + i + x_steps[p], room);
+        const V product = y[p] * load_first<L>(x_steps(at.x[u] + i, p), room);
         const V spatial = splat<A, L>(at.s[u][p * kPixel]);
         sums[u * P + p] += Combine::grad_spatial(product, tap, spatial);
         total += Combine::grad_channel(product, tap, spatial);
@@ -883,8 +904,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
   const int64_t advance = row.g.channels, width = row.g.out_width;
   const int64_t channels = row.channels, dy_step = row.dy_step;
   const bool left = column == 0, right = column + P == width;
-  const Steps<P + 2> steps(advance);
-  const Steps<P> dy_steps(dy_step);
+  const Steps steps(advance), dy_steps(dy_step);
   const T* const dy = row.dy + column * dy_step;
   for (int64_t ty = row.ty0; ty < row.ty1; ++ty) {
     const T* const pixels = row.x + (ty * width + column) * advance;
@@ -896,7 +916,10 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
       const int64_t room = decltype(wide)::value ? L : channels - i;
       V y[P], tap[3], totals[3];
       DDF_UNROLL
-      for (int p = 0; p < P; ++p) y[p] = load_first<L>(dy + i + dy_steps[p], room);
+      for (int p = 0; p < P; ++p) {
+        y[p] = load_first<L>(dy_steps(dy + i, p), room);
+        DDF_OPAQUE_VECTOR(y[p]);
+      }
       DDF_UNROLL
       for (int x = 0; x < 3; ++x) {
         tap[x] = load<L>(c + x * L);
@@ -905,7 +928,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
         if (kIsEdge && (q == 0 ? left : q == P + 1 && right)) continue;
-        V value = load_first<L>(pixels + i + steps[q], room);
+        V value = load_first<L>(steps(pixels + i, q), room);
         DDF_OPAQUE_VECTOR(value);
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
@@ -955,11 +978,12 @@ __attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
       strip(column, whole, std::true_type());
     else
       strip(column, whole, std::false_type());
-  if (column + 2 <= width) {
-    strip(column, std::integral_constant<int, 2>(), std::true_type());
-    column += 2;
+  switch (width - column) {
+    case 3: return strip(column, std::integral_constant<int, 3>(), std::true_type());
+    case 2: return strip(column, std::integral_constant<int, 2>(), std::true_type());
+    case 1: return strip(column, std::integral_constant<int, 1>(), std::true_type());
+    default: return;
   }
-  if (column < width) strip(column, std::integral_constant<int, 1>(), std::true_type());
 }
 
 template <int kPixel, class T, class Combine>
@@ -982,18 +1006,30 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   auto* grad_spatial = static_cast<T*>(b.grad_spatial);
   const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
-  const int64_t spatial_channels = g.groups * taps, out_size = g.out_height * width;
-  const bool is_split = grad_spatial && plan.channel_blocks > 1;
   const ChannelPartials<T> channel_partials(b, g, plan);
-  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
-                                       : 0);
+  // Partial sums of grad_spatial of each block of channels, if there are several:
+  // [channel_blocks][images][groups][Ho][taps][Wo].
+  const bool is_split = grad_spatial && plan.channel_blocks > 1;
+  const int64_t row_taps = taps * width, rows = g.batch * g.groups * g.out_height;
+  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * rows * row_taps : 0);
+  // from[taps][Wo], of a row of a group.
+  const auto write_row = [&](int64_t image, int64_t group, int64_t row, const A* from) {
+    const SpatialStrides& to = b.grad_spatial_strides;
+    T* const to_row =
+        grad_spatial + to.start(image, g.subpixels()) + group * taps * to.tap + row * to.row;
+    if (to.tap == 1)
+      transpose(to_row, to.column, from, width, taps, width);
+    else
+      for (int64_t t = 0; t < taps; ++t)
+        reduce_partials(to_row + t * to.tap, to.column, from + t * width, 1, 0, width);
+  };
   // A channels_last 3x3 spatial filter of one group is read without a copy.
   constexpr int kTapsInner = 9;
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
                            b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
   // Prefetching a row ahead costs 5 % where the tensors fit in the caches, so it is off there.
   constexpr int64_t kCaches = 16 << 20;
-  const int64_t positions = g.height * g.width + g.subpixels() * out_size;
+  const int64_t positions = g.height * g.width + g.subpixels() * g.out_height * width;
   const bool is_fetched =
       positions * b.geometry.batch * g.channels * static_cast<int64_t>(sizeof(T)) > kCaches;
   std::vector<int64_t> range;
@@ -1006,15 +1042,13 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     const int64_t room = round_up(plan.block_channels, L);
-    Scratch<A> channel(room * taps), dc(room * taps), s(taps * width), ds(taps * width);
+    Scratch<A> channel(room * taps), dc(room * taps), s(row_taps), ds_of_row(row_taps);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
       const T* pixels = features + image * g.height * g.width * g.channels + item.channel0;
-      // The group's first channel of the spatial filter and of its gradient.
-      const int64_t spatial_channel = item.group * taps;
-      const SpatialStrides &from = b.spatial_strides, &to = b.grad_spatial_strides;
+      const SpatialStrides& from = b.spatial_strides;
       const T* filter = filter_of_group(spatial_filter, from, g, item.image, item.group);
       std::fill(dc.get(), dc + room * taps, A(0));
       fill_channel_blocks(channel.get(), taps, g, channel_filter, item.image, item.channel0,
@@ -1039,7 +1073,15 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
             load_row(s + t * width, filter + t * from.tap + row * from.row, width, from.column);
           else
             std::fill(s + t * width, s + (t + 1) * width, A(Combine::kNeutral));
-        std::fill(ds.get(), ds + taps * width, A(0));
+        A* ds = ds_of_row;
+        if (is_split)
+          ds = spatial_partials +
+               (((item.channel_block * g.batch + item.image) * g.groups + item.group) *
+                    g.out_height +
+                row) *
+                   row_taps;
+        else
+          std::fill_n(ds, row_taps, A(0));
         GradRow<T> of_row{g,
                           ty0,
                           ty1,
@@ -1058,29 +1100,24 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
           grad_filters_any_row<kTapsInner, T, Combine>(of_row);
         else
           grad_filters_any_row<1, T, Combine>(of_row);
-        for (int64_t t = 0; t < taps; ++t)
-          if (is_split)
-            std::copy_n(ds + t * width, width,
-                        spatial_partials +
-                            (((item.channel_block * g.batch + item.image) * spatial_channels +
-                              spatial_channel + t) *
-                                 out_size +
-                             row * width));
-          else if (grad_spatial)
-            reduce_partials(grad_spatial + to.start(item.image, g.subpixels()) +
-                                (spatial_channel + t) * to.tap + row * to.row,
-                            to.column, ds + t * width, 1, 0, width);
+        if (grad_spatial && !is_split) write_row(item.image, item.group, row, ds);
       }
       A* channel_to = channel_partials.at(item.image, item.tile, item.channel0);
-      for (int64_t c = 0; c < count; ++c, channel_to += taps) {
-        const A* sums = dc + c / L * taps * L + c % L;
-        for (int64_t t = 0; t < taps; ++t) channel_to[t] = sums[t * L];
-      }
+      for (int64_t c = 0; c < count; c += L, channel_to += taps * L)
+        transpose(channel_to, taps, dc + c * taps, L, taps, std::min<int64_t>(L, count - c));
     }
   });
   channel_partials.write(run);
-  if (is_split)
-    write_grad_spatial(g, plan, grad_spatial, b.grad_spatial_strides, spatial_partials.get(), run);
+  if (!is_split) return;
+  parallel(run, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      A* const sums = spatial_partials + index * row_taps;
+      for (int64_t block = 1; block < plan.channel_blocks; ++block)
+        for (int64_t i = 0; i < row_taps; ++i) sums[i] += sums[block * rows * row_taps + i];
+      const int64_t row = index % g.out_height, group = index / g.out_height;
+      write_row(group / g.groups, group % g.groups, row, sums);
+    }
+  });
 }
 
 // Sums of kCount adjacent lanes, in the first of them; lanes after the last are zero.

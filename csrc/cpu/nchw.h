@@ -231,6 +231,28 @@ void normalize_spatial_tile(A* spatial_tile, int64_t taps, int64_t blocks,
     softmax<A, L>(spatial_tile + b * taps * L, taps);
 }
 
+// Stores a vector of R rows and NC channels, at least output_min, with room for `room` values from
+// `out` on.
+template <int R, int NC, class T, class V>
+DDF_INLINE void store_sums(const V (&sums)[R * NC], Accumulate<T> output_min, T* out, int64_t width,
+                           int64_t out_size, int64_t room) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const auto store = [&](auto is_whole) __attribute__((always_inline)) {
+    DDF_UNROLL
+    for (int r = 0; r < R; ++r) DDF_UNROLL
+    for (int n = 0; n < NC; ++n)
+      store_first<L>(out + n * out_size + r * width,
+                     clamp_min(sums[r * NC + n], splat<A, L>(output_min)),
+                     decltype(is_whole)::value ? L : room - r * width);
+  };
+  // One branch for all vectors: with one each, compilers delay the sums and spill registers.
+  if (room - (R - 1) * width >= L)
+    store(std::true_type());
+  else
+    store(std::false_type());
+}
+
 // out[n][r, j] = sum_t x[x_offset[t] + (r * kBlockChannels + n) * line + j] * (c[t, n] o
 // s[r][t][j]) for one vector of R rows and NC channels, with the bias c[taps, n], the lower bound
 // c[taps + 1, 0], and room for `room` values from out on.
@@ -261,24 +283,53 @@ DDF_INLINE void filter_vectors(int64_t taps, const int64_t* x_offset, const Accu
             load<L>(below + (n == 3 ? line3 : n * line)) * Combine::weight(channel, spatial2);
     }
   }
-  const auto output_min = splat<A, L>(c[(taps + 1) * kBlockChannels]);
-  const auto store_sums = [&](auto is_whole) __attribute__((always_inline)) {
+  store_sums<R, NC>(sums, c[(taps + 1) * kBlockChannels], out, width, out_size, room);
+}
+
+// filter_vectors for 3x3 windows, whose taps are adjacent: x is where the first one reads, s its
+// values, s_tap the step to the next tap. The spatial filter stays in registers for all channels,
+// and the rows of two windows share the pixels.
+template <class T, class Combine, int R, int NC>
+DDF_INLINE void filter_vectors_3x3(const Accumulate<T>* x, int64_t line, const Accumulate<T>* s,
+                                   int64_t s_tap, int64_t s_row, const Accumulate<T>* c, T* out,
+                                   int64_t width, int64_t out_size, int64_t room) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  using V = Vector<A, L>;
+  V spatial[R * 9], sums[R * NC];
+  DDF_UNROLL
+  for (int r = 0; r < R; ++r)
     DDF_UNROLL
-    for (int r = 0; r < R; ++r) DDF_UNROLL
-    for (int n = 0; n < NC; ++n)
-      store_first<L>(out + n * out_size + r * width, clamp_min(sums[r * NC + n], output_min),
-                     decltype(is_whole)::value ? L : room - r * width);
-  };
-  // One branch for all vectors: with one each, compilers delay the sums and spill registers.
-  if (room - (R - 1) * width >= L)
-    store_sums(std::true_type());
-  else
-    store_sums(std::false_type());
+    for (int t = 0; t < 9; ++t) {
+      spatial[r * 9 + t] = load<L>(s + r * s_row + t * s_tap);
+      DDF_OPAQUE_VECTOR(spatial[r * 9 + t]);
+    }
+  DDF_UNROLL
+  for (int n = 0; n < NC; ++n) {
+    const A* from = x + n * line;
+    DDF_UNROLL
+    for (int r = 0; r < R; ++r) sums[r * NC + n] = splat<A, L>(c[9 * kBlockChannels + n]);
+    DDF_UNROLL
+    for (int row = 0; row < R + 2; ++row, from += kBlockChannels * line) {
+      DDF_OPAQUE(from);
+      DDF_UNROLL
+      for (int column = 0; column < 3; ++column) {
+        V value = load<L>(from + column);
+        DDF_OPAQUE_VECTOR(value);
+        DDF_UNROLL
+        for (int r = 0; r < R; ++r)
+          if (const int t = (row - r) * 3 + column; row >= r && row < r + 3)
+            sums[r * NC + n] +=
+                value * Combine::weight(splat<A, L>(c[t * kBlockChannels + n]), spatial[r * 9 + t]);
+      }
+    }
+  }
+  store_sums<R, NC>(sums, c[10 * kBlockChannels], out, width, out_size, room);
 }
 
 // Filters rows of NC channels. A vector that exceeds its row is overwritten by the next row, so
 // pairs of rows start with their last vector; the last vectors of the tile are stored in part.
-template <class T, class Combine, int NC>
+template <class T, class Combine, int NC, int kWindow>
 __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t width,
                                            const int64_t* x_offset, int64_t line,
                                            const Accumulate<T>* x, const Accumulate<T>* s,
@@ -288,14 +339,35 @@ __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t w
   const int64_t blocks = ceil_div(width, L), s_row = blocks * taps * L;
   const auto filter = [&](int64_t i, auto count) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value;
-    for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++)
-      filter_vectors<T, Combine, R, NC>(
-          taps, x_offset, x + i * kBlockChannels * line + b * L, line, s + i * s_row + b * taps * L,
-          s_row, c, out + i * width + b * L, width, out_size, (rows - i) * width - b * L);
+    for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++) {
+      const A *from = x + i * kBlockChannels * line + b * L, *spatial = s + i * s_row + b * taps * L;
+      T* const to = out + i * width + b * L;
+      const int64_t room = (rows - i) * width - b * L;
+      if constexpr (kWindow == 0)
+        filter_vectors<T, Combine, R, NC>(taps, x_offset, from, line, spatial, s_row, c, to, width,
+                                          out_size, room);
+      else
+        filter_vectors_3x3<T, Combine, R, NC>(from + x_offset[kWindow > 0 ? 0 : 8], line,
+                                              kWindow > 0 ? spatial : spatial + 8 * L, kWindow * L,
+                                              s_row, c, to, width, out_size, room);
+    }
   };
   int64_t i = 0;
   for (; i + 2 <= rows; i += 2) filter(i, std::integral_constant<int, 2>());
   if (i < rows) filter(i, std::integral_constant<int, 1>());
+}
+
+// 1 if the taps read 3x3 windows in order, -1 if they read them in reverse order, otherwise 0.
+// Rows of a window are `pitch` apart. filter_vectors_3x3 needs many registers.
+inline int window_of(const std::vector<int64_t>& x_offset, int64_t pitch) {
+#if defined(__x86_64__) && DDF_VECTOR_BYTES < 64
+  return 0;
+#endif
+  if (x_offset.size() != 9) return 0;
+  const int direction = x_offset[8] > x_offset[0] ? 1 : -1;
+  for (int64_t t = 0; t < 9; ++t)
+    if (x_offset[t] != x_offset[0] + direction * (t / 3 * pitch + t % 3)) return 0;
+  return direction;
 }
 
 // Calls body with the number of channels as a constant: kBlockChannels at a time, then the others.
@@ -409,9 +481,11 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
                               filters.out_height, filters.out_width, strides, A(Combine::kNeutral));
             normalize_spatial_tile<A>(spatial_tile, count, rows * ceil_div(g.out_width, L), pack);
           }
+          // By row and column of the window.
+          const int window = NC == kBlockChannels ? window_of(phase.x_offset, padded.pitch) : 0;
           for (int64_t t = 0; t < count; ++t)
             for (int n = 0; n < NC; ++n)
-              channel[t * kBlockChannels + n] =
+              channel[(window < 0 ? count - 1 - t : t) * kBlockChannels + n] =
                   channel_taps ? widen(channel_taps[phase.taps[t].channel + n * taps])
                                : A(Combine::kNeutral);
           pack.template normalize_channels<kBlockChannels>(channel, count, c, NC);
@@ -421,10 +495,18 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
           }
           T* plane = to + item.image * g.channels * to_size + c * to_strides.channel;
           T* phase_tile = phase_tiles.get() + (channels_last ? 0 : phase.column * NC * tile_size);
-          filter_rows<T, Combine, NC>(count, rows, g.out_width, phase.x_offset.data(), padded.line,
-                                      x, spatial_tile, channel,
-                                      is_dense ? plane + item.row0 * to_width : phase_tile,
-                                      is_dense ? to_size : tile_size);
+          const auto filter = [&](auto direction) {
+            filter_rows<T, Combine, NC, decltype(direction)::value>(
+                count, rows, g.out_width, phase.x_offset.data(), padded.line, x, spatial_tile,
+                channel, is_dense ? plane + item.row0 * to_width : phase_tile,
+                is_dense ? to_size : tile_size);
+          };
+          if (NC == kBlockChannels && window > 0)
+            filter(std::integral_constant<int, 1>());
+          else if (NC == kBlockChannels && window < 0)
+            filter(std::integral_constant<int, -1>());
+          else
+            filter(std::integral_constant<int, 0>());
           if (channels_last)
             store_pixels<NC>(phase_tile, tile_size, rows, g.out_width, phase, step, item.row0,
                              plane, to_height, to_width, to_strides);
