@@ -25,7 +25,8 @@ NEWEST_PYTHON ?= $(call find_python,3.13)
 VENV ?= .venv
 ARGS ?=
 # Number of test processes.
-WORKERS ?= $(or $(shell nproc 2> /dev/null),2)
+# nproc counts no more cores than OMP_NUM_THREADS.
+WORKERS ?= $(or $(shell env -u OMP_NUM_THREADS nproc 2> /dev/null),2)
 export WORKERS
 
 STAMPS := $(VENV)/.stamps

@@ -4,8 +4,8 @@
     sweep_widths.py [--cases 100] [--backward] [--seed 0]
 
 Prints the cases with the largest ratios of channels_last over NCHW and of either over the formula
-tap by tap (``ddf_reference``), whose tensors are NCHW. Times are the least CPU time of the process
-with one thread.
+tap by tap (``ddf_reference``), whose tensors are NCHW. The three are timed in turn; times are the
+least CPU time of the process with one thread.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ MOST_PRODUCTS = 30e6
 SHOWN = 10
 
 
-def milliseconds(call: Callable[[], object], budget: float) -> float:
-    """The least CPU time of a call, of at least three and for ``budget`` seconds."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < budget:
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return 1e3 * min(times)
+def milliseconds(calls: list[Callable[[], object]], budget: float) -> list[float]:
+    """The least CPU time of each call, in at least three rounds of all and for ``budget`` seconds
+    each."""
+    rounds: list[list[float]] = []
+    while len(rounds) < 4 or sum(map(sum, rounds[1:])) < budget * len(calls):
+        times = []
+        for call in calls:
+            call()  # whatever ran before, its tensors are in the caches
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        rounds.append(times)
+    return [1e3 * min(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def draw(rng: random.Random) -> tuple[int, int, int, int, int]:
@@ -51,7 +55,7 @@ def measure(case: tuple[int, int, int, int, int], backward: bool, budget: float)
     """Milliseconds in NCHW, in channels_last and of the formula."""
     channels, groups, kernel, stride, size = case
     out = (size - 1) // stride + 1
-    times = []
+    calls: list[Callable[[], object]] = []
     for function, memory_format in (
         (ddf, torch.contiguous_format),
         (ddf, torch.channels_last),
@@ -69,8 +73,8 @@ def measure(case: tuple[int, int, int, int, int], backward: bool, budget: float)
             output = function(*inputs, kernel, stride=stride)
             return torch.autograd.grad(output, inputs, grad) if backward else output
 
-        times.append(milliseconds(call, budget))
-    return times
+        calls.append(call)
+    return milliseconds(calls, budget)
 
 
 def main() -> None:
@@ -80,7 +84,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--backward", action="store_true", help="with the backward pass")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, default=0.05, help="seconds of each measurement")
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds of each time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(args.seed)

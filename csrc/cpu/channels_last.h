@@ -10,8 +10,8 @@
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// The addresses base + i * step, in base, step and 3 * step alone: x86 scales an index by 1, 2, 4 or
-// 8. Hiding the base in a loop keeps compilers from computing each of them before it, which needs
+// Addresses base + i * step in base, step and 3 * step alone: x86 scales an index by 1, 2, 4 or 8.
+// Hiding the base in a loop keeps compilers from computing each of them before it, which needs
 // more registers than there are.
 struct Steps {
   int64_t step, step3;
@@ -292,6 +292,10 @@ DDF_INLINE Vector<Accumulate<F>, L> load_of_groups(const F* values, int64_t step
   return widen_elements<F, L>(lanes);
 }
 
+// The number of groups of filter_span, if their values are gathered: more than other numbers of it,
+// which only 16 lanes can have.
+constexpr int kGathered = -1;
+
 // The same for a vector of channels of several groups, N of which are read. The filters of these
 // groups start at `filter`, group_step apart, and pixel_step for each pixel of the strip.
 template <int P, int N, class T, class Combine, class F>
@@ -303,8 +307,14 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   LaneMask<F, L> from_lane[L];
+  Vector<int32_t, L> at = {};
   DDF_UNROLL
-  for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
+  for (int j = 1; j < (N > 0 ? N : L); ++j)
+    if constexpr (N != kGathered) from_lane[j] = lanes_from<F, L>(groups.start[j]);
+  if constexpr (N == kGathered)
+    for (int j = 1; j < groups.count; ++j)
+      for (int lane = groups.start[j]; lane < L; ++lane)
+        at[lane] = static_cast<int32_t>(j * group_step);
   const V bias = load<L>(block + all_taps * L);
   const int64_t advance = taps.advance;
   first += taps.pixel_shift;
@@ -319,7 +329,11 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
     const F* values = filter + taps.filter[u];
     DDF_UNROLL
     for (int p = 0; p < P; ++p) {
-      const V spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
+      V spatial;
+      if constexpr (N == kGathered)
+        spatial = gather<L>(values, at);
+      else
+        spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
       sums[p] += load_up_to<L>(from, room) * Combine::weight(tap, spatial);
       values += pixel_step;
       from += advance;
@@ -365,6 +379,11 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
         span(std::integral_constant<int, 8>());
         break;
       default:
+        if constexpr (L == 16 && std::is_same_v<F, float>)
+          if (groups.count > 8 && group_step <= std::numeric_limits<int32_t>::max() / L) {
+            span(std::integral_constant<int, kGathered>());
+            break;
+          }
         span(std::integral_constant<int, 0>());
     }
     c += L;
@@ -979,10 +998,14 @@ __attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
     else
       strip(column, whole, std::false_type());
   switch (width - column) {
-    case 3: return strip(column, std::integral_constant<int, 3>(), std::true_type());
-    case 2: return strip(column, std::integral_constant<int, 2>(), std::true_type());
-    case 1: return strip(column, std::integral_constant<int, 1>(), std::true_type());
-    default: return;
+    case 3:
+      return strip(column, std::integral_constant<int, 3>(), std::true_type());
+    case 2:
+      return strip(column, std::integral_constant<int, 2>(), std::true_type());
+    case 1:
+      return strip(column, std::integral_constant<int, 1>(), std::true_type());
+    default:
+      return;
   }
 }
 

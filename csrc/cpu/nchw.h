@@ -298,12 +298,11 @@ DDF_INLINE void filter_vectors_3x3(const Accumulate<T>* x, int64_t line, const A
   using V = Vector<A, L>;
   V spatial[R * 9], sums[R * NC];
   DDF_UNROLL
-  for (int r = 0; r < R; ++r)
-    DDF_UNROLL
-    for (int t = 0; t < 9; ++t) {
-      spatial[r * 9 + t] = load<L>(s + r * s_row + t * s_tap);
-      DDF_OPAQUE_VECTOR(spatial[r * 9 + t]);
-    }
+  for (int r = 0; r < R; ++r) DDF_UNROLL
+  for (int t = 0; t < 9; ++t) {
+    spatial[r * 9 + t] = load<L>(s + r * s_row + t * s_tap);
+    DDF_OPAQUE_VECTOR(spatial[r * 9 + t]);
+  }
   DDF_UNROLL
   for (int n = 0; n < NC; ++n) {
     const A* from = x + n * line;
@@ -340,7 +339,8 @@ __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t w
   const auto filter = [&](int64_t i, auto count) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value;
     for (int64_t k = 0, b = blocks - 1; k < blocks; b = k++) {
-      const A *from = x + i * kBlockChannels * line + b * L, *spatial = s + i * s_row + b * taps * L;
+      const A *from = x + i * kBlockChannels * line + b * L,
+              *spatial = s + i * s_row + b * taps * L;
       T* const to = out + i * width + b * L;
       const int64_t room = (rows - i) * width - b * L;
       if constexpr (kWindow == 0)

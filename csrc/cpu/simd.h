@@ -360,6 +360,18 @@ DDF_INLINE RawVector<T, N> select_lanes(LaneMask<T, N> mask, RawVector<T, N> a, 
 #endif
 }
 
+// from[at[i]] in lane i.
+template <int N, class T>
+DDF_INLINE Vector<T, N> gather(const T* from, Vector<int32_t, N> at) {
+#if DDF_MASK_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return bit_cast<Vector<T, N>>(_mm512_i32gather_ps(bit_cast<__m512i>(at), from, sizeof(T)));
+#endif
+  Vector<T, N> v;
+  for (int i = 0; i < N; ++i) v[i] = from[at[i]];
+  return v;
+}
+
 // exp(x) for x <= 0, and NaN for NaN; 0 where it is less than the least normal number.
 template <class A, int N>
 DDF_INLINE Vector<A, N> exp_of_negative(Vector<A, N> x) {
@@ -548,6 +560,10 @@ void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, i
   constexpr int kLanesOf = kGroups * kN;
   using V = Vector<A, kLanesOf>;
   constexpr auto kAll = std::make_integer_sequence<int, kLanesOf>();
+  // Stores of a few cache lines that are far apart are waited for, unless prefetched. Loads are
+  // not.
+  constexpr int64_t kFar = 2048 / sizeof(To), kLine = 64 / sizeof(To);
+  const bool writes_far = to_pitch > kFar && rows > kLine;
   const int64_t end = (rows - 1) * from_pitch + columns;
   int64_t i = 0;
   for (; i + kLanesOf <= rows; i += kLanesOf) {
@@ -557,6 +573,8 @@ void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, i
         const From* at = from + row * from_pitch + j;
         return kWhole ? load<kN>(at) : load_first<kN>(at, columns - j);
       };
+      if (writes_far && i % kLine == 0)
+        for (int n = 0; n < kN; ++n) __builtin_prefetch(to + (j + n) * to_pitch + i + kLine, 1);
       V v[kN];
       DDF_UNROLL
       for (int n = 0; n < kN; ++n)

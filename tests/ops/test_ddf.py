@@ -211,6 +211,27 @@ def test_every_width_of_a_group_in_channels_last(k, dilation, stride, dtype, dev
                 assert error < tolerance, (channels, groups, spatial.stride())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_every_length_of_a_row(dtype, tolerance, device):
+    """CPU kernels for 3x3 windows filter several pixels or rows at a time, and read the taps of a
+    channels_last spatial filter where they are."""
+    for width in range(1, 23):
+        tensors = make(1, 21, (5, width), dtype=dtype, device=device)
+        grad = torch.ones_like(tensors[0]).cumsum(1)
+        exact = [t.double() for t in tensors]
+        want = value_and_gradients(by_unfold, exact, grad.double(), (3, 1, 1, "mul"))
+        x, cf, sf = tensors
+        # Its pixels are 9 elements apart, as in channels_last, but its taps are not adjacent.
+        apart = torch.empty(*sf.shape, 9, dtype=dtype, device=device)[..., 0].copy_(sf)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features, dy = (t.contiguous(memory_format=layout) for t in (x, grad))
+            for spatial in (sf, sf.contiguous(memory_format=torch.channels_last), apart):
+                got = value_and_gradients(ddf, (features, cf, spatial), dy, (3,))
+                for a, b in zip(got, want, strict=True):
+                    error = (a.double() - b).abs().max() / b.abs().max()
+                    assert error < tolerance, (width, layout, spatial.stride())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_empty_batch(stride):
     x, cf, sf = make(batch=0, stride=stride, requires_grad=True)
