@@ -103,7 +103,7 @@ def run_demo(python: str, *arguments: object, cwd: Path) -> subprocess.Completed
 def test_demo_learns(tmp_path):
     """``make demo``: train.py, test.py and the plots. In 7 of its 25 epochs, unless the workflow
     asks for all."""
-    epochs, least, options = 7, 75.0, ["--cfg-options", "train_cfg.max_epochs=7"]  # 92 when written
+    epochs, least, options = 7, 80.0, ["--cfg-options", "train_cfg.max_epochs=7"]  # 92 when written
     if os.environ.get("DDF_MM_TEST_WHOLE_DEMO") == "1":
         epochs, least, options = Config.fromfile(CONFIG).train_cfg.max_epochs, 97.0, []
     result = run_demo(sys.executable, "work dir", *options, cwd=tmp_path)

@@ -49,6 +49,7 @@ def test_workflows_cover_what_they_should():
     made = {word for c in COMMANDS for word in shlex.split(c.values[0])[1:] if "=" not in word}
     torches = {f"test-{torch}-torch" for torch in ("floor", "oldest", "newest")}
     made_here = {
+        "demo",
         "test",
         "test-fast",
         "compare-nvrtc",

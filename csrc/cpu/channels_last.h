@@ -292,8 +292,8 @@ DDF_INLINE Vector<Accumulate<F>, L> load_of_groups(const F* values, int64_t step
   return widen_elements<F, L>(lanes);
 }
 
-// The number of groups of filter_span, if their values are gathered: more than other numbers of it,
-// which only 16 lanes can have.
+// In place of the number of groups of filter_span: their values are gathered, which is faster than
+// a broadcast for each of more than 8.
 constexpr int kGathered = -1;
 
 // The same for a vector of channels of several groups, N of which are read. The filters of these
@@ -308,13 +308,14 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
   using V = Vector<A, L>;
   LaneMask<F, L> from_lane[L];
   Vector<int32_t, L> at = {};
-  DDF_UNROLL
-  for (int j = 1; j < (N > 0 ? N : L); ++j)
-    if constexpr (N != kGathered) from_lane[j] = lanes_from<F, L>(groups.start[j]);
-  if constexpr (N == kGathered)
+  if constexpr (N == kGathered) {
     for (int j = 1; j < groups.count; ++j)
       for (int lane = groups.start[j]; lane < L; ++lane)
         at[lane] = static_cast<int32_t>(j * group_step);
+  } else {
+    DDF_UNROLL
+    for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
+  }
   const V bias = load<L>(block + all_taps * L);
   const int64_t advance = taps.advance;
   first += taps.pixel_shift;
@@ -973,14 +974,9 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
   }
 }
 
-// Whether grad_filters_row_3x3 supports a geometry. It needs many registers.
+// Whether grad_filters_row_3x3 supports a geometry.
 inline bool has_grad_filters_row_3x3(const Geometry& g) {
-#if defined(__x86_64__)
-  constexpr bool kHasRegisters = DDF_VECTOR_BYTES == 64;
-#else
-  constexpr bool kHasRegisters = true;
-#endif
-  return kHasRegisters && g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid;
+  return kHas32Registers && g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid;
 }
 
 template <int kPixel, class T, class Combine>
@@ -1135,8 +1131,7 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   parallel(run, rows, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       A* const sums = spatial_partials + index * row_taps;
-      for (int64_t block = 1; block < plan.channel_blocks; ++block)
-        for (int64_t i = 0; i < row_taps; ++i) sums[i] += sums[block * rows * row_taps + i];
+      reduce_partials(sums, 1, sums, plan.channel_blocks, rows * row_taps, row_taps);
       const int64_t row = index % g.out_height, group = index / g.out_height;
       write_row(group / g.groups, group % g.groups, row, sums);
     }

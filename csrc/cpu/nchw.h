@@ -358,11 +358,8 @@ __attribute__((noinline)) void filter_rows(int64_t taps, int64_t rows, int64_t w
 }
 
 // 1 if the taps read 3x3 windows in order, -1 if they read them in reverse order, otherwise 0.
-// Rows of a window are `pitch` apart. filter_vectors_3x3 needs many registers.
+// Rows of a window are `pitch` apart.
 inline int window_of(const std::vector<int64_t>& x_offset, int64_t pitch) {
-#if defined(__x86_64__) && DDF_VECTOR_BYTES < 64
-  return 0;
-#endif
   if (x_offset.size() != 9) return 0;
   const int direction = x_offset[8] > x_offset[0] ? 1 : -1;
   for (int64_t t = 0; t < 9; ++t)
@@ -482,7 +479,8 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
             normalize_spatial_tile<A>(spatial_tile, count, rows * ceil_div(g.out_width, L), pack);
           }
           // By row and column of the window.
-          const int window = NC == kBlockChannels ? window_of(phase.x_offset, padded.pitch) : 0;
+          constexpr bool kHas3x3 = NC == kBlockChannels && kHas32Registers;
+          const int window = kHas3x3 ? window_of(phase.x_offset, padded.pitch) : 0;
           for (int64_t t = 0; t < count; ++t)
             for (int n = 0; n < NC; ++n)
               channel[(window < 0 ? count - 1 - t : t) * kBlockChannels + n] =
@@ -501,12 +499,11 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
                 channel, is_dense ? plane + item.row0 * to_width : phase_tile,
                 is_dense ? to_size : tile_size);
           };
-          if (NC == kBlockChannels && window > 0)
-            filter(std::integral_constant<int, 1>());
-          else if (NC == kBlockChannels && window < 0)
-            filter(std::integral_constant<int, -1>());
-          else
-            filter(std::integral_constant<int, 0>());
+          if constexpr (kHas3x3) {
+            if (window > 0) filter(std::integral_constant<int, 1>());
+            if (window < 0) filter(std::integral_constant<int, -1>());
+          }
+          if (window == 0) filter(std::integral_constant<int, 0>());
           if (channels_last)
             store_pixels<NC>(phase_tile, tile_size, rows, g.out_width, phase, step, item.row0,
                              plane, to_height, to_width, to_strides);

@@ -54,6 +54,13 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Vector registers: x86 has 32 with AVX-512, otherwise 16.
+#if defined(__x86_64__)
+constexpr bool kHas32Registers = DDF_VECTOR_BYTES == 64;
+#else
+constexpr bool kHas32Registers = true;
+#endif
+
 // The accumulation type: float for 16-bit types.
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
