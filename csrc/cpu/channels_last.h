@@ -10,20 +10,6 @@
 namespace ddf::cpu::DDF_ISA {
 namespace {
 
-// Addresses base + i * step in base, step and 3 * step alone: x86 scales an index by 1, 2, 4 or 8.
-// Hiding the base in a loop keeps compilers from computing each of them before it, which needs
-// more registers than there are.
-struct Steps {
-  int64_t step, step3;
-
-  DDF_INLINE explicit Steps(int64_t step) : step(step), step3(3 * step) { DDF_OPAQUE(step3); }
-  template <class T>
-  DDF_INLINE T* operator()(T* base, int i) const {
-    base += i / 4 * (4 * step);
-    return i % 4 == 3 ? base + step3 : base + i % 4 * step;
-  }
-};
-
 // Pixels of a whole strip; the remaining pixels of a row form strips of one pixel.
 constexpr int kStrip = 4;
 // The same for 3x3 windows in rows of a multiple of 7, as networks have for images of 224 pixels.
@@ -134,16 +120,23 @@ const T* filter_of_group(const T* filter, const SpatialStrides& strides, const G
 
 // Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip
 // (own_filter, forward) or those that the taps connect to (grad_features).
-template <class T>
 struct Gather {
-  const Geometry& g;
-  AxisTaps rows, columns;
-  int64_t width;  // of the image that the taps read
-  const T* spatial;
-  SpatialStrides strides;
+  Geometry g;
   bool own_filter;
+  int64_t width;  // of the image that the taps read
+  AxisTaps rows, columns;
+
+  Gather(const Geometry& g, bool own_filter)
+      : g(g),
+        own_filter(own_filter),
+        width(own_filter ? g.width : g.scale * g.out_width),
+        rows(own_filter ? AxisTaps::to_features(g, g.out_height, g.height)
+                        : AxisTaps::to_output(g, g.height, g.out_height)),
+        columns(own_filter ? AxisTaps::to_features(g, g.out_width, g.width)
+                           : AxisTaps::to_output(g, g.width, g.out_width)) {}
 
   // The taps of the strip that starts at (row, column), for a filter with the given strides.
+  template <class T>
   void locate(Taps<T>& taps, const T* image, const SpatialStrides& strides, int64_t row,
               const AxisTaps::Strip& strip) const {
     taps.advance = columns.advance * g.channels;
@@ -167,16 +160,12 @@ struct Gather {
   }
 
   // The values of a group's filter at the taps of a strip of P pixels, `step` apart.
-  template <int P, class F>
+  template <int P, class T, class F>
   DDF_INLINE void read_filter(Taps<T>& taps, const F* filter, int64_t step) const {
     filter += taps.filter_shift;
     Accumulate<T>* to = taps.spatial.get();
     for (int64_t u = 0; u < taps.count; ++u, to += P)
       for (int p = 0; p < P; ++p) to[p] = widen(filter[taps.filter[u] + p * step]);
-  }
-
-  const T* filter_of(int64_t image, int64_t group) const {
-    return filter_of_group(spatial, strides, g, image, group);
   }
 };
 
@@ -566,214 +555,231 @@ void normalize_row(Accumulate<T>* to, int64_t pitch, int64_t columns, int64_t ta
     standardize<A, L>(to + j, taps, pitch, pack.eps, pack.spatial_scale);
 }
 
-// Whether filter_3x3_channels_last supports forward and grad_features.
+// Forward (own_filter) or grad_features: each pixel of `to` gathers from `from`.
+template <class T>
+struct Filtering {
+  Geometry g;
+  bool own_filter;
+  const T* channel_filter;
+  const T* spatial_filter;
+  SpatialStrides strides;
+  const T* from;
+  T* to;
+  TypedPackOptions<Accumulate<T>> pack;
+
+  explicit Filtering(const Forward& f)
+      : g(f.geometry),
+        own_filter(true),
+        channel_filter(static_cast<const T*>(f.channel_filter)),
+        spatial_filter(static_cast<const T*>(f.spatial_filter)),
+        strides(f.spatial_strides),
+        from(static_cast<const T*>(f.features)),
+        to(static_cast<T*>(f.output)),
+        pack(f.pack) {}
+  explicit Filtering(const Backward& b)
+      : g(b.geometry),
+        own_filter(false),
+        channel_filter(static_cast<const T*>(b.channel_filter)),
+        spatial_filter(static_cast<const T*>(b.spatial_filter)),
+        strides(b.spatial_strides),
+        from(static_cast<const T*>(b.grad)),
+        to(static_cast<T*>(b.grad_features)) {}
+
+  // Of one tensor, without filters.
+  Filtering(const Geometry& g, bool own_filter, const SpatialStrides& strides,
+            const TypedPackOptions<Accumulate<T>>& pack)
+      : g(g),
+        own_filter(own_filter),
+        channel_filter(nullptr),
+        spatial_filter(nullptr),
+        strides(strides),
+        from(nullptr),
+        to(nullptr),
+        pack(pack) {}
+
+  // Rows and columns whose pixels are filtered, each with all of its subpixels.
+  int64_t rows() const { return own_filter ? g.out_height : g.height; }
+  int64_t columns() const { return own_filter ? g.out_width : g.width; }
+  // Subpixels of a pixel of `to`, along one axis, and taps of one of them.
+  int64_t scale() const { return own_filter ? g.scale : 1; }
+  int64_t taps() const { return own_filter ? g.taps() : g.subpixels() * g.taps(); }
+
+  const T* filter_of(int64_t image, int64_t group) const {
+    return filter_of_group(spatial_filter, strides, g, image, group);
+  }
+
+  // Sizes of the channel blocks of `section` channels that are filtered together.
+  int64_t block_size(int64_t section) const {
+    return round_up(section, kLanes<Accumulate<T>>) * (taps() + 1);
+  }
+  // Sections of all channels or of those of a group. Pixels may be further apart than that.
+  int64_t sections_of(int64_t section) const { return section == g.group_channels ? g.groups : 1; }
+  // The channel blocks of an image, [subpixels][sections][block_size].
+  void fill_blocks(Accumulate<T>* to, int64_t image, int64_t section, Accumulate<T> neutral) const {
+    const int64_t size = block_size(section), sections = sections_of(section);
+    for (int64_t r = 0; r < g.subpixels(); ++r)
+      for (int64_t i = 0; i < sections; ++i) {
+        auto* const block = own_filter ? to + (r * sections + i) * size
+                                       : to + i * size + r * g.taps() * kLanes<Accumulate<T>>;
+        fill_channel_blocks(block, taps() + 1, g, channel_filter, image * g.subpixels() + r,
+                            i * section, (i + 1) * section, !own_filter, neutral);
+        normalize_channel_blocks(block, g.taps(), i * section, (i + 1) * section, pack);
+      }
+  }
+};
+
+// Whether filter_rows_3x3 supports forward and grad_features.
 inline bool is_3x3(const Geometry& g, bool own_filter) {
   return g.kernel == 3 && g.dilation == 1 && g.stride == 1 && !g.is_valid && g.width >= kStrip &&
          (own_filter || g.scale == 1);
 }
 
-// Forward (own_filter) and grad_features of 3x3 windows: each pixel of `to` gathers from `from`.
+// Rows [begin, end) of all images, for 3x3 windows.
 template <class T, class Combine>
-void filter_3x3_channels_last(const Geometry& g, bool own_filter, const T* channel_filter,
-                              const T* spatial_filter, const SpatialStrides& strides, const T* from,
-                              T* to, const TypedPackOptions<Accumulate<T>>& pack, ParallelFor run) {
+__attribute__((noinline)) void filter_rows_3x3(const Filtering<T>& f, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  constexpr int L = kLanes<A>;
-  const int64_t rows = g.height, columns = g.width, pitch = round_up(columns, L);
-  const int64_t block = round_up(g.group_channels, L) * 10;
+  const Geometry& g = f.g;
+  const int64_t rows = g.height, columns = g.width, pitch = round_up(columns, kLanes<A>);
+  const int64_t block = f.block_size(g.group_channels);
   const A neutral = A(Combine::kNeutral);
-  parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
-    Scratch<A> channel(g.subpixels() * g.groups * block);
-    // A row of a group's normalized spatial filter, [taps][pitch].
-    Scratch<A> normalized(pack.normalize ? 9 * pitch : 0);
-    int64_t filled = -1;
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t image = index / rows, row = index % rows;
-      const auto filter_of = [&](int64_t subpixel, int64_t group) {
-        return filter_of_group(spatial_filter, strides, g, image * g.subpixels() + subpixel, group);
-      };
-      for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const int64_t first = group * g.group_channels, last = first + g.group_channels;
-          A* const to_group = channel + (r * g.groups + group) * block;
-          fill_channel_blocks(to_group, 10, g, channel_filter, image * g.subpixels() + r, first,
-                              last, !own_filter, neutral);
-          normalize_channel_blocks(to_group, 9, first, last, pack);
+  Scratch<A> channel(g.subpixels() * g.groups * block);
+  // A row of a group's normalized spatial filter, [taps][pitch].
+  Scratch<A> normalized(f.pack.normalize_spatial ? 9 * pitch : 0);
+  int64_t filled = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t image = index / rows, row = index % rows;
+    if (image != filled) f.fill_blocks(channel, image, g.group_channels, neutral);
+    filled = image;
+    for (int64_t r = 0; r < g.subpixels(); ++r)
+      for (int64_t group = 0; group < g.groups; ++group) {
+        const int64_t first = group * g.group_channels;
+        const Windows3x3<T> windows{f.from + ((index - 1) * columns - 1) * g.channels + first,
+                                    g.channels, columns * g.channels, row == 0, row + 1 == rows};
+        T* const to =
+            f.to +
+            ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) * g.channels +
+            first;
+        const auto filter_row = [&](const auto* filter,
+                                    const SpatialStrides& strides) __attribute__((always_inline)) {
+          const auto filter_row_by = [&](auto strip) __attribute__((always_inline)) {
+            filter_row_3x3<decltype(strip)::value, T, Combine>(
+                windows, filter, Taps3x3(f.own_filter, strides, row),
+                channel + (r * g.groups + group) * block, f.pack.output_min, to,
+                g.scale * g.channels, columns, g.group_channels);
+          };
+          if constexpr (std::is_same_v<T, float>)
+            if (columns % kLongStrip == 0)
+              return filter_row_by(std::integral_constant<int, kLongStrip>());
+          filter_row_by(std::integral_constant<int, kStrip>());
+        };
+        const T* const filter = f.filter_of(image * g.subpixels() + r, group);
+        if (f.pack.normalize_spatial) {
+          normalize_row(normalized.get(), pitch, columns, 9, filter + row * f.strides.row,
+                        f.strides, f.pack);
+          filter_row(static_cast<const A*>(normalized), SpatialStrides{0, 0, pitch, 0, 1});
+        } else if (filter) {
+          filter_row(filter, f.strides);
+        } else {
+          filter_row(&neutral, SpatialStrides{0, 0, 0, 0, 0});
         }
-      filled = image;
-      for (int64_t r = 0; r < g.subpixels(); ++r)
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const int64_t first = group * g.group_channels;
-          const Windows3x3<T> windows{from + ((index - 1) * columns - 1) * g.channels + first,
-                                      g.channels, columns * g.channels, row == 0, row + 1 == rows};
-          const auto filter_row =
-              [&](const auto* filter, const SpatialStrides& strides)
-                  __attribute__((always_inline)) {
-                    const auto filter_row_by = [&](auto strip) __attribute__((always_inline)) {
-                      filter_row_3x3<decltype(strip)::value, T, Combine>(
-                          windows, filter, Taps3x3(own_filter, strides, row),
-                          channel + (r * g.groups + group) * block, pack.output_min,
-                          to +
-                              ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) *
-                                  g.channels +
-                              first,
-                          g.scale * g.channels, columns, g.group_channels);
-                    };
-                    if constexpr (std::is_same_v<T, float>)
-                      if (columns % kLongStrip == 0)
-                        return filter_row_by(std::integral_constant<int, kLongStrip>());
-                    filter_row_by(std::integral_constant<int, kStrip>());
-                  };
-          if (pack.normalize) {
-            normalize_row(normalized.get(), pitch, columns, 9,
-                          filter_of(r, group) + row * strides.row, strides, pack);
-            filter_row(static_cast<const A*>(normalized), SpatialStrides{0, 0, pitch, 0, 1});
-          } else if (spatial_filter) {
-            filter_row(filter_of(r, group), strides);
-          } else {
-            filter_row(&neutral, SpatialStrides{0, 0, 0, 0, 0});
-          }
-        }
-    }
-  });
+      }
+  }
 }
 
-// Forward and grad_features: each pixel of `to` gathers from `from`.
+// The strips of rows, and the groups of vectors that span groups.
+template <class T>
+struct RowStrips {
+  Gather gather;
+  std::vector<AxisTaps::Strip> strips;
+  std::vector<LaneGroups<Accumulate<T>>> lanes;
+
+  RowStrips(const Filtering<T>& f, bool is_spanning)
+      : gather(f.g, f.own_filter), strips(gather.columns.strips()) {
+    for (int64_t c = 0; is_spanning && c < f.g.channels; c += kLanes<Accumulate<T>>)
+      lanes.push_back(LaneGroups<Accumulate<T>>::of_vector(f.g, c));
+  }
+};
+
+// Rows [begin, end) of all images, for any windows.
 template <class T, class Combine>
-void filter_channels_last(const Gather<T>& gather, const T* channel_filter, const T* from,
-                          int64_t from_size, T* to, int64_t rows, int64_t columns,
-                          const TypedPackOptions<Accumulate<T>>& pack, bool is_spanning,
-                          ParallelFor run) {
+__attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, const RowStrips<T>& of,
+                                                     int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  constexpr int L = kLanes<A>;
-  const Geometry& g = gather.g;
-  const auto strips = gather.columns.strips();
+  const Geometry& g = f.g;
+  const Gather& gather = of.gather;
+  const int64_t rows = f.rows(), columns = f.columns(), all_taps = f.taps();
+  const bool is_spanning = !of.lanes.empty();
   // A pixel computes all of its subpixels, or gathers from all of them at once.
-  const int64_t scale = gather.own_filter ? g.scale : 1, subpixels = scale * scale;
-  const int64_t all_taps = gather.own_filter ? g.taps() : g.subpixels() * g.taps();
+  const int64_t scale = f.scale(), subpixels = scale * scale;
   const int64_t out_step = scale * gather.columns.step * g.channels;
+  const int64_t from_size = (f.own_filter ? g.height : g.scale * g.out_height) * gather.width;
   const A neutral = A(Combine::kNeutral);
   // Channels that are filtered together: a group's, or all if vectors span groups.
-  const int64_t section_channels = is_spanning ? g.channels : g.group_channels,
-                sections = g.channels / section_channels;
-  std::vector<LaneGroups<A>> lanes;
-  for (int64_t c = 0; is_spanning && c < g.channels; c += L)
-    lanes.push_back(LaneGroups<A>::of_vector(g, c));
-  parallel(run, g.batch * rows, [&](int64_t begin, int64_t end) {
-    Taps<T> taps(all_taps);
-    const int64_t block = round_up(section_channels, L) * (all_taps + 1);
-    Scratch<A> channel(subpixels * sections * block);
-    // A row of normalized spatial filters, [groups][taps][pitch].
-    const int64_t pitch = round_up(columns, L);
-    Scratch<A> normalized(pack.normalize ? g.groups * g.taps() * pitch : 0);
-    int64_t filled = -1;
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t image = index / rows, row = index % rows;
-      const T* pixels = from + image * from_size * g.channels;
-      for (int64_t r = 0; image != filled && r < g.subpixels(); ++r)
-        for (int64_t section = 0; section < sections; ++section) {
-          A* to_section = gather.own_filter ? channel + (r * sections + section) * block
-                                            : channel + section * block + r * g.taps() * L;
-          const int64_t first = section * section_channels, end = first + section_channels;
-          fill_channel_blocks(to_section, all_taps + 1, g, channel_filter,
-                              image * g.subpixels() + r, first, end, !gather.own_filter,
-                              A(Combine::kNeutral));
-          normalize_channel_blocks(to_section, g.taps(), first, end, pack);
-        }
-      filled = image;
-      for (int64_t group = 0; pack.normalize && group < g.groups; ++group)
-        normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
-                      gather.filter_of(image, group) + row * gather.strides.row, gather.strides,
-                      pack);
-      const auto out_of = [&](int64_t r, int64_t column) {
-        return to + ((index * scale + r / scale) * scale * columns + column * scale + r % scale) *
-                        g.channels;
-      };
-      for (int64_t r = 0; r < subpixels; ++r)
-        for (const auto& strip : strips) {
-          const A* const blocks = channel + r * sections * block;
-          const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
-                                     const SpatialStrides& strides) __attribute__((always_inline)) {
-            constexpr int P = decltype(pixels_of_strip)::value;
-            T* const out = out_of(r, strip.first);
-            gather.locate(taps, pixels, strides, row, strip);
-            if (is_spanning)
-              filter_spans<P, T, Combine>(taps, all_taps, lanes, filter, g.taps() * strides.tap,
-                                          strides.column, blocks, pack.output_min, out, out_step,
-                                          g.channels);
-            for (int64_t group = 0; !is_spanning && group < g.groups; ++group) {
-              gather.template read_filter<P>(taps, filter + group * g.taps() * strides.tap,
-                                             strides.column);
-              filter_strip<P, T, Combine>(
-                  taps, all_taps, group * g.group_channels, blocks + group * block, pack.output_min,
-                  out + group * g.group_channels, out_step, g.group_channels);
-            }
-          };
-          const auto filter = [&](auto pixels_of_strip) __attribute__((always_inline)) {
-            if (pack.normalize)
-              filter_as(pixels_of_strip, static_cast<const A*>(normalized),
-                        SpatialStrides{0, 0, pitch, 0, 1});
-            else if (gather.spatial)
-              filter_as(pixels_of_strip, gather.filter_of(image * g.subpixels() + r, 0),
-                        gather.strides);
-            else
-              filter_as(pixels_of_strip, &neutral, SpatialStrides{0, 0, 0, 0, 0});
-          };
-          if (strip.count == kStrip)
-            filter(std::integral_constant<int, kStrip>());
+  const int64_t section = is_spanning ? g.channels : g.group_channels;
+  const int64_t sections = f.sections_of(section), block = f.block_size(section);
+  Taps<T> taps(all_taps);
+  Scratch<A> channel(subpixels * sections * block);
+  // A row of normalized spatial filters, [groups][taps][pitch].
+  const int64_t pitch = round_up(columns, kLanes<A>);
+  Scratch<A> normalized(f.pack.normalize_spatial ? g.groups * g.taps() * pitch : 0);
+  int64_t filled = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t image = index / rows, row = index % rows;
+    const T* pixels = f.from + image * from_size * g.channels;
+    if (image != filled) f.fill_blocks(channel, image, section, neutral);
+    filled = image;
+    for (int64_t group = 0; f.pack.normalize_spatial && group < g.groups; ++group)
+      normalize_row(normalized + group * g.taps() * pitch, pitch, columns, g.taps(),
+                    f.filter_of(image, group) + row * f.strides.row, f.strides, f.pack);
+    for (int64_t r = 0; r < subpixels; ++r)
+      for (const auto& strip : of.strips) {
+        const A* const blocks = channel + r * sections * block;
+        const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
+                                   const SpatialStrides& strides) __attribute__((always_inline)) {
+          constexpr int P = decltype(pixels_of_strip)::value;
+          T* const out = f.to + ((index * scale + r / scale) * scale * columns +
+                                 strip.first * scale + r % scale) *
+                                    g.channels;
+          gather.locate(taps, pixels, strides, row, strip);
+          if (is_spanning)
+            filter_spans<P, T, Combine>(taps, all_taps, of.lanes, filter, g.taps() * strides.tap,
+                                        strides.column, blocks, f.pack.output_min, out, out_step,
+                                        g.channels);
+          for (int64_t group = 0; !is_spanning && group < g.groups; ++group) {
+            gather.template read_filter<P>(taps, filter + group * g.taps() * strides.tap,
+                                           strides.column);
+            filter_strip<P, T, Combine>(taps, all_taps, group * g.group_channels,
+                                        blocks + group * block, f.pack.output_min,
+                                        out + group * g.group_channels, out_step, g.group_channels);
+          }
+        };
+        const auto filter = [&](auto pixels_of_strip) __attribute__((always_inline)) {
+          if (f.pack.normalize_spatial)
+            filter_as(pixels_of_strip, static_cast<const A*>(normalized),
+                      SpatialStrides{0, 0, pitch, 0, 1});
+          else if (f.spatial_filter)
+            filter_as(pixels_of_strip, f.filter_of(image * g.subpixels() + r, 0), f.strides);
           else
-            filter(std::integral_constant<int, 1>());
-        }
-    }
+            filter_as(pixels_of_strip, &neutral, SpatialStrides{0, 0, 0, 0, 0});
+        };
+        if (strip.count == kStrip)
+          filter(std::integral_constant<int, kStrip>());
+        else
+          filter(std::integral_constant<int, 1>());
+      }
+  }
+}
+
+template <class T, class Combine>
+void filter_channels_last(const Filtering<T>& f, bool is_spanning, ParallelFor run) {
+  const int64_t rows = f.g.batch * f.rows();
+  if (!is_spanning && is_3x3(f.g, f.own_filter))
+    return parallel(
+        run, rows, [&](int64_t begin, int64_t end) { filter_rows_3x3<T, Combine>(f, begin, end); });
+  const RowStrips<T> strips(f, is_spanning);
+  parallel(run, rows, [&](int64_t begin, int64_t end) {
+    filter_rows_of_strips<T, Combine>(f, strips, begin, end);
   });
-}
-
-// The taps that output pixels read in the features.
-template <class T, class Arguments>
-Gather<T> gather_from_features(const Arguments& a, const Geometry& g) {
-  return {g,
-          AxisTaps::to_features(g, g.out_height, g.height),
-          AxisTaps::to_features(g, g.out_width, g.width),
-          g.width,
-          static_cast<const T*>(a.spatial_filter),
-          a.spatial_strides,
-          true};
-}
-
-template <class T, class Combine>
-void forward_channels_last(const Forward& f, bool is_spanning, ParallelFor run) {
-  const Geometry& g = f.geometry;
-  if (!is_spanning && is_3x3(g, true))
-    return filter_3x3_channels_last<T, Combine>(
-        g, true, static_cast<const T*>(f.channel_filter), static_cast<const T*>(f.spatial_filter),
-        f.spatial_strides, static_cast<const T*>(f.features), static_cast<T*>(f.output),
-        TypedPackOptions<Accumulate<T>>(f.pack), run);
-  const auto gather = gather_from_features<T>(f, g);
-  filter_channels_last<T, Combine>(gather, static_cast<const T*>(f.channel_filter),
-                                   static_cast<const T*>(f.features), g.height * g.width,
-                                   static_cast<T*>(f.output), g.out_height, g.out_width,
-                                   TypedPackOptions<Accumulate<T>>(f.pack), is_spanning, run);
-}
-
-template <class T, class Combine>
-void grad_features_channels_last(const Backward& b, bool is_spanning, ParallelFor run) {
-  const Geometry& g = b.geometry;
-  if (!is_spanning && is_3x3(g, false))
-    return filter_3x3_channels_last<T, Combine>(
-        g, false, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.spatial_filter),
-        b.spatial_strides, static_cast<const T*>(b.grad), static_cast<T*>(b.grad_features),
-        TypedPackOptions<Accumulate<T>>(), run);
-  const Gather<T> gather{g,
-                         AxisTaps::to_output(g, g.height, g.out_height),
-                         AxisTaps::to_output(g, g.width, g.out_width),
-                         g.scale * g.out_width,
-                         static_cast<const T*>(b.spatial_filter),
-                         b.spatial_strides,
-                         false};
-  filter_channels_last<T, Combine>(
-      gather, static_cast<const T*>(b.channel_filter), static_cast<const T*>(b.grad),
-      g.subpixels() * g.out_height * g.out_width, static_cast<T*>(b.grad_features), g.height,
-      g.width, TypedPackOptions<Accumulate<T>>(), is_spanning, run);
 }
 
 // Pointers for S taps of a strip of pixels: x, s and ds, and c and dc in the channel blocks.
@@ -835,19 +841,23 @@ template <class T>
 struct GradRow {
   using A = Accumulate<T>;
   const Geometry& g;
-  int64_t ty0, ty1;      // the rows of taps inside the image
   const int64_t* range;  // [kernel][2]: the pixels for which a column of taps is inside the image
   const T* x;            // the first tap of the first pixel, which may lie outside
   const T* dy;
   int64_t dy_step;  // to the next pixel
   const A* s;
-  A* ds;       // [taps][width], zeros
-  const A* c;  // in blocks
+  int64_t s_tap;  // to the next tap of s
+  A* ds;          // [taps][width], zeros
+  const A* c;     // in blocks
   A* dc;
   int64_t channels;
+  int64_t ty0 = 0, ty1 = 0;  // the rows of taps inside the image
 };
 
-// The pixels of s are kPixel apart; its taps are `width` apart if kPixel is 1, otherwise adjacent.
+// Adjacent taps of a pixel in GradRow::s, for 3x3 windows.
+constexpr int kTapsInner = 9;
+
+// The pixels of s are kPixel apart; if that is not 1, its taps are adjacent.
 template <int kPixel, class T, class Combine>
 __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   using A = Accumulate<T>;
@@ -863,7 +873,7 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
     for (int u = 0; u < S; ++u) {
       const int64_t tap = t + u * apart;
       at.x[u] = row.x + (tap / k * g.width + tap % k) * g.dilation * g.channels + column * x_step;
-      at.s[u] = row.s + (kPixel == 1 ? tap * width : tap) + column * kPixel;
+      at.s[u] = row.s + tap * row.s_tap + column * kPixel;
       at.ds[u] = row.ds + tap * width + column;
     }
     at.c = row.c + t * L;
@@ -923,12 +933,13 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
   // Copies, which stores cannot change.
   const int64_t advance = row.g.channels, width = row.g.out_width;
   const int64_t channels = row.channels, dy_step = row.dy_step;
+  const int64_t s_tap = kPixel == 1 ? row.s_tap : 1;
   const bool left = column == 0, right = column + P == width;
   const Steps steps(advance), dy_steps(dy_step);
   const T* const dy = row.dy + column * dy_step;
   for (int64_t ty = row.ty0; ty < row.ty1; ++ty) {
     const T* const pixels = row.x + (ty * width + column) * advance;
-    const A* const spatial = row.s + (kPixel == 1 ? 3 * ty * width : 3 * ty) + column * kPixel;
+    const A* const spatial = row.s + 3 * ty * s_tap + column * kPixel;
     const A* c = row.c + 3 * ty * L;
     A* dc = row.dc + 3 * ty * L;
     V sums[K] = {};
@@ -954,7 +965,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
         for (int x = 0; x < 3; ++x)
           if (const int p = q - x; p >= 0 && p < P) {
             const V product = y[p] * value;
-            const V weight = splat<A, L>(spatial[(kPixel == 1 ? x * width : x) + p * kPixel]);
+            const V weight = splat<A, L>(spatial[x * s_tap + p * kPixel]);
             sums[x * P + p] += Combine::grad_spatial(product, tap[x], weight);
             totals[x] += Combine::grad_channel(product, tap[x], weight);
           }
@@ -1005,12 +1016,41 @@ __attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
   }
 }
 
-template <int kPixel, class T, class Combine>
-void grad_filters_any_row(const GradRow<T>& row) {
-  if (has_grad_filters_row_3x3(row.g))
-    grad_filters_row_3x3<kPixel, T, Combine>(row);
+// For each column of taps, the pixels [first, last) of a row for which it lies inside the image.
+inline std::vector<int64_t> inside_pixels(const Geometry& g) {
+  std::vector<int64_t> range;
+  for (int64_t tx = 0; tx < g.kernel; ++tx) {
+    const int64_t before = std::max<int64_t>(0, g.padding() - tx * g.dilation);
+    const int64_t inside = std::max<int64_t>(0, g.width + g.padding() - tx * g.dilation);
+    range.push_back(std::min(g.out_width, ceil_div(before, g.stride)));
+    range.push_back(std::clamp(ceil_div(inside, g.stride), range.back(), g.out_width));
+  }
+  return range;
+}
+
+// Both filter gradients of a row of the output. `at` has no rows of taps yet, and x is its image's
+// first channel. taps_inner: the taps of a pixel of s are adjacent.
+template <class T, class Combine>
+void grad_filters_of_row(GradRow<T> at, int64_t row, bool taps_inner) {
+  const Geometry& g = at.g;
+  // Taps outside the image have no gradient.
+  const int64_t above = row * g.stride - g.padding();
+  at.ty0 = 0;
+  at.ty1 = g.kernel;
+  while (at.ty0 < at.ty1 && above + at.ty0 * g.dilation < 0) ++at.ty0;
+  while (at.ty0 < at.ty1 && above + (at.ty1 - 1) * g.dilation >= g.height) --at.ty1;
+  at.x += (above * g.width - g.padding()) * g.channels;
+  const auto add = [&](auto pixel) {
+    constexpr int kPixel = decltype(pixel)::value;
+    if (has_grad_filters_row_3x3(g))
+      grad_filters_row_3x3<kPixel, T, Combine>(at);
+    else
+      grad_filters_row<kPixel, T, Combine>(at);
+  };
+  if (taps_inner)
+    add(std::integral_constant<int, kTapsInner>());
   else
-    grad_filters_row<kPixel, T, Combine>(row);
+    add(std::integral_constant<int, 1>());
 }
 
 template <class T, class Combine>
@@ -1023,27 +1063,10 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
-  auto* grad_spatial = static_cast<T*>(b.grad_spatial);
-  const int64_t taps = g.taps(), width = g.out_width, pad = g.padding();
+  const int64_t taps = g.taps(), width = g.out_width, row_taps = taps * width;
   const ChannelPartials<T> channel_partials(b, g, plan);
-  // Partial sums of grad_spatial of each block of channels, if there are several:
-  // [channel_blocks][images][groups][Ho][taps][Wo].
-  const bool is_split = grad_spatial && plan.channel_blocks > 1;
-  const int64_t row_taps = taps * width, rows = g.batch * g.groups * g.out_height;
-  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * rows * row_taps : 0);
-  // from[taps][Wo], of a row of a group.
-  const auto write_row = [&](int64_t image, int64_t group, int64_t row, const A* from) {
-    const SpatialStrides& to = b.grad_spatial_strides;
-    T* const to_row =
-        grad_spatial + to.start(image, g.subpixels()) + group * taps * to.tap + row * to.row;
-    if (to.tap == 1)
-      transpose(to_row, to.column, from, width, taps, width);
-    else
-      for (int64_t t = 0; t < taps; ++t)
-        reduce_partials(to_row + t * to.tap, to.column, from + t * width, 1, 0, width);
-  };
+  SpatialPartials<T> spatial_partials(b, g, plan);
   // A channels_last 3x3 spatial filter of one group is read without a copy.
-  constexpr int kTapsInner = 9;
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
                            b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
   // Prefetching a row ahead costs 5 % where the tensors fit in the caches, so it is off there.
@@ -1051,17 +1074,11 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const int64_t positions = g.height * g.width + g.subpixels() * g.out_height * width;
   const bool is_fetched =
       positions * b.geometry.batch * g.channels * static_cast<int64_t>(sizeof(T)) > kCaches;
-  std::vector<int64_t> range;
-  for (int64_t tx = 0; tx < g.kernel; ++tx) {
-    const int64_t before = std::max<int64_t>(0, pad - tx * g.dilation);
-    const int64_t inside = std::max<int64_t>(0, g.width + pad - tx * g.dilation);
-    range.push_back(std::min(width, ceil_div(before, g.stride)));
-    range.push_back(std::clamp(ceil_div(inside, g.stride), range.back(), width));
-  }
+  const std::vector<int64_t> range = inside_pixels(g);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     const int64_t room = round_up(plan.block_channels, L);
-    Scratch<A> channel(room * taps), dc(room * taps), s(row_taps), ds_of_row(row_taps);
+    Scratch<A> channel(room * taps), dc(room * taps), s(row_taps), ds(row_taps);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(g, index);
       const int64_t count = item.channel1 - item.channel0;
@@ -1073,69 +1090,38 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
       fill_channel_blocks(channel.get(), taps, g, channel_filter, item.image, item.channel0,
                           item.channel1, false, A(Combine::kNeutral));
       for (int64_t row = item.row0; row < item.row1; ++row) {
-        // Taps outside the image have no gradient.
-        const int64_t above = row * g.stride - pad;
-        int64_t ty0 = 0, ty1 = g.kernel;
-        while (ty0 < ty1 && above + ty0 * g.dilation < 0) ++ty0;
-        while (ty0 < ty1 && above + (ty1 - 1) * g.dilation >= g.height) --ty1;
         const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels + item.channel0;
         if (is_fetched && row + 1 < item.row1) {
-          const int64_t next = above + g.stride + (g.kernel - 1) * g.dilation;
+          const int64_t next = (row + 1) * g.stride - g.padding() + (g.kernel - 1) * g.dilation;
           if (next < g.height)
             prefetch_rows(pixels + next * g.width * g.channels, g.channels, g.width, count);
           prefetch_rows(dy + g.scale * g.scale * width * g.channels, g.scale * g.channels, width,
                         count);
         }
+        A* const partial = spatial_partials.at(item.channel_block, item.image, item.group, row);
+        A* const sums = partial ? partial : ds.get();
+        if (!partial) std::fill_n(sums, row_taps, A(0));
+        GradRow<T> at{g,    range.data(), pixels, dy,   g.scale * g.channels, s, width,
+                      sums, channel,      dc,     count};
+        if constexpr (std::is_same_v<T, A>)
+          if (is_in_place) {
+            at.s = filter + row * from.row;
+            at.s_tap = 1;
+          }
         for (int64_t t = 0; t < taps && !is_in_place; ++t)
           if (filter)
             load_row(s + t * width, filter + t * from.tap + row * from.row, width, from.column);
           else
             std::fill(s + t * width, s + (t + 1) * width, A(Combine::kNeutral));
-        A* ds = ds_of_row;
-        if (is_split)
-          ds = spatial_partials +
-               (((item.channel_block * g.batch + item.image) * g.groups + item.group) *
-                    g.out_height +
-                row) *
-                   row_taps;
-        else
-          std::fill_n(ds, row_taps, A(0));
-        GradRow<T> of_row{g,
-                          ty0,
-                          ty1,
-                          range.data(),
-                          pixels + (above * g.width - pad) * g.channels,
-                          dy,
-                          g.scale * g.channels,
-                          s,
-                          ds,
-                          channel,
-                          dc,
-                          count};
-        if constexpr (std::is_same_v<T, A>)
-          if (is_in_place) of_row.s = filter + row * from.row;
-        if (is_in_place)
-          grad_filters_any_row<kTapsInner, T, Combine>(of_row);
-        else
-          grad_filters_any_row<1, T, Combine>(of_row);
-        if (grad_spatial && !is_split) write_row(item.image, item.group, row, ds);
+        grad_filters_of_row<T, Combine>(at, row, is_in_place);
+        if (!partial) spatial_partials.write_row(item.image, item.group, row, sums, width);
       }
-      A* channel_to = channel_partials.at(item.image, item.tile, item.channel0);
-      for (int64_t c = 0; c < count; c += L, channel_to += taps * L)
-        transpose(channel_to, taps, dc + c * taps, L, taps, std::min<int64_t>(L, count - c));
+      channel_partials.add_blocks(item.image, item.tile, item.channel0, count, dc);
     }
   });
   channel_partials.write(run);
-  if (!is_split) return;
-  parallel(run, rows, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      A* const sums = spatial_partials + index * row_taps;
-      reduce_partials(sums, 1, sums, plan.channel_blocks, rows * row_taps, row_taps);
-      const int64_t row = index % g.out_height, group = index / g.out_height;
-      write_row(group / g.groups, group % g.groups, row, sums);
-    }
-  });
+  spatial_partials.write(run);
 }
 
 // Sums of kCount adjacent lanes, in the first of them; lanes after the last are zero.
@@ -1250,10 +1236,11 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
   all.groups = 1;
   const Plan plan(all,
                   2 * width * (g.channels + g.groups * taps) * static_cast<int64_t>(sizeof(T)));
-  const auto gather = gather_from_features<T>(b, g);
+  const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
+  const Gather gather(g, true);
   const auto strips = gather.columns.strips();
   const T neutral = narrow<T>(A(Combine::kNeutral));
-  const SpatialStrides from = gather.spatial ? b.spatial_strides : SpatialStrides{};
+  const SpatialStrides from = spatial_filter ? b.spatial_strides : SpatialStrides{};
   const SpatialStrides& to = b.grad_spatial_strides;
   // Channels of a vector.
   const int64_t number = L / g.group_channels * g.group_channels;
@@ -1271,7 +1258,8 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
       const auto item = plan.item(all, index);
       const int64_t image = item.image / g.subpixels(), r = item.image % g.subpixels();
       const T* pixels = features + image * g.height * g.width * g.channels;
-      const T* filter = gather.spatial ? gather.filter_of(item.image, 0) : &neutral;
+      const T* filter =
+          spatial_filter ? filter_of_group(spatial_filter, from, g, item.image, 0) : &neutral;
       for (int64_t c = 0; c < g.channels; c += number)
         fill_channel_blocks(channel + c / number * block, taps, g, channel_filter, item.image, c,
                             std::min(c + number, g.channels), false, A(Combine::kNeutral));

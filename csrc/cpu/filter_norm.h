@@ -65,7 +65,7 @@ DDF_INLINE void softmax(A* values, int64_t taps) {
 // PackOptions in the accumulation type A.
 template <class A>
 struct TypedPackOptions {
-  bool normalize, softmax;
+  bool normalize, normalize_spatial, softmax;
   A channel_scale, spatial_scale, eps;
   const A* channel_std;
   const A* bias;
@@ -74,6 +74,7 @@ struct TypedPackOptions {
 
   explicit TypedPackOptions(const PackOptions& s = {})
       : normalize(s.normalize),
+        normalize_spatial(s.normalize),
         softmax(s.softmax),
         channel_scale(static_cast<A>(s.channel_scale)),
         spatial_scale(static_cast<A>(s.spatial_scale)),
@@ -81,6 +82,14 @@ struct TypedPackOptions {
         channel_std(static_cast<const A*>(s.channel_std)),
         bias(static_cast<const A*>(s.bias)),
         output_min(s.relu ? A(0) : -std::numeric_limits<A>::infinity()) {}
+
+  // The options of the channels from one on.
+  TypedPackOptions from_channel(int64_t channel, int64_t taps) const {
+    TypedPackOptions options = *this;
+    if (channel_std) options.channel_std += channel * taps;
+    if (bias) options.bias += channel;
+    return options;
+  }
 
   // FilterNorm of `lanes` channels starting at `channel`, values[t * L + lane].
   template <int L>

@@ -650,16 +650,24 @@ void fill_spatial(Accumulate<T>* to, int64_t plane, int64_t pitch, const Geometr
                   const T* filter, const SpatialStrides& strides, int64_t image, int64_t group,
                   int64_t row0, int64_t row1, Accumulate<T> neutral) {
   if (filter) filter += strides.start(image, g.subpixels()) + group * g.taps() * strides.tap;
+  int64_t columns = g.out_width;
+  // Rows without gaps between them are one row.
+  if (pitch == columns && strides.row == columns && strides.column == 1) {
+    if (filter) filter += row0 * columns;
+    columns *= row1 - row0;
+    row0 = 0;
+    row1 = 1;
+  }
   for (int64_t row = row0; row < row1; ++row) {
     Accumulate<T>* line = to + (row - row0) * pitch;
     if (filter && strides.tap == 1)
-      transpose(line, plane, filter + row * strides.row, strides.column, g.out_width, g.taps());
+      transpose(line, plane, filter + row * strides.row, strides.column, columns, g.taps());
     else
       for (int64_t t = 0; t < g.taps(); ++t, line += plane)
         if (filter)
-          load_row(line, filter + t * strides.tap + row * strides.row, g.out_width, strides.column);
+          load_row(line, filter + t * strides.tap + row * strides.row, columns, strides.column);
         else
-          std::fill(line, line + g.out_width, neutral);
+          std::fill(line, line + columns, neutral);
   }
 }
 
@@ -748,16 +756,11 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t out_size = g.out_height * g.out_width;
-  const int64_t spatial_channels = g.groups * g.taps();
   const ChannelPartials<T> channel_partials(b, g, plan);
-  const auto& strides = b.grad_spatial_strides;
-  auto* grad_spatial_out = static_cast<T*>(b.grad_spatial);
+  SpatialPartials<T> spatial_partials(b, g, plan);
   const ImageStrides x_strides(b.channels_last, g.channels, g.height, g.width);
   const ImageStrides dy_strides(b.channels_last, g.channels, g.scale * g.out_height,
                                 g.scale * g.out_width);
-  const bool is_split = grad_spatial_out && plan.channel_blocks > 1;
-  Scratch<A> spatial_partials(is_split ? plan.channel_blocks * g.batch * spatial_channels * out_size
-                                       : 0);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     const PaddedTile<A> padded(g, plan.rows);
@@ -803,34 +806,13 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
         grad_filter_rows<T, Combine, NC>(g.taps(), rows, g.out_width, offsets.data(), padded.line,
                                          x, dy, pitch, plane, spatial, channel, grad_spatial, to);
       });
-      if (grad_spatial_out == nullptr) continue;
-      if (!is_split && strides.tap == 1) {
-        for (int64_t i = 0; i < rows; ++i)
-          transpose(grad_spatial_out + strides.start(item.image, g.subpixels()) +
-                        item.group * g.taps() + (item.row0 + i) * strides.row,
-                    strides.column, grad_spatial + i * pitch, plane, g.taps(), g.out_width);
-        continue;
-      }
-      for (int64_t t = 0; t < g.taps(); ++t)
-        for (int64_t i = 0; i < rows; ++i) {
-          const A* from = grad_spatial + t * plane + i * pitch;
-          const int64_t row = item.row0 + i, spatial_channel = item.group * g.taps() + t;
-          if (is_split)
-            std::copy(from, from + g.out_width,
-                      spatial_partials +
-                          (((item.channel_block * g.batch + item.image) * spatial_channels +
-                            spatial_channel) *
-                               out_size +
-                           row * g.out_width));
-          else
-            reduce_partials(grad_spatial_out + strides.start(item.image, g.subpixels()) +
-                                spatial_channel * strides.tap + row * strides.row,
-                            strides.column, from, 1, 0, g.out_width);
-        }
+      for (int64_t i = 0; i < rows; ++i)
+        spatial_partials.add(item.channel_block, item.image, item.group, item.row0 + i,
+                             grad_spatial + i * pitch, plane);
     }
   });
   channel_partials.write(run);
-  if (is_split) write_grad_spatial(g, plan, grad_spatial_out, strides, spatial_partials.get(), run);
+  spatial_partials.write(run);
 }
 
 }  // namespace

@@ -226,6 +226,10 @@ DDF_INLINE auto first_lanes(int64_t count) {
 DDF_INLINE uint32_t first_bits(int64_t count) { return (uint32_t{1} << count) - 1; }
 #endif
 
+template <class T>
+constexpr bool kHasMaskedLoads =
+    DDF_VECTOR_BYTES == 64 || (DDF_VECTOR_BYTES == 32 && sizeof(T) >= 4);
+
 // Copies the first count < N elements, in pieces of a power of two.
 template <int N, class T>
 DDF_INLINE void copy_some(T* to, const T* from, int64_t count) {
@@ -474,6 +478,14 @@ DDF_INLINE void store_interleaved(T* to, const T* even, const T* odd, int64_t co
     std::memcpy(to + 2 * i, &low, sizeof(low));
     std::memcpy(to + 2 * i + kN, &high, sizeof(high));
   }
+  if constexpr (sizeof(T) >= 4 && kHasMaskedLoads<T>)
+    if (const int64_t rest = count - 2 * i; rest > 8) {
+      const auto a = load_some<kN>(even + i, (rest + 1) / 2), b = load_some<kN>(odd + i, rest / 2);
+      store_first<kN>(to + 2 * i, interleave_lanes<0>(a, b, kLanesOf), rest);
+      if (rest > kN)
+        store_some<kN>(to + 2 * i + kN, interleave_lanes<kN / 2>(a, b, kLanesOf), rest - kN);
+      return;
+    }
   // Not (i % 2 ? odd : even)[i / 2], from which GCC 12 makes wrong code under its sanitizers.
   for (; 2 * i < count; ++i) {
     to[2 * i] = even[i];
@@ -526,11 +538,19 @@ DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_
   constexpr int kN = kLanes<Accumulate<T>>;
   if (step == 1) return load_rows(to, 0, from, 0, 1, count);
   int64_t i = 0;
-  if (step == 2)
+  if (step == 2) {
+    constexpr auto kAll = std::make_integer_sequence<int, kN>();
     // Not <=: the element after the last may be outside the tensor.
     for (; i + kN < count; i += kN)
-      store<kN>(to + i, every_other<0>(load<kN>(from + 2 * i), load<kN>(from + 2 * i + kN),
-                                       std::make_integer_sequence<int, kN>()));
+      store<kN>(to + i, every_other<0>(load<kN>(from + 2 * i), load<kN>(from + 2 * i + kN), kAll));
+    if constexpr (kHasMaskedLoads<T>)
+      if (count - i > 4) {
+        const int64_t length = 2 * (count - i) - 1;
+        const auto low = load_first<kN>(from + 2 * i, length);
+        const auto high = load_some<kN>(from + 2 * i + kN, std::max<int64_t>(length - kN, 0));
+        return store_first<kN>(to + i, every_other<0>(low, high, kAll), count - i);
+      }
+  }
   for (; i < count; ++i) to[i] = widen(from[i * step]);
 }
 
@@ -556,55 +576,114 @@ DDF_INLINE void transpose_lanes(V (&v)[4], std::integer_sequence<int, I...>) {
   v[3] = pairs(high0, high1, upper);
 }
 
+// Addresses base + i * step in base, step and 3 * step alone: x86 scales an index by 1, 2, 4 or 8.
+// Hiding the base in a loop keeps compilers from computing each of them before it, which needs
+// more registers than there are.
+struct Steps {
+  int64_t step, step3;
+
+  DDF_INLINE explicit Steps(int64_t step) : step(step), step3(3 * step) { DDF_OPAQUE(step3); }
+  template <class T>
+  DDF_INLINE T* operator()(T* base, int i) const {
+    base += i / 4 * (4 * step);
+    return i % 4 == 3 ? base + step3 : base + i % 4 * step;
+  }
+};
+
+// The lanes of kGroups vectors of 4 lanes, load(0), load(1) ...
+template <int kGroups, class Load>
+DDF_INLINE auto load_groups(const Load& load) {
+  const auto first = load(0);
+  if constexpr (kGroups == 1) {
+    return first;
+  } else if constexpr (kGroups == 2) {
+    return concatenate(first, load(1), std::make_integer_sequence<int, 8>());
+  } else {
+#if DDF_VECTOR_BYTES == 64
+    // GCC 12 does not insert from memory otherwise.
+    const auto cast = [](const auto& v)
+                          __attribute__((always_inline)) { return bit_cast<__m128>(v); };
+    __m512 v = _mm512_castps128_ps512(cast(first));
+    v = _mm512_insertf32x4(v, cast(load(1)), 1);
+    v = _mm512_insertf32x4(v, cast(load(2)), 2);
+    return bit_cast<Vector<float, 16>>(_mm512_insertf32x4(v, cast(load(3)), 3));
+#endif
+  }
+}
+
 // to[j * to_pitch + i] = from[i * from_pitch + j] for rows x columns elements, converted.
 template <class To, class From>
 void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, int64_t rows,
                int64_t columns) {
   using A = Accumulate<From>;
-  // Blocks of 4 x 4, or twice as many rows or columns in vectors of twice as many lanes.
+  // Blocks of 4 x 4, or several times as many rows or columns in vectors of as many more lanes.
   constexpr int kN = 4;
-  constexpr int kGroups = kCanConcatenate && DDF_VECTOR_BYTES >= 32 && sizeof(A) == 4 ? 2 : 1;
+  constexpr int kGroups = kCanConcatenate && sizeof(A) == 4 ? DDF_VECTOR_BYTES / 16 : 1;
   constexpr int kLanesOf = kGroups * kN;
   using V = Vector<A, kLanesOf>;
   constexpr auto kAll = std::make_integer_sequence<int, kLanesOf>();
+  const Steps from_row(from_pitch), to_row(to_pitch);
   // Stores of a few cache lines that are far apart are waited for, unless prefetched. Loads are
   // not.
   constexpr int64_t kFar = 2048 / sizeof(To), kLine = 64 / sizeof(To);
   const bool writes_far = to_pitch > kFar && rows > kLine;
   const int64_t end = (rows - 1) * from_pitch + columns;
-  int64_t i = 0;
-  for (; i + kLanesOf <= rows; i += kLanesOf) {
-    const auto block = [&](int64_t j, auto whole) __attribute__((always_inline)) {
-      constexpr bool kWhole = decltype(whole)::value;
-      const auto load_four = [&](int64_t row) __attribute__((always_inline)) {
-        const From* at = from + row * from_pitch + j;
-        return kWhole ? load<kN>(at) : load_first<kN>(at, columns - j);
-      };
-      if (writes_far && i % kLine == 0)
-        for (int n = 0; n < kN; ++n) __builtin_prefetch(to + (j + n) * to_pitch + i + kLine, 1);
-      V v[kN];
-      DDF_UNROLL
-      for (int n = 0; n < kN; ++n)
-        if constexpr (kGroups == 2)
-          v[n] = concatenate(load_four(i + n), load_four(i + kN + n), kAll);
-        else
-          v[n] = load_four(i + n);
-      transpose_lanes(v, kAll);
-      DDF_UNROLL
-      for (int n = 0; n < kN; ++n)
-        if (j + n < columns) store<kLanesOf>(to + (j + n) * to_pitch + i, v[n]);
-    };
-    int64_t j = 0;
-    // A single column that is left is not worth a block.
-    for (; j + 1 < columns; j += kN)
+  // Whether all columns of a block are there, and may be loaded, are integral constants.
+  const auto block = [&](int64_t i, int64_t j, auto whole,
+                         auto loaded) __attribute__((always_inline)) {
+    constexpr bool kWhole = decltype(whole)::value, kLoaded = decltype(loaded)::value;
+    const From* at = from + i * from_pitch + j;
+    To* into = to + j * to_pitch + i;
+    DDF_OPAQUE(at);
+    DDF_OPAQUE(into);
+    if (writes_far && i % kLine == 0)
+      for (int n = 0; n < kN; ++n) __builtin_prefetch(to_row(into, n) + kLine, 1);
+    V v[kN];
+    DDF_UNROLL
+    for (int n = 0; n < kN; ++n)
+      v[n] = load_groups<kGroups>([&](int k) __attribute__((always_inline)) {
+        const From* four = from_row(at, k * kN + n);
+        return kLoaded ? load<kN>(four) : load_first<kN>(four, columns - j);
+      });
+    transpose_lanes(v, kAll);
+    DDF_UNROLL
+    for (int n = 0; n < kN; ++n)
+      if (kWhole || j + n < columns) store<kLanesOf>(to_row(into, n), v[n]);
+  };
+  // Lines that are far apart are stored in few streams; more of them than a cache has ways push
+  // each other out if a power of two lies between them.
+  const bool collides = to_pitch * static_cast<int64_t>(sizeof(To)) % 4096 == 0;
+  const int64_t streams = to_pitch <= from_pitch ? columns : collides ? 2 * kN : 4 * kN;
+  const int64_t whole_rows = rows / kLanesOf * kLanesOf;
+  // The columns [first, last) of `parts` blocks of rows, an integral constant.
+  const auto blocks = [&](int64_t i, int64_t first, int64_t last,
+                          auto parts) __attribute__((always_inline)) {
+    constexpr int kParts = decltype(parts)::value;
+    const std::true_type yes;
+    const std::false_type no;
+    int64_t j = first;
+    for (; j + kN <= last; j += kN) DDF_UNROLL
+    for (int p = 0; p < kParts; ++p) block(i + p * kLanesOf, j, yes, yes);
+    for (int p = 0; p < kParts; ++p, i += kLanesOf)
+      // A single column is not worth a block.
+      if (j + 1 == last)
+        for (int n = 0; n < kLanesOf; ++n)
+          to[j * to_pitch + i + n] = narrow<To>(widen(from[(i + n) * from_pitch + j]));
       // Elements after those of a row are loaded if they belong to other rows.
-      if ((i + kLanesOf - 1) * from_pitch + j + kN <= end)
-        block(j, std::true_type());
-      else
-        block(j, std::false_type());
-    for (; j < columns; ++j)
-      for (int n = 0; n < kLanesOf; ++n)
-        to[j * to_pitch + i + n] = narrow<To>(widen(from[(i + n) * from_pitch + j]));
+      else if (j < last && (i + kLanesOf - 1) * from_pitch + j + kN <= end)
+        block(i, j, no, yes);
+      else if (j < last)
+        block(i, j, no, no);
+  };
+  // Blocks of rows that fill a cache line.
+  constexpr int kParts = std::max<int>(static_cast<int>(kLine) / kLanesOf, 1);
+  for (int64_t first = 0; first < columns; first += streams) {
+    const int64_t last = std::min(first + streams, columns);
+    int64_t i = 0;
+    for (; i + kParts * kLanesOf <= rows; i += kParts * kLanesOf)
+      blocks(i, first, last, std::integral_constant<int, kParts>());
+    for (; kParts > 1 && i < whole_rows; i += kLanesOf)
+      blocks(i, first, last, std::integral_constant<int, 1>());
   }
   // `height` is an integral constant, at most kN.
   const auto store_block = [&](int64_t i, int64_t j, auto height) __attribute__((always_inline)) {
@@ -628,15 +707,15 @@ void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, i
         store_some<kN>(column, group, kHeight);
     }
   };
-  const int64_t i0 = i;
-  int64_t j = 0;
+  int64_t i = whole_rows, j = 0;
   for (; j + kLanesOf <= columns; j += kLanesOf) {
-    for (i = i0; i + kN <= rows; i += kN) store_block(i, j, std::integral_constant<int, kN>());
+    for (i = whole_rows; i + kN <= rows; i += kN)
+      store_block(i, j, std::integral_constant<int, kN>());
     if (rows - i == 3) store_block(i, j, std::integral_constant<int, 3>());
     if (rows - i == 2) store_block(i, j, std::integral_constant<int, 2>());
     if (rows - i == 1) store_block(i, j, std::integral_constant<int, 1>());
   }
-  for (i = i0; i < rows; ++i)
+  for (i = whole_rows; i < rows; ++i)
     for (int64_t column = j; column < columns; ++column)
       to[column * to_pitch + i] = narrow<To>(widen(from[i * from_pitch + column]));
 }
@@ -644,13 +723,13 @@ void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, i
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A zero-initialized array, aligned to cache lines.
+// An array, aligned to cache lines, of zeros unless they are said not to be needed.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
+  explicit Scratch(int64_t count, bool needs_zeros = true)
       : data_(static_cast<A*>(::operator new(static_cast<size_t>(count) * sizeof(A), kLine))) {
-    std::fill(data_, data_ + count, A{});
+    if (needs_zeros) std::fill(data_, data_ + count, A{});
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -734,7 +813,14 @@ struct Plan {
 template <class T>
 void reduce_partials(T* to, int64_t stride, const Accumulate<T>* partials, int64_t number,
                      int64_t step, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  constexpr int L = kLanes<Accumulate<T>>;
+  int64_t i = 0;
+  for (; stride == 1 && i + L <= count; i += L) {
+    auto sum = load<L>(partials + i);
+    for (int64_t p = 1; p < number; ++p) sum += load<L>(partials + p * step + i);
+    store<L>(to + i, sum);
+  }
+  for (; i < count; ++i) {
     Accumulate<T> sum = 0;
     for (int64_t p = 0; p < number; ++p) sum += partials[p * step + i];
     to[i * stride] = narrow<T>(sum);
@@ -761,6 +847,16 @@ class ChannelPartials {
     return partials_ + ((image * tiles_ + tile) * g_.channels + channel) * g_.taps();
   }
 
+  // Of `count` channels, from[blocks of L channels][taps][L].
+  void add_blocks(int64_t image, int64_t tile, int64_t channel, int64_t count,
+                  const A* from) const {
+    constexpr int64_t L = kLanes<A>;
+    const int64_t taps = g_.taps();
+    A* to = at(image, tile, channel);
+    for (int64_t c = 0; c < count; c += L, to += taps * L)
+      transpose(to, taps, from + c * taps, L, taps, std::min(L, count - c));
+  }
+
   // Stores the gradient.
   void write(ParallelFor run) const {
     if (gradient_ == nullptr || is_whole_) return;
@@ -781,21 +877,74 @@ class ChannelPartials {
   A* const partials_;
 };
 
-// partials is [channel_blocks][B * groups * taps][Ho * Wo].
+// grad_spatial, or partial sums of it of each block of channels, if there are several:
+// [channel_blocks][images][groups][Ho][taps][Wo].
 template <class T>
-void write_grad_spatial(const Geometry& g, const Plan& plan, T* grad_spatial,
-                        const SpatialStrides& strides, const Accumulate<T>* partials,
-                        ParallelFor run) {
-  const int64_t spatial_channels = g.groups * g.taps(), size = g.out_height * g.out_width;
-  parallel(run, g.batch * spatial_channels, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index)
-      for (int64_t i = 0; i < g.out_height; ++i)
-        reduce_partials(grad_spatial + strides.start(index / spatial_channels, g.subpixels()) +
-                            index % spatial_channels * strides.tap + i * strides.row,
-                        strides.column, partials + index * size + i * g.out_width,
-                        plan.channel_blocks, g.batch * spatial_channels * size, g.out_width);
-  });
-}
+class SpatialPartials {
+  using A = Accumulate<T>;
+
+ public:
+  SpatialPartials(const Backward& b, const Geometry& g, const Plan& plan)
+      : g_(g),
+        gradient_(static_cast<T*>(b.grad_spatial)),
+        strides_(b.grad_spatial_strides),
+        number_(plan.channel_blocks),
+        rows_(g.batch * g.groups * g.out_height),
+        partials_(is_split() ? number_ * rows_ * row_size() : 0) {}
+
+  // Partial sums of a row of a group of one of batch * subpixels images, [taps][Wo], or null if
+  // what is added is the gradient.
+  A* at(int64_t channel_block, int64_t image, int64_t group, int64_t row) {
+    if (!is_split()) return nullptr;
+    const int64_t index = (image * g_.groups + group) * g_.out_height + row;
+    return partials_ + (channel_block * rows_ + index) * row_size();
+  }
+
+  // Adds such a row, from[taps][pitch].
+  void add(int64_t channel_block, int64_t image, int64_t group, int64_t row, const A* from,
+           int64_t pitch) {
+    A* const to = at(channel_block, image, group, row);
+    if (to == nullptr) return write_row(image, group, row, from, pitch);
+    for (int64_t t = 0; t < g_.taps(); ++t)
+      std::copy_n(from + t * pitch, g_.out_width, to + t * g_.out_width);
+  }
+
+  // Stores the gradient of a row.
+  void write_row(int64_t image, int64_t group, int64_t row, const A* from, int64_t pitch) const {
+    if (gradient_ == nullptr) return;
+    T* const to = gradient_ + strides_.start(image, g_.subpixels()) +
+                  group * g_.taps() * strides_.tap + row * strides_.row;
+    if (strides_.tap == 1)
+      transpose(to, strides_.column, from, pitch, g_.taps(), g_.out_width);
+    else
+      for (int64_t t = 0; t < g_.taps(); ++t)
+        reduce_partials(to + t * strides_.tap, strides_.column, from + t * pitch, 1, 0,
+                        g_.out_width);
+  }
+
+  // Stores the sums of the partial sums.
+  void write(ParallelFor run) {
+    if (!is_split()) return;
+    parallel(run, rows_, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        A* const sums = partials_ + index * row_size();
+        reduce_partials(sums, 1, sums, number_, rows_ * row_size(), row_size());
+        const int64_t row = index % g_.out_height, group = index / g_.out_height;
+        write_row(group / g_.groups, group % g_.groups, row, sums, g_.out_width);
+      }
+    });
+  }
+
+ private:
+  bool is_split() const { return gradient_ && number_ > 1; }
+  int64_t row_size() const { return g_.taps() * g_.out_width; }
+
+  const Geometry g_;
+  T* const gradient_;
+  const SpatialStrides strides_;
+  const int64_t number_, rows_;
+  Scratch<A> partials_;
+};
 
 }  // namespace
 }  // namespace ddf::cpu::DDF_ISA
