@@ -89,32 +89,32 @@ Along fastest_for_filters(const Backward& b) {
   return is_bundled && can_bundle_groups<A>(b) ? Along::groups : Along::rows;
 }
 
-enum class Pass { forward, grad_features, grad_filters };
+enum class Pass { forward, grad_features, backward };
 
-// Whether tiles of NCHW features are transposed for the kernels along channels. They are where a
-// row fills few lanes or its pixels are not adjacent, if a group has many channels. Measured on an
-// AMD EPYC (Zen 5), with AVX-512 and with AVX2.
+// Whether tiles of NCHW features are transposed for the kernels along channels. They are if a group
+// has many channels, where a row fills few lanes or its pixels are not adjacent, and where both
+// gradients share the transposed tiles. Measured on an AMD EPYC (Zen 5), with AVX-512 and AVX2.
 template <class T>
 bool is_fastest_transposed(const Geometry& g, Pass pass) {
   constexpr int L = kLanes<Accumulate<T>>;
   constexpr bool kWide = L == 16;
-  const bool is_filtering = pass != Pass::grad_filters;
   const bool has_phases = g.stride > 1 || g.scale > 1;
-  if (10 * g.group_channels < 7 * round_up(g.group_channels, L)) return false;
-  // Kernels along rows have no more taps than lanes here.
-  if (!kWide && g.scale > 1 && g.kernel > 3 && is_filtering) return false;
+  if (g.group_channels < 16 || 10 * g.group_channels < 7 * round_up(g.group_channels, L))
+    return false;
   // The longest rows of adjacent pixels for groups of at least 16, 32 and 64 channels.
   constexpr int kLongest[2][3][3] = {
-      // 3x3 windows, other windows, gradients of the filters.
-      {{10, 10, 10}, {0, 0, kWide ? 7 : 0}, {kWide ? 7 : 0, 10, kWide ? 28 : 14}},
-      // With a stride or subpixels: forward, grad_features, gradients of the filters.
-      {{7, 10, 20}, {5, 10, 10}, {kWide ? 10 : 7, 20, kWide ? 80 : 40}}};
-  const int row = !is_filtering ? 2
-                  : has_phases  ? pass == Pass::grad_features
-                                : !is_3x3(g, pass == Pass::forward);
+      // Forward and grad_features of 3x3 windows, of other windows, backward.
+      {{10, 10, 10}, {0, 0, 0}, {0, kWide ? 20 : 10, kWide ? 28 : 14}},
+      // With a stride or subpixels: forward, grad_features, backward.
+      {{7, 10, 20}, {5, 10, 10}, {kWide ? 7 : 5, kWide ? 20 : 10, kWide ? 28 : 20}}};
+  int row = 2;
+  if (pass != Pass::backward) {
+    if (!kWide && g.scale > 1 && g.kernel > 3) return false;
+    row = has_phases ? pass == Pass::grad_features : !is_3x3(g, pass == Pass::forward);
+  }
   const int size = g.group_channels >= 64 ? 2 : g.group_channels >= 32 ? 1 : 0;
-  int64_t longest = g.group_channels < 16 ? 0 : kLongest[has_phases][row][size];
-  if (is_filtering && g.kernel > 7) longest = std::min<int64_t>(longest, 7);
+  int64_t longest = kLongest[has_phases][row][size];
+  if (g.kernel > 7) longest = std::min<int64_t>(longest, 7);
   return (pass == Pass::grad_features ? ceil_div(g.width, g.stride) : g.out_width) <= longest;
 }
 
@@ -122,16 +122,28 @@ bool is_fastest_transposed(const Geometry& g, Pass pass) {
 template <class T>
 constexpr bool kCanTranspose = DDF_VECTOR_BYTES >= 32 && sizeof(Accumulate<T>) == 4;
 
+// The kernels for NCHW rows that fill at most half a vector of AVX-512, those of AVX2; otherwise
+// null.
+template <class T>
+const Kernels* kernels_of_short_rows([[maybe_unused]] const Geometry& g,
+                                     [[maybe_unused]] bool channels_last) {
+#if DDF_VECTOR_BYTES == 64
+  if (!channels_last && 2 * g.out_width <= kLanes<Accumulate<T>>) return &avx2_kernels;
+#endif
+  return nullptr;
+}
+
 template <class T, class Combine>
 void forward_as(const Forward& f, ParallelFor run) {
-  // Only the kernels along rows have a softmax.
-  if (f.pack.softmax) return forward_nchw<T, Combine>(f, run);
   if constexpr (kCanTranspose<T>)
-    if (!f.channels_last && is_fastest_transposed<T>(f.geometry, Pass::forward))
+    if (!f.channels_last && !f.pack.softmax && is_fastest_transposed<T>(f.geometry, Pass::forward))
       return filter_transposed<T, Combine>(Filtering<T>(f), run);
   const Along along = fastest_to_filter<T>(f.geometry, f.spatial_strides, true);
-  if (f.channels_last && along != Along::rows)
+  // Only the kernels along rows have a softmax.
+  if (f.channels_last && !f.pack.softmax && along != Along::rows)
     filter_channels_last<T, Combine>(Filtering<T>(f), along == Along::groups, run);
+  else if (const Kernels* smaller = kernels_of_short_rows<T>(f.geometry, f.channels_last))
+    smaller->forward(f, run);
   else
     forward_nchw<T, Combine>(f, run);
 }
@@ -144,15 +156,14 @@ void grad_features_as(const Backward& b, ParallelFor run) {
   const Along along = fastest_to_filter<T>(b.geometry, b.spatial_strides, false);
   if (b.channels_last && along != Along::rows)
     filter_channels_last<T, Combine>(Filtering<T>(b), along == Along::groups, run);
+  else if (const Kernels* smaller = kernels_of_short_rows<T>(b.geometry, b.channels_last))
+    smaller->backward(b, run);
   else
     grad_features_nchw<T, Combine>(b, run);
 }
 
 template <class T, class Combine>
 void grad_filters_as(const Backward& b, ParallelFor run) {
-  if constexpr (kCanTranspose<T>)
-    if (!b.channels_last && is_fastest_transposed<T>(b.geometry, Pass::grad_filters))
-      return grad_filters_transposed<T, Combine>(b, run);
   const Along along = fastest_for_filters<T>(b);
   // Kernels along rows are nearly as fast for 16-bit types.
   if constexpr (sizeof(T) >= 4)
@@ -160,14 +171,23 @@ void grad_filters_as(const Backward& b, ParallelFor run) {
       return grad_filters_few_channels<T, Combine>(b, run);
   if (b.channels_last && along == Along::group)
     grad_filters_channels_last<T, Combine>(b, run);
+  else if (const Kernels* smaller = kernels_of_short_rows<T>(b.geometry, b.channels_last))
+    smaller->backward(b, run);
   else
     grad_filters_nchw<T, Combine>(b, run);
 }
 
 template <class T, class Combine>
 void backward_as(const Backward& b, ParallelFor run) {
-  if (b.grad_features) grad_features_as<T, Combine>(b, run);
-  if (b.grad_channel || b.grad_spatial) grad_filters_as<T, Combine>(b, run);
+  const bool needs_filters = b.grad_channel || b.grad_spatial;
+  if constexpr (kCanTranspose<T>)
+    if (!b.channels_last && needs_filters && is_fastest_transposed<T>(b.geometry, Pass::backward))
+      return backward_transposed<T, Combine>(b, run);
+  Backward features = b, filters = b;
+  features.grad_channel = features.grad_spatial = nullptr;
+  filters.grad_features = nullptr;
+  if (b.grad_features) grad_features_as<T, Combine>(features, run);
+  if (needs_filters) grad_filters_as<T, Combine>(filters, run);
 }
 
 // Calls with(T()) for the elements' type.

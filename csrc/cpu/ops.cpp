@@ -41,15 +41,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// The kernels of AVX2 for rows of features that fill at most half a vector of AVX-512.
-const Kernels& kernels_for(const Geometry& g, DType dtype, bool channels_last) {
-#if defined(__x86_64__)
-  const int64_t half = dtype == DType::f64 ? 4 : 8;
-  if (&kernels() == &avx512_kernels && !channels_last && g.out_width <= half) return avx2_kernels;
-#endif
-  return kernels();
-}
-
 // Exceptions of body are rethrown here, because LibTorch's C interface drops them.
 void run_in_parallel(int64_t count, Body body, void* context) {
   std::exception_ptr thrown;
@@ -116,7 +107,7 @@ Tensor forward_of(const Geometry& g, const Tensor& features, const OptionalTenso
     f.spatial_strides = strides_of(*spatial_filter);
   }
   f.output = output.mutable_data_ptr();
-  run(kernels_for(g, f.dtype, f.channels_last).forward, f);
+  run(kernels().forward, f);
   return output;
 }
 
@@ -150,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_of(const Geometry& g, const Tensor& 
     b.grad_spatial = grads.spatial_filter.mutable_data_ptr();
     b.grad_spatial_strides = strides_of(grads.spatial_filter);
   }
-  run(kernels_for(g, b.dtype, b.channels_last).backward, b);
+  run(kernels().backward, b);
   return {grads.features, grads.channel_filter, grads.spatial_filter};
 }
 

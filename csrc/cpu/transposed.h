@@ -50,6 +50,16 @@ struct Tiles {
                  static_cast<int64_t>(sizeof(A)),
              0, kBytes) {}
 
+  // The most rows that rows_for(rows of a tile) has.
+  template <class F>
+  int64_t most(const F& rows_for) const {
+    int64_t rows = 0;
+    for (int64_t row = 0; row < geometry.out_height; row += plan.rows)
+      rows = std::max(rows,
+                      rows_for(Rows{row, std::min(row + plan.rows, geometry.out_height)}).size());
+    return rows;
+  }
+
   // The geometry of a tile's pixels: one image of one group, of `channels` channels.
   static Geometry of_image(Geometry g, int64_t channels) {
     g.batch = g.groups = 1;
@@ -65,127 +75,199 @@ struct Tiles {
   }
 };
 
+// Filters the tiles of one thread, from and to channels_last buffers.
+template <class T>
+class TileFilter {
+  using A = Accumulate<T>;
+
+ public:
+  // Of one image of one group, without filters; pixels are `channels` apart.
+  static Filtering<A> of_image(const Filtering<T>& f, int64_t channels) {
+    const int64_t taps = f.g.taps(), pixel = f.g.subpixels() * taps;
+    // The spatial filter is copied to [rows][Wo][subpixels][taps].
+    const SpatialStrides strides{0, taps, 1, f.g.out_width * pixel, pixel};
+    return {Tiles::of_image(f.g, channels), f.own_filter, strides, f.pack};
+  }
+
+  // `strips` is of the result of of_image, `tile`. Reads at most filter_rows rows of the spatial
+  // filter at a time.
+  TileFilter(const Filtering<T>& f, const Filtering<A>& tile, const RowStrips<A>& strips,
+             int64_t filter_rows)
+      : f_(f),
+        strips_(strips),
+        tile_(tile),
+        spatial_(f.spatial_filter ? filter_rows * tile.strides.row : 0, false),
+        planes_(f.spatial_filter ? f.g.taps() * round_up(filter_rows * f.g.out_width, L) : 0),
+        channel_(tile.g.channels * f.g.subpixels() * f.g.taps(), false) {}
+
+  void read_spatial_filter(int64_t image, int64_t group, Rows rows) {
+    if (f_.spatial_filter == nullptr) return;
+    const Geometry& g = f_.g;
+    const int64_t size = rows.size() * g.out_width, plane = round_up(size, L), taps = g.taps();
+    for (int64_t r = 0; r < g.subpixels(); ++r) {
+      fill_spatial(planes_.get(), plane, g.out_width, g, f_.spatial_filter, f_.strides,
+                   image * g.subpixels() + r, group, rows.begin, rows.end, A(0));
+      for (int64_t j = 0; f_.pack.normalize_spatial && j < size; j += L)
+        standardize<A, L>(planes_ + j, taps, plane, f_.pack.eps, f_.pack.spatial_scale);
+      transpose(spatial_ + r * taps, tile_.strides.column, planes_.get(), plane, taps, size);
+    }
+    tile_.spatial_filter = spatial_ - rows.begin * tile_.strides.row;
+  }
+
+  // Rows of `count` channels from c on. The buffers start at rows `from_row` and to_rows.begin.
+  template <class Combine>
+  void filter(int64_t image, int64_t c, int64_t count, const A* from, int64_t from_row, A* to,
+              Rows to_rows) {
+    const Geometry& g = f_.g;
+    const int64_t in_row = g.width, out_row = g.subpixels() * g.out_width, taps = g.taps();
+    tile_.g.group_channels = count;
+    tile_.pack = f_.pack.from_channel(c, taps);
+    tile_.pack.normalize_spatial = false;
+    if (f_.channel_filter) tile_.channel_filter = channel_;
+    for (int64_t r = 0; f_.channel_filter && r < g.subpixels(); ++r)
+      load_row(channel_ + r * tile_.g.channels * taps,
+               f_.channel_filter + ((image * g.subpixels() + r) * g.channels + c) * taps,
+               count * taps, 1);
+    tile_.from = from - from_row * (f_.own_filter ? in_row : out_row) * tile_.g.channels;
+    tile_.to = to - to_rows.begin * (f_.own_filter ? out_row : in_row) * tile_.g.channels;
+    if (is_3x3(g, f_.own_filter))
+      filter_rows_3x3<A, Combine>(tile_, to_rows.begin, to_rows.end);
+    else
+      filter_rows_of_strips<A, Combine>(tile_, strips_, to_rows.begin, to_rows.end);
+  }
+
+ private:
+  static constexpr int L = kLanes<A>;
+  const Filtering<T>& f_;
+  const RowStrips<A>& strips_;
+  Filtering<A> tile_;
+  Scratch<A> spatial_, planes_, channel_;
+};
+
+// Planes of rows of `size` elements in NCHW tensors.
+template <class T>
+struct Planes {
+  T* data;
+  int64_t rows, size;
+
+  T* row(int64_t plane, int64_t row) const { return data + (plane * rows + row) * size; }
+  // Between `count` planes and a buffer whose pixels are `channels` apart.
+  template <class A>
+  void load(A* to, int64_t channels, int64_t plane, int64_t count, Rows of) const {
+    transpose(to, channels, row(plane, of.begin), rows * size, count, of.size() * size);
+  }
+  template <class A>
+  void store(const A* from, int64_t channels, int64_t plane, int64_t count, Rows of) const {
+    transpose(row(plane, of.begin), rows * size, from, channels, of.size() * size, count);
+  }
+};
+
 // Forward and grad_features.
 template <class T, class Combine>
 void filter_transposed(const Filtering<T>& f, ParallelFor run) {
   using A = Accumulate<T>;
-  constexpr int L = kLanes<A>;
   const Geometry& g = f.g;
-  const int64_t taps = g.taps(), subpixels = g.subpixels();
-  // Elements of a row of pixels, with its subpixels.
-  const int64_t in_row = g.width, out_row = subpixels * g.out_width;
-  const int64_t from_row = f.own_filter ? in_row : out_row;
-  const int64_t to_row = f.own_filter ? out_row : in_row;
-  const int64_t from_rows = f.own_filter ? g.height : g.out_height;
-  const int64_t row_pixels = f.own_filter ? g.stride * from_row : ceil_div(from_row, g.stride);
-  const Tiles tiles(g, f.rows(), f.columns(), row_pixels + to_row, A());
+  const int64_t in_row = g.width, out_row = g.subpixels() * g.out_width;
+  const Planes<const T> from{f.from, f.own_filter ? g.height : g.out_height,
+                             f.own_filter ? in_row : out_row};
+  const Planes<T> to{f.to, f.rows(), f.own_filter ? out_row : in_row};
+  const int64_t pixels =
+      to.size + (f.own_filter ? g.stride * from.size : ceil_div(from.size, g.stride));
+  const Tiles tiles(g, f.rows(), f.columns(), pixels, A());
   const Plan& plan = tiles.plan;
   const int64_t channels = tiles.channels;
-  const auto rows_from = [&](Rows to) {
-    return f.own_filter ? rows_read_by(g, to) : rows_that_read(g, to);
+  const auto rows_from = [&](Rows rows) {
+    return f.own_filter ? rows_read_by(g, rows) : rows_that_read(g, rows);
   };
-  int64_t most_rows = 0;
-  for (int64_t row = 0; row < f.rows(); row += plan.rows)
-    most_rows = std::max(most_rows, rows_from({row, std::min(row + plan.rows, f.rows())}).size());
-  // The spatial filter of a tile, [rows][Wo][subpixels][taps].
-  const SpatialStrides strides{0, taps, 1, out_row * taps, subpixels * taps};
-  const int64_t filter_rows = f.own_filter ? plan.rows : most_rows;
-
-  const Filtering<A> of_image(Tiles::of_image(g, channels), f.own_filter, strides, f.pack);
-  const bool has_3x3_windows = is_3x3(of_image.g, f.own_filter);
+  const int64_t from_rows = tiles.most(rows_from);
+  const Filtering<A> of_image = TileFilter<T>::of_image(f, channels);
   const RowStrips<A> strips(of_image, false);
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    Scratch<A> x(channels * most_rows * from_row, false), y(channels * plan.rows * to_row, false);
-    Scratch<A> spatial(f.spatial_filter ? filter_rows * strides.row : 0, false);
-    Scratch<A> channel(channels * subpixels * taps, false);
-    Scratch<A> planes(f.spatial_filter ? taps * round_up(filter_rows * g.out_width, L) : 0);
+    Scratch<A> x(channels * from_rows * from.size, false);
+    Scratch<A> y(channels * plan.rows * to.size, false);
+    TileFilter<T> tile(f, of_image, strips, f.own_filter ? plan.rows : from_rows);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(tiles.geometry, index);
-      const Rows to{item.row0, item.row1}, from = rows_from(to);
-      const Rows filters = f.own_filter ? to : from;
-      Filtering<A> tile = of_image;
-      if (f.spatial_filter) tile.spatial_filter = spatial - filters.begin * strides.row;
-      for (int64_t r = 0; f.spatial_filter && r < subpixels; ++r) {
-        const int64_t size = filters.size() * g.out_width, plane = round_up(size, L);
-        fill_spatial(planes.get(), plane, g.out_width, g, f.spatial_filter, f.strides,
-                     item.image * subpixels + r, item.group, filters.begin, filters.end, A(0));
-        for (int64_t j = 0; f.pack.normalize_spatial && j < size; j += L)
-          standardize<A, L>(planes + j, taps, plane, f.pack.eps, f.pack.spatial_scale);
-        transpose(spatial + r * strides.subpixel, strides.column, planes.get(), plane, taps, size);
-      }
+      const Rows rows{item.row0, item.row1}, read = rows_from(rows);
+      tile.read_spatial_filter(item.image, item.group, f.own_filter ? rows : read);
       for (int64_t c = item.channel0; c < item.channel1; c += channels) {
         const int64_t count = std::min(channels, item.channel1 - c);
         const int64_t plane = item.image * g.channels + c;
-        tile.g.group_channels = count;
-        tile.pack = f.pack.from_channel(c, taps);
-        tile.pack.normalize_spatial = false;
-        if (f.channel_filter) tile.channel_filter = channel;
-        for (int64_t r = 0; f.channel_filter && r < subpixels; ++r)
-          load_row(channel + r * channels * taps,
-                   f.channel_filter + ((item.image * subpixels + r) * g.channels + c) * taps,
-                   count * taps, 1);
-        transpose(x.get(), channels, f.from + plane * from_rows * from_row + from.begin * from_row,
-                  from_rows * from_row, count, from.size() * from_row);
-        tile.from = x - from.begin * from_row * channels;
-        tile.to = y - to.begin * to_row * channels;
-        if (has_3x3_windows)
-          filter_rows_3x3<A, Combine>(tile, to.begin, to.end);
-        else
-          filter_rows_of_strips<A, Combine>(tile, strips, to.begin, to.end);
-        transpose(f.to + plane * f.rows() * to_row + to.begin * to_row, f.rows() * to_row, y.get(),
-                  channels, to.size() * to_row, count);
+        from.load(x.get(), channels, plane, count, read);
+        tile.template filter<Combine>(item.image, c, count, x, read.begin, y, rows);
+        to.store(y.get(), channels, plane, count, rows);
       }
     }
   });
 }
 
+// The gradients of the filters, and of the features if they are needed.
 template <class T, class Combine>
-void grad_filters_transposed(const Backward& b, ParallelFor run) {
+void backward_transposed(const Backward& b, ParallelFor run) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = b.geometry;
   const int64_t taps = g.taps(), subpixels = g.subpixels();
   const int64_t in_row = g.width, out_row = subpixels * g.out_width;
-  const auto* grad = static_cast<const T*>(b.grad);
-  const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
-  const Tiles tiles(g, g.out_height, g.out_width, g.stride * in_row + out_row, A());
+  const Planes<const T> features{static_cast<const T*>(b.features), g.height, in_row};
+  const Planes<const T> grad{static_cast<const T*>(b.grad), g.out_height, out_row};
+  const Planes<T> grad_features{static_cast<T*>(b.grad_features), g.height, in_row};
+  const int64_t pixels = (b.grad_features ? 2 : 1) * g.stride * in_row + out_row;
+  const Tiles tiles(g, g.out_height, g.out_width, pixels, A());
   const Plan& plan = tiles.plan;
   const int64_t channels = tiles.channels;
   const ChannelPartials<T> channel_partials(b, by_subpixel(g), plan);
   SpatialPartials<T> spatial_partials(b, by_subpixel(g), plan);
-  const Geometry of_image = Tiles::of_image(g, channels);
   const std::vector<int64_t> inside = inside_pixels(g);
-  int64_t most_rows = 0;
-  for (int64_t row = 0; row < g.out_height; row += plan.rows)
-    most_rows =
-        std::max(most_rows, rows_read_by(g, {row, std::min(row + plan.rows, g.out_height)}).size());
+  // The rows of the features, of the gradient that a tile computes, and of what it reads.
+  const auto rows_in = [&](Rows out) { return rows_read_by(g, out); };
+  const auto rows_of = [&](Rows out) {
+    if (b.grad_features == nullptr) return Rows{0, 0};
+    return Rows{out.begin * g.stride, out.end == g.out_height ? g.height : out.end * g.stride};
+  };
+  const auto rows_of_grad = [&](Rows out) {
+    if (b.grad_features == nullptr) return out;
+    const Rows rows = rows_that_read(g, rows_of(out));
+    return Rows{std::min(out.begin, rows.begin), std::max(out.end, rows.end)};
+  };
+  const int64_t most_in = tiles.most(rows_in), most_of = tiles.most(rows_of);
+  const int64_t most_grad = tiles.most(rows_of_grad);
+  const Filtering<T> f(b);
+  const Filtering<A> of_image = TileFilter<T>::of_image(f, channels);
+  const RowStrips<A> strips(of_image, false);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
     // The spatial filter of a tile, [subpixels][taps][rows][Wo], and its gradient,
     // [rows][subpixels][taps][Wo].
     const int64_t filter_row = taps * g.out_width, filter_rows = plan.rows * subpixels;
     const int64_t blocks = round_up(channels, L) * taps;
-    Scratch<A> x(channels * most_rows * in_row, false), dy(channels * plan.rows * out_row, false);
+    Scratch<A> x(channels * most_in * in_row, false), dy(channels * most_grad * out_row, false);
+    Scratch<A> dx(channels * most_of * in_row, false);
     Scratch<A> spatial(filter_rows * filter_row, false), grad_spatial(filter_rows * filter_row);
     Scratch<A> channel(blocks), grad_channel(blocks), sums(filter_row);
+    TileFilter<T> tile(f, of_image, strips, b.grad_features ? most_grad : 0);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(tiles.geometry, index);
-      const Rows out{item.row0, item.row1}, in = rows_read_by(g, out);
+      const Rows out{item.row0, item.row1};
+      const Rows in = rows_in(out), of = rows_of(out), of_grad = rows_of_grad(out);
       std::fill(grad_spatial.get(), grad_spatial + filter_rows * filter_row, A(0));
       const int64_t plane = out.size() * g.out_width;
       for (int64_t r = 0; r < subpixels; ++r)
         fill_spatial(spatial + r * taps * plane, plane, g.out_width, g, spatial_filter,
                      b.spatial_strides, item.image * subpixels + r, item.group, out.begin, out.end,
                      A(Combine::kNeutral));
+      if (b.grad_features) tile.read_spatial_filter(item.image, item.group, of_grad);
       for (int64_t c = item.channel0; c < item.channel1; c += channels) {
         const int64_t count = std::min(channels, item.channel1 - c);
         const int64_t first = item.image * g.channels + c;
-        transpose(x.get(), channels, features + (first * g.height + in.begin) * in_row,
-                  g.height * in_row, count, in.size() * in_row);
-        transpose(dy.get(), channels, grad + (first * g.out_height + out.begin) * out_row,
-                  g.out_height * out_row, count, out.size() * out_row);
+        features.load(x.get(), channels, first, count, in);
+        grad.load(dy.get(), channels, first, count, of_grad);
+        if (b.grad_features) {
+          tile.template filter<Combine>(item.image, c, count, dy, of_grad.begin, dx, of);
+          grad_features.store(dx.get(), channels, first, count, of);
+        }
         for (int64_t r = 0; r < subpixels; ++r) {
           const int64_t image = item.image * subpixels + r;
           fill_channel_blocks(channel.get(), taps, g, channel_filter, image, c, c + count, false,
@@ -193,10 +275,11 @@ void grad_filters_transposed(const Backward& b, ParallelFor run) {
           std::fill(grad_channel.get(), grad_channel + blocks, A(0));
           for (int64_t row = out.begin; row < out.end; ++row) {
             const int64_t at = row - out.begin;
-            const int64_t pixel = at * out_row + r / g.scale * g.scale * g.out_width + r % g.scale;
+            const int64_t pixel =
+                (row - of_grad.begin) * out_row + r / g.scale * g.scale * g.out_width + r % g.scale;
             std::fill(sums.get(), sums + filter_row, A(0));
             grad_filters_of_row<A, Combine>(
-                {of_image, inside.data(), x - in.begin * in_row * channels, dy + pixel * channels,
+                {of_image.g, inside.data(), x - in.begin * in_row * channels, dy + pixel * channels,
                  g.scale * channels, spatial + r * taps * plane + at * g.out_width, plane, sums,
                  channel, grad_channel, count},
                 row, false);
