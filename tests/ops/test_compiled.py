@@ -90,6 +90,31 @@ def test_planes_larger_than_a_block(k, stride, layout, device):
 
 @pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize(
+    "k, dilation, stride", [(3, 1, 1), (3, 2, 1), (3, 1, 2), (5, 1, 1), (5, 2, 3), (9, 1, 2)]
+)
+def test_every_small_image_of_many_channels(k, dilation, stride, which, dtype, device):
+    """CPU kernels transpose tiles of them, of at most 128 channels."""
+    for channels, groups, size in (
+        *((16, 1, (7, 5)), (17, 1, (6, 7)), (40, 1, (14, 9)), (96, 2, (9, 10)), (130, 1, (7, 7))),
+        *((144, 1, (13, 20)), (66, 1, (32, 28))),
+    ):
+        groups = 1 if which == "channel" else groups
+        tensors = make(1, channels, size, k, groups, stride, which, dtype=dtype, device=device)
+        options = k, dilation, stride
+        shape = channels, *(-(-n // stride) for n in size)
+        grad = torch.randn(1, *shape, device=device).to(dtype)
+        check_against(ddf_reference, tensors, options, grad)
+        x, cf, sf = tensors
+        if sf is not None:
+            last = sf.contiguous(memory_format=torch.channels_last)
+            check_against(ddf_reference, [x, cf, last], options, grad, needed=(True, False, False))
+            check_against(ddf_reference, [x, cf, last], options, grad, needed=(False, True, True))
+
+
+@pytest.mark.any_torch
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("channels, groups, k, s", [(2, 1, 3, 8), (6, 2, 3, 3), (40, 1, 5, 2)])
 def test_softmax_of_every_width_cpu(channels, groups, k, s, layout, dtype):

@@ -104,6 +104,21 @@ def test_sizes_around_whole_vectors(scale, layout, dtype, device):
 
 
 @pytest.mark.any_torch
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("k, scale", [(3, 2), (3, 3), (5, 2)])
+def test_small_images_of_many_channels(k, scale, dtype, device):
+    """CPU kernels transpose tiles of them, of at most 128 channels."""
+    for channels, groups, height, width in ((16, 1, 3, 5), (66, 1, 9, 19), (160, 2, 4, 10)):
+        tensors = make(1, channels, (height, width), k, groups, scale=scale, dtype=dtype)
+        tensors = [t.to(device) for t in tensors]
+        check(tensors, (k, scale))
+        check(tensors, (k, scale), needed=(False, True, True))
+        tensors[0] = torch.randn(1, channels, height + k - 1, width + k - 1, device=device)
+        tensors[0] = tensors[0].to(dtype)
+        check(tensors, (k, scale), padding="valid")
+
+
+@pytest.mark.any_torch
 @pytest.mark.parametrize("layout", DENSE, ids=lambda f: f.__name__)
 def test_planes_larger_than_a_block(layout, device):
     tensors = make(1, 9, (41, 131), dtype=torch.float32, device=device)
