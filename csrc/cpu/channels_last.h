@@ -159,6 +159,19 @@ struct Gather {
     taps.count = u;
   }
 
+  // Prefetches the filters of all groups that the next strip is the first to read. Processors do
+  // not foresee them, because the groups of a vector are read tap by tap.
+  template <class T>
+  DDF_INLINE void prefetch_filters(const T* filter, const SpatialStrides& strides, int64_t row,
+                                   const AxisTaps::Strip& strip) const {
+    const int64_t below = own_filter ? row : (row + g.padding()) / g.stride;
+    const int64_t after = own_filter ? strip.first : (strip.first + g.padding()) / g.stride;
+    const int64_t columns = std::min(strip.count, g.out_width - after - strip.count);
+    if (strides.tap != 1 || below >= g.out_height || columns <= 0) return;
+    prefetch_rows<3>(filter + below * strides.row + (after + strip.count) * strides.column,
+                     strides.column, columns, g.groups * g.taps());
+  }
+
   // The values of a group's filter at the taps of a strip of P pixels, `step` apart.
   template <int P, class T, class F>
   DDF_INLINE void read_filter(Taps<T>& taps, const F* filter, int64_t step) const {
@@ -244,8 +257,13 @@ struct LaneGroups {
           static_cast<int>(std::clamp<int64_t>((first + j) * g.group_channels - channel, 0, L));
   }
 
+  // Channels of a vector: of at most 8 groups, because more take longer than two vectors.
+  static int64_t channels_of_vector(const Geometry& g) {
+    return std::min<int64_t>(L, 8 * g.group_channels);
+  }
   static LaneGroups of_vector(const Geometry& g, int64_t channel) {
-    const int64_t last = (std::min(channel + L, g.channels) - 1) / g.group_channels;
+    const int64_t end = std::min(channel + channels_of_vector(g), g.channels);
+    const int64_t last = (end - 1) / g.group_channels;
     const int64_t count = last - channel / g.group_channels + 1;
     for (const int n : {2, 3, 4, 6, 8})
       if (count <= n && n <= g.groups) return {g, channel, n};
@@ -281,10 +299,6 @@ DDF_INLINE Vector<Accumulate<F>, L> load_of_groups(const F* values, int64_t step
   return widen_elements<F, L>(lanes);
 }
 
-// In place of the number of groups of filter_span: their values are gathered, which is faster than
-// a broadcast for each of more than 8.
-constexpr int kGathered = -1;
-
 // The same for a vector of channels of several groups, N of which are read. The filters of these
 // groups start at `filter`, group_step apart, and pixel_step for each pixel of the strip.
 template <int P, int N, class T, class Combine, class F>
@@ -296,15 +310,8 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
   constexpr int L = kLanes<A>;
   using V = Vector<A, L>;
   LaneMask<F, L> from_lane[L];
-  Vector<int32_t, L> at = {};
-  if constexpr (N == kGathered) {
-    for (int j = 1; j < groups.count; ++j)
-      for (int lane = groups.start[j]; lane < L; ++lane)
-        at[lane] = static_cast<int32_t>(j * group_step);
-  } else {
-    DDF_UNROLL
-    for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
-  }
+  DDF_UNROLL
+  for (int j = 1; j < (N ? N : L); ++j) from_lane[j] = lanes_from<F, L>(groups.start[j]);
   const V bias = load<L>(block + all_taps * L);
   const int64_t advance = taps.advance;
   first += taps.pixel_shift;
@@ -319,11 +326,7 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
     const F* values = filter + taps.filter[u];
     DDF_UNROLL
     for (int p = 0; p < P; ++p) {
-      V spatial;
-      if constexpr (N == kGathered)
-        spatial = gather<L>(values, at);
-      else
-        spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
+      const V spatial = load_of_groups<L, N>(values, group_step, from_lane, groups.count);
       sums[p] += load_up_to<L>(from, room) * Combine::weight(tap, spatial);
       values += pixel_step;
       from += advance;
@@ -336,21 +339,24 @@ DDF_INLINE void filter_span(const Taps<T>& taps, int64_t all_taps, int64_t first
     store_first<L>(out + p * out_step, clamp_min(sums[p], splat<A, L>(output_min)), room);
 }
 
-// All channels of a strip, whose vectors span groups.
+// All channels of a strip, whose vectors span groups and start `step` channels apart.
 template <int P, class T, class Combine, class F>
 DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
                              const std::vector<LaneGroups<Accumulate<T>>>& lanes, const F* filter,
                              int64_t group_step, int64_t pixel_step, const Accumulate<T>* channel,
-                             Accumulate<T> output_min, T* out, int64_t out_step, int64_t channels) {
-  constexpr int L = kLanes<Accumulate<T>>;
+                             Accumulate<T> output_min, T* out, int64_t out_step, int64_t channels,
+                             int64_t step) {
+  constexpr int64_t L = kLanes<Accumulate<T>>;
   int64_t c = 0;
   for (const auto& groups : lanes) {
+    // The vector may start in the upper half of its channel block.
+    const Accumulate<T>* const block = channel + c / L * L * (all_taps + 1) + c % L;
     const auto span = [&](auto number) {
       constexpr int N = decltype(number)::value;
       if constexpr (N <= L)
         filter_span<P, N, T, Combine>(taps, all_taps, c, filter + groups.first * group_step,
-                                      group_step, pixel_step, groups, channel + c * (all_taps + 1),
-                                      output_min, out + c, out_step, channels - c);
+                                      group_step, pixel_step, groups, block, output_min, out + c,
+                                      out_step, std::min(step, channels - c));
     };
     switch (groups.count) {
       case 2:
@@ -369,14 +375,9 @@ DDF_INLINE void filter_spans(const Taps<T>& taps, int64_t all_taps,
         span(std::integral_constant<int, 8>());
         break;
       default:
-        if constexpr (L == 16 && std::is_same_v<F, float>)
-          if (groups.count > 8 && group_step <= std::numeric_limits<int32_t>::max() / L) {
-            span(std::integral_constant<int, kGathered>());
-            break;
-          }
         span(std::integral_constant<int, 0>());
     }
-    c += L;
+    c += step;
   }
 }
 
@@ -695,8 +696,9 @@ struct RowStrips {
 
   RowStrips(const Filtering<T>& f, bool is_spanning)
       : gather(f.g, f.own_filter), strips(gather.columns.strips()) {
-    for (int64_t c = 0; is_spanning && c < f.g.channels; c += kLanes<Accumulate<T>>)
-      lanes.push_back(LaneGroups<Accumulate<T>>::of_vector(f.g, c));
+    using Lanes = LaneGroups<Accumulate<T>>;
+    for (int64_t c = 0; is_spanning && c < f.g.channels; c += Lanes::channels_of_vector(f.g))
+      lanes.push_back(Lanes::of_vector(f.g, c));
   }
 };
 
@@ -718,7 +720,8 @@ __attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, cons
   const int64_t section = is_spanning ? g.channels : g.group_channels;
   const int64_t sections = f.sections_of(section), block = f.block_size(section);
   Taps<T> taps(all_taps);
-  Scratch<A> channel(subpixels * sections * block);
+  // A vector that starts within a block ends after it.
+  Scratch<A> channel(subpixels * sections * block + kLanes<A>);
   // A row of normalized spatial filters, [groups][taps][pitch].
   const int64_t pitch = round_up(columns, kLanes<A>);
   Scratch<A> normalized(f.pack.normalize_spatial ? g.groups * g.taps() * pitch : 0);
@@ -734,6 +737,8 @@ __attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, cons
     for (int64_t r = 0; r < subpixels; ++r)
       for (const auto& strip : of.strips) {
         const A* const blocks = channel + r * sections * block;
+        if (is_spanning && !f.pack.normalize_spatial && f.spatial_filter)
+          gather.prefetch_filters(f.filter_of(image * g.subpixels() + r, 0), f.strides, row, strip);
         const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
                                    const SpatialStrides& strides) __attribute__((always_inline)) {
           constexpr int P = decltype(pixels_of_strip)::value;
@@ -744,7 +749,7 @@ __attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, cons
           if (is_spanning)
             filter_spans<P, T, Combine>(taps, all_taps, of.lanes, filter, g.taps() * strides.tap,
                                         strides.column, blocks, f.pack.output_min, out, out_step,
-                                        g.channels);
+                                        g.channels, LaneGroups<A>::channels_of_vector(g));
           for (int64_t group = 0; !is_spanning && group < g.groups; ++group) {
             gather.template read_filter<P>(taps, filter + group * g.taps() * strides.tap,
                                            strides.column);
@@ -1269,6 +1274,7 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels;
         for (const auto& strip : strips) {
           gather.locate(of_strip, pixels, from, row, strip);
+          if (spatial_filter) gather.prefetch_filters(filter, from, row, strip);
           // Taps outside the image have no gradient.
           if (of_strip.count < taps) std::fill(ds.get(), ds + taps * kStrip * pitch, A(0));
           const auto add = [&](auto count) __attribute__((always_inline)) {

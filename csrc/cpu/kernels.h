@@ -40,8 +40,10 @@ Along fastest_to_filter(const Geometry& g, const SpatialStrides& strides, bool i
   const bool is_3x3 = g.kernel == 3 && g.dilation == 1 && g.scale == 1 && !is_strided;
   // Taps of a pixel that are not adjacent are read from planes, if they are few.
   const bool is_adjacent = strides.tap == 1;
+  // The taps of all groups of a strip's pixels no longer fit in the L1 cache.
+  const bool has_too_many_taps = g.kernel > (g.group_channels <= 3 ? 9 : 11);
   const bool spans =
-      can_span_groups<A>(g) && (is_adjacent || g.kernel <= 3) &&
+      can_span_groups<A>(g) && !has_too_many_taps && (is_adjacent || g.kernel <= 3) &&
       (4 * g.channels >= 3 * L || (is_adjacent && g.kernel > 1 && kHasMaskedLoads<T>)) &&
       (g.kernel == 1 ? words < 12
        : is_3x3      ? 2 * g.group_channels <= L
@@ -86,7 +88,8 @@ Along fastest_for_filters(const Backward& b) {
   const bool is_bundled = DDF_VECTOR_BYTES < 64  ? k == 3 && is_strided
                           : k == 3 || is_strided ? are_many || g.group_channels <= 4 + is_strided
                                                  : are_many && g.group_channels <= 3;
-  return is_bundled && can_bundle_groups<A>(b) ? Along::groups : Along::rows;
+  const bool has_few_taps = k <= (g.group_channels > 1 ? 7 : 5);
+  return is_bundled && has_few_taps && can_bundle_groups<A>(b) ? Along::groups : Along::rows;
 }
 
 enum class Pass { forward, grad_features, backward };

@@ -371,18 +371,6 @@ DDF_INLINE RawVector<T, N> select_lanes(LaneMask<T, N> mask, RawVector<T, N> a, 
 #endif
 }
 
-// from[at[i]] in lane i.
-template <int N, class T>
-DDF_INLINE Vector<T, N> gather(const T* from, Vector<int32_t, N> at) {
-#if DDF_MASK_BYTES == 64
-  if constexpr (sizeof(T) == 4)
-    return bit_cast<Vector<T, N>>(_mm512_i32gather_ps(bit_cast<__m512i>(at), from, sizeof(T)));
-#endif
-  Vector<T, N> v;
-  for (int i = 0; i < N; ++i) v[i] = from[at[i]];
-  return v;
-}
-
 // exp(x) for x <= 0, and NaN for NaN; 0 where it is less than the least normal number.
 template <class A, int N>
 DDF_INLINE Vector<A, N> exp_of_negative(Vector<A, N> x) {
@@ -520,8 +508,8 @@ DDF_INLINE void load_rows(Accumulate<T>* to, int64_t to_pitch, const T* from, in
     });
 }
 
-// Prefetches rows of elements into the L2 cache.
-template <class T>
+// Prefetches rows of elements, into the L2 cache or into both.
+template <int kLocality = 2, class T>
 DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_t count) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   if (pitch == count) {
@@ -529,7 +517,8 @@ DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_
     rows = 1;
   }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(from + i * pitch + j, 0, 2);
+    for (int64_t j = 0; j < count; j += kLine)
+      __builtin_prefetch(from + i * pitch + j, 0, kLocality);
 }
 
 // count elements that lie `step` apart, widened.
