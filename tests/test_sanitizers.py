@@ -20,13 +20,14 @@ BUILD = ROOT / "build" / "sanitized"
 SETS = ["", *smaller_instruction_sets()]  # "": the largest of this processor
 in_each_set = pytest.mark.parametrize("instruction_set", SETS, ids=lambda name: name or "own")
 
-# A spatial filter with a shape of twice its memory.
+# A spatial filter with a shape of twice its memory. Its rows fill vectors of AVX-512, which leaves
+# shorter ones to AVX2.
 READ_TOO_FAR = """
 import numpy as np, torch
 from ddf_mm.ops import ddf
-memory = np.zeros(18 * 35 // 4, np.float32)
-claimed = np.lib.stride_tricks.as_strided(memory, (1, 9, 5, 7), (0, 140, 28, 4))
-ddf(torch.ones(1, 4, 5, 7), None, torch.from_numpy(claimed))
+memory = np.zeros(9 * 160 // 2, np.float32)
+claimed = np.lib.stride_tricks.as_strided(memory, (1, 9, 5, 32), (0, 640, 128, 4))
+ddf(torch.ones(1, 4, 5, 32), None, torch.from_numpy(claimed))
 """
 # Features not aligned to 4 bytes.
 MISALIGNED = """
