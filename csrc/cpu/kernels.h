@@ -109,7 +109,7 @@ bool is_fastest_transposed(const Geometry& g, Pass pass) {
       // Forward and grad_features of 3x3 windows, of other windows, backward.
       {{10, 10, 10}, {0, 0, 0}, {0, kWide ? 20 : 10, kWide ? 28 : 14}},
       // With a stride or subpixels: forward, grad_features, backward.
-      {{7, 10, 20}, {5, 10, 10}, {kWide ? 7 : 5, kWide ? 20 : 10, kWide ? 28 : 20}}};
+      {{7, 10, kWide ? 28 : 20}, {5, 10, 10}, {kWide ? 7 : 5, kWide ? 20 : 10, kWide ? 28 : 20}}};
   int row = 2;
   if (pass != Pass::backward) {
     if (!kWide && g.scale > 1 && g.kernel > 3) return false;
