@@ -102,7 +102,8 @@ bool is_fastest_transposed(const Geometry& g, Pass pass) {
   constexpr int L = kLanes<Accumulate<T>>;
   constexpr bool kWide = L == 16;
   const bool has_phases = g.stride > 1 || g.scale > 1;
-  if (g.group_channels < 16 || 10 * g.group_channels < 7 * round_up(g.group_channels, L))
+  if (g.kernel == 1 || g.group_channels < 16 ||
+      10 * g.group_channels < 7 * round_up(g.group_channels, L))
     return false;
   // The longest rows of adjacent pixels for groups of at least 16, 32 and 64 channels.
   constexpr int kLongest[2][3][3] = {

@@ -468,7 +468,7 @@ DDF_INLINE void store_interleaved(T* to, const T* even, const T* odd, int64_t co
   }
   if constexpr (sizeof(T) >= 4 && kHasMaskedLoads<T>)
     if (const int64_t rest = count - 2 * i; rest > 8) {
-      const auto a = load_some<kN>(even + i, (rest + 1) / 2), b = load_some<kN>(odd + i, rest / 2);
+      const auto a = load_first<kN>(even + i, (rest + 1) / 2), b = load_some<kN>(odd + i, rest / 2);
       store_first<kN>(to + 2 * i, interleave_lanes<0>(a, b, kLanesOf), rest);
       if (rest > kN)
         store_some<kN>(to + 2 * i + kN, interleave_lanes<kN / 2>(a, b, kLanesOf), rest - kN);
