@@ -40,15 +40,13 @@ struct Tiles {
   Geometry geometry;  // of the plan
   Plan plan;
 
-  // rows x columns pixels. A row of a tile reads and writes so many pixels of features and outputs.
-  template <class A>
-  Tiles(const Geometry& g, int64_t rows, int64_t columns, int64_t pixels, A)
+  // rows x columns pixels. A row of a tile reads and writes so many pixels of features and outputs,
+  // in elements of so many bytes.
+  Tiles(const Geometry& g, int64_t rows, int64_t columns, int64_t pixels, int64_t bytes)
       : channels(std::min(g.group_channels, kChannels)),
         geometry(with_output(g, rows, columns)),
-        plan(geometry,
-             (channels * pixels + g.subpixels() * g.taps() * g.out_width) *
-                 static_cast<int64_t>(sizeof(A)),
-             0, kBytes) {}
+        plan(geometry, (channels * pixels + g.subpixels() * g.taps() * g.out_width) * bytes, 0,
+             kBytes) {}
 
   // The most rows that rows_for(rows of a tile) has.
   template <class F>
@@ -97,22 +95,31 @@ class TileFilter {
         strips_(strips),
         tile_(tile),
         spatial_(f.spatial_filter ? filter_rows * tile.strides.row : 0, false),
-        planes_(f.spatial_filter ? f.g.taps() * round_up(filter_rows * f.g.out_width, L) : 0),
+        planes_(f.g.subpixels() * f.g.taps() * round_up(filter_rows * f.g.out_width, L)),
         channel_(tile.g.channels * f.g.subpixels() * f.g.taps(), false) {}
 
-  void read_spatial_filter(int64_t image, int64_t group, Rows rows) {
-    if (f_.spatial_filter == nullptr) return;
+  // Without a spatial filter, its planes are neutral.
+  void read_spatial_filter(int64_t image, int64_t group, Rows rows, A neutral) {
     const Geometry& g = f_.g;
-    const int64_t size = rows.size() * g.out_width, plane = round_up(size, L), taps = g.taps();
+    const int64_t size = rows.size() * g.out_width, taps = g.taps();
+    first_row_ = rows.begin;
+    plane_ = round_up(size, L);
     for (int64_t r = 0; r < g.subpixels(); ++r) {
-      fill_spatial(planes_.get(), plane, g.out_width, g, f_.spatial_filter, f_.strides,
-                   image * g.subpixels() + r, group, rows.begin, rows.end, A(0));
+      A* const planes = planes_ + r * taps * plane_;
+      fill_spatial(planes, plane_, g.out_width, g, f_.spatial_filter, f_.strides,
+                   image * g.subpixels() + r, group, rows.begin, rows.end, neutral);
+      if (f_.spatial_filter == nullptr) continue;
       for (int64_t j = 0; f_.pack.normalize_spatial && j < size; j += L)
-        standardize<A, L>(planes_ + j, taps, plane, f_.pack.eps, f_.pack.spatial_scale);
-      transpose(spatial_ + r * taps, tile_.strides.column, planes_.get(), plane, taps, size);
+        standardize<A, L>(planes + j, taps, plane_, f_.pack.eps, f_.pack.spatial_scale);
+      transpose(spatial_ + r * taps, tile_.strides.column, planes, plane_, taps, size);
+      tile_.spatial_filter = spatial_ - rows.begin * tile_.strides.row;
     }
-    tile_.spatial_filter = spatial_ - rows.begin * tile_.strides.row;
   }
+  // What was read for a row of a subpixel, [taps][plane].
+  const A* spatial_row(int64_t r, int64_t row) {
+    return planes_ + r * f_.g.taps() * plane_ + (row - first_row_) * f_.g.out_width;
+  }
+  int64_t plane() const { return plane_; }
 
   // Rows of `count` channels from c on. The buffers start at rows `from_row` and to_rows.begin.
   template <class Combine>
@@ -141,6 +148,7 @@ class TileFilter {
   const Filtering<T>& f_;
   const RowStrips<A>& strips_;
   Filtering<A> tile_;
+  int64_t first_row_ = 0, plane_ = 0;
   Scratch<A> spatial_, planes_, channel_;
 };
 
@@ -173,7 +181,7 @@ void filter_transposed(const Filtering<T>& f, ParallelFor run) {
   const Planes<T> to{f.to, f.rows(), f.own_filter ? out_row : in_row};
   const int64_t pixels =
       to.size + (f.own_filter ? g.stride * from.size : ceil_div(from.size, g.stride));
-  const Tiles tiles(g, f.rows(), f.columns(), pixels, A());
+  const Tiles tiles(g, f.rows(), f.columns(), pixels, sizeof(A));
   const Plan& plan = tiles.plan;
   const int64_t channels = tiles.channels;
   const auto rows_from = [&](Rows rows) {
@@ -189,7 +197,8 @@ void filter_transposed(const Filtering<T>& f, ParallelFor run) {
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(tiles.geometry, index);
       const Rows rows{item.row0, item.row1}, read = rows_from(rows);
-      tile.read_spatial_filter(item.image, item.group, f.own_filter ? rows : read);
+      tile.read_spatial_filter(item.image, item.group, f.own_filter ? rows : read,
+                               A(Combine::kNeutral));
       for (int64_t c = item.channel0; c < item.channel1; c += channels) {
         const int64_t count = std::min(channels, item.channel1 - c);
         const int64_t plane = item.image * g.channels + c;
@@ -210,12 +219,11 @@ void backward_transposed(const Backward& b, ParallelFor run) {
   const int64_t taps = g.taps(), subpixels = g.subpixels();
   const int64_t in_row = g.width, out_row = subpixels * g.out_width;
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
-  const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const Planes<const T> features{static_cast<const T*>(b.features), g.height, in_row};
   const Planes<const T> grad{static_cast<const T*>(b.grad), g.out_height, out_row};
   const Planes<T> grad_features{static_cast<T*>(b.grad_features), g.height, in_row};
   const int64_t pixels = (b.grad_features ? 2 : 1) * g.stride * in_row + out_row;
-  const Tiles tiles(g, g.out_height, g.out_width, pixels, A());
+  const Tiles tiles(g, g.out_height, g.out_width, pixels, sizeof(A));
   const Plan& plan = tiles.plan;
   const int64_t channels = tiles.channels;
   const ChannelPartials<T> channel_partials(b, by_subpixel(g), plan);
@@ -239,26 +247,19 @@ void backward_transposed(const Backward& b, ParallelFor run) {
   const RowStrips<A> strips(of_image, false);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
-    // The spatial filter of a tile, [subpixels][taps][rows][Wo], and its gradient,
-    // [rows][subpixels][taps][Wo].
     const int64_t filter_row = taps * g.out_width, filter_rows = plan.rows * subpixels;
     const int64_t blocks = round_up(channels, L) * taps;
     Scratch<A> x(channels * most_in * in_row, false), dy(channels * most_grad * out_row, false);
     Scratch<A> dx(channels * most_of * in_row, false);
-    Scratch<A> spatial(filter_rows * filter_row, false), grad_spatial(filter_rows * filter_row);
+    Scratch<A> grad_spatial(filter_rows * filter_row);  // [rows][subpixels][taps][Wo]
     Scratch<A> channel(blocks), grad_channel(blocks), sums(filter_row);
-    TileFilter<T> tile(f, of_image, strips, b.grad_features ? most_grad : 0);
+    TileFilter<T> tile(f, of_image, strips, most_grad);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(tiles.geometry, index);
       const Rows out{item.row0, item.row1};
       const Rows in = rows_in(out), of = rows_of(out), of_grad = rows_of_grad(out);
       std::fill(grad_spatial.get(), grad_spatial + filter_rows * filter_row, A(0));
-      const int64_t plane = out.size() * g.out_width;
-      for (int64_t r = 0; r < subpixels; ++r)
-        fill_spatial(spatial + r * taps * plane, plane, g.out_width, g, spatial_filter,
-                     b.spatial_strides, item.image * subpixels + r, item.group, out.begin, out.end,
-                     A(Combine::kNeutral));
-      if (b.grad_features) tile.read_spatial_filter(item.image, item.group, of_grad);
+      tile.read_spatial_filter(item.image, item.group, of_grad, A(Combine::kNeutral));
       for (int64_t c = item.channel0; c < item.channel1; c += channels) {
         const int64_t count = std::min(channels, item.channel1 - c);
         const int64_t first = item.image * g.channels + c;
@@ -280,8 +281,8 @@ void backward_transposed(const Backward& b, ParallelFor run) {
             std::fill(sums.get(), sums + filter_row, A(0));
             grad_filters_of_row<A, Combine>(
                 {of_image.g, inside.data(), x - in.begin * in_row * channels, dy + pixel * channels,
-                 g.scale * channels, spatial + r * taps * plane + at * g.out_width, plane, sums,
-                 channel, grad_channel, count},
+                 g.scale * channels, tile.spatial_row(r, row), tile.plane(), sums, channel,
+                 grad_channel, count},
                 row, false);
             A* const total = grad_spatial + (at * subpixels + r) * filter_row;
             for (int64_t i = 0; i < filter_row; ++i) total[i] += sums[i];
