@@ -66,13 +66,12 @@ def runners(
     run = dict[str, Callable]()
     if "PyTorch" in runtimes:
         run["PyTorch"] = torch.no_grad()(model.forward)
-    if {"ONNX Runtime", "OpenVINO"} & set(runtimes):
-        path = folder / "model.onnx"
-        export.save_onnx(export.export_program(model, size, guarded=True), path)
-        if "ONNX Runtime" in runtimes:
-            run["ONNX Runtime"] = export.load_onnx(path, threads)
-        if "OpenVINO" in runtimes:
-            run["OpenVINO"] = open_vino(path, threads)
+    for runtime, load in (("ONNX Runtime", export.load_onnx), ("OpenVINO", open_vino)):
+        if runtime in runtimes:
+            path = folder / f"{runtime}.onnx"
+            program = export.export_program(model, size, guarded=True)
+            export.save_onnx(program, path, elementwise=runtime == "OpenVINO")
+            run[runtime] = load(path, threads)
     if "torch.export" in runtimes:
         path = folder / "model.pt2"
         export.save_program(export.export_program(model, size), path)

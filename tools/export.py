@@ -64,6 +64,12 @@ def parse_args() -> argparse.Namespace:
         "--opset", type=int, default=export.MIN_OPSET, help=f"default: {export.MIN_OPSET}"
     )
     parser.add_argument(
+        "--elementwise",
+        action="store_true",
+        help="write ONNX files with more and simpler operators, which OpenVINO runs faster, and "
+        "ONNX Runtime slower",
+    )
+    parser.add_argument(
         "--portable",
         action="store_true",
         help="write PyTorch's own operators instead of ddf_mm's compiled op to a .pt2 file; "
@@ -199,7 +205,7 @@ def main() -> None:
         program = export.export_program(exported, size, channels, not args.static, guarded=is_onnx)
         with whole_file(path) as part:
             if is_onnx:
-                operators = export.save_onnx(program, part, args.opset)
+                operators = export.save_onnx(program, part, args.opset, args.elementwise)
                 load = partial(export.load_onnx, threads=torch.get_num_threads())
             else:
                 operators = export.save_program(program, part, args.portable)

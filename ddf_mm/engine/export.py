@@ -98,13 +98,17 @@ def export_program(
         ) from error
 
 
-def save_onnx(program: ExportedProgram, path: Path, opset: int = MIN_OPSET) -> int:
-    """Write a program as ONNX with standard operators of version ``opset``; return their number."""
+def save_onnx(
+    program: ExportedProgram, path: Path, opset: int = MIN_OPSET, elementwise: bool = False
+) -> int:
+    """Write a program as ONNX with standard operators of version ``opset``; return their number.
+
+    For ``elementwise`` see :func:`ddf_mm.ops.export.onnx_translations`."""
     onnx_program = torch.onnx.export(
         program,
         input_names=["images"],
         opset_version=opset,
-        custom_translation_table=onnx_translations(),
+        custom_translation_table=onnx_translations(elementwise),
         verbose=False,
     )
     nodes = list(onnx_program.model.graph.all_nodes())

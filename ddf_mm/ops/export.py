@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,13 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 _TO_THE_END = torch.iinfo(torch.int64).max
 
 
-def onnx_translations() -> dict[Any, Callable]:
+def onnx_translations(elementwise: bool = False) -> dict[Any, Callable]:
     """Translations of the compiled ops for ``torch.onnx.export(custom_translation_table=…)``.
 
-    Computed tap by tap, as in :func:`ddf_mm.ops.ddf_reference`: three to four standard operators
-    per tap, independent of the size of the image. A stack of all windows is not faster in ONNX
-    Runtime and needs k*k times the memory; windows of flattened rows, which are contiguous, are
-    not either. Blocks of channels that fit into a cache are 3 % faster there and a tenth slower in
-    OpenVINO. Convolutions of one pixel, as in channel branches, become matrix products.
+    For each column of taps an elementwise and a matrix product, fast in ONNX Runtime, or, if
+    ``elementwise``, two products and a sum for each tap (:func:`ddf_mm.ops.ddf_reference`), which
+    other runtimes fuse, as OpenVINO does. The number of operators is independent of the size of the
+    image. Convolutions of one pixel, as in channel branches, become matrix products.
 
     Returns:
         The table; empty if there are no compiled ops, in which case the formula is exported.
@@ -37,9 +36,48 @@ def onnx_translations() -> dict[Any, Callable]:
     """
     if not library.COMPILED:
         return {}
+
+    # The exporter reads these signatures.
+    def ddf(
+        features: Any,
+        channel_filter: Any,
+        spatial_filter: Any,
+        kernel_size: int,
+        dilation: int,
+        stride: int,
+        kernel_combine: str,
+    ) -> Any:
+        groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
+        filters = [(channel_filter, spatial_filter)]
+        options = kernel_size, dilation, stride, kernel_combine, groups, elementwise
+        return _onnx_taps(features, filters, *options)[0]
+
+    def ddf_up(
+        features: Any,
+        channel_filter: Any,
+        spatial_filter: Any,
+        kernel_size: int,
+        scale_factor: int,
+        dilation: int,
+        kernel_combine: str,
+    ) -> Any:
+        from onnxscript import opset18 as op
+
+        def of_subpixel(filters: Any, r: int) -> Any:
+            return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
+
+        groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2
+        filters = [
+            (of_subpixel(channel_filter, r), of_subpixel(spatial_filter, r))
+            for r in range(scale_factor**2)
+        ]
+        options = kernel_size, dilation, 1, kernel_combine, groups, elementwise
+        subpixels = _onnx_taps(features, filters, *options)
+        return op.DepthToSpace(op.Concat(*subpixels, axis=1), blocksize=scale_factor, mode="DCR")
+
     return {
-        torch.ops.ddf_mm.ddf.default: _onnx_ddf,
-        torch.ops.ddf_mm.ddf_up.default: _onnx_ddf_up,
+        torch.ops.ddf_mm.ddf.default: ddf,
+        torch.ops.ddf_mm.ddf_up.default: ddf_up,
         torch.ops.ddf_mm.filter_norm.default: _onnx_filter_norm,
         torch.ops.aten.conv2d.default: _onnx_conv2d,
     }
@@ -56,20 +94,6 @@ def decompositions() -> dict[Any, Callable]:
         ops.ddf_up.default: ddf_up_reference,
         ops.filter_norm.default: filter_norm_op_reference,
     }
-
-
-def _onnx_ddf(
-    features: Any,
-    channel_filter: Any,
-    spatial_filter: Any,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
-    kernel_combine: str,
-) -> Any:
-    groups = 1 if spatial_filter is None else spatial_filter.shape[1] // kernel_size**2
-    filters = (channel_filter, spatial_filter)
-    return _onnx_taps(features, *filters, kernel_size, dilation, stride, kernel_combine, groups)
 
 
 def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, eps: float) -> Any:
@@ -132,25 +156,21 @@ def _onnx_conv2d(
 
 def _onnx_taps(
     features: Any,
-    channel_filter: Any,
-    spatial_filter: Any,
+    filters: Sequence[tuple[Any, Any]],
     kernel_size: int,
     dilation: int,
     stride: int,
     kernel_combine: str,
     groups: int,
-) -> Any:
+    elementwise: bool,
+) -> list[Any]:
+    """DDF of ``features`` with each pair of a channel and a spatial filter (or ``None``), one
+    column of taps after another.
+
+    With stride 1 the taps of all columns read the same rows of features: the spatial filter is
+    moved to the pixels that they read, and the sums are moved back.
+    """
     from onnxscript import opset18 as op
-
-    channels = features.shape[1]
-    taps = kernel_size**2
-    before = dilation * (kernel_size // 2)
-
-    def constant(*values: int) -> Any:
-        return op.Constant(value_ints=values)
-
-    def reshape(value: Any, *shape: int) -> Any:
-        return op.Reshape(value, constant(*shape))
 
     dtype = features.dtype
     wide = dtype is not None and dtype.itemsize < 4
@@ -158,91 +178,157 @@ def _onnx_taps(
     def widened(value: Any) -> Any:
         return op.Cast(value, to=_FLOAT) if wide else value
 
-    def weighted(term: Any, *weights: Any) -> Any:
-        if kernel_combine == "mul":
-            return functools.reduce(op.Mul, weights, term)
-        return op.Mul(term, functools.reduce(op.Add, weights))
-
+    channels = features.shape[1] // groups
+    offsets = [dilation * (tap - kernel_size // 2) for tap in range(kernel_size)]
+    is_sum = kernel_combine == "add" and None not in filters[0]
+    # Sums of filters and strides are not faster by products in ONNX Runtime.
+    by_products = not (elementwise or stride > 1 or is_sum)
     # Groups are merged into the batch, so that all tensors have four dimensions; in a shape, 0
     # copies the input's dimension.
-    x = reshape(features, -1, channels // groups, 0, 0) if groups > 1 else features
-    per_channel = per_pixel = None
-    if channel_filter is not None:
-        per_channel = reshape(widened(channel_filter), -1, channels // groups, taps, 1)
-    if spatial_filter is not None:
-        per_pixel = widened(spatial_filter)
-        if groups > 1:
-            per_pixel = reshape(per_pixel, -1, taps, 0, 0)
-    if kernel_size == 3 and dilation == 1 and stride == 1:
-        out = _onnx_3x3(widened(x), per_channel, per_pixel, weighted)
+    x = _reshape(features, -1, channels, 0, 0) if groups > 1 else features
+    if by_products:
+        rows = [_onnx_stack(widened(x), offsets)] * kernel_size
+    elif stride == 1:
+        rows = [[_moved(widened(x), -offset, axis=2) for offset in offsets]] * kernel_size
     else:
-        if stride == 1:
-            x = widened(x)
-            phases = {(0, 0): op.Pad(x, constant(0, 0, before, before, 0, 0, before, before))}
-        else:
-            phases = _onnx_phases(x, dtype, channels // groups, kernel_size, dilation, stride)
-            phases = {first: widened(phase) for first, phase in phases.items()}
+        if (spatial_filter := filters[0][1]) is None:
+            size = op.Div(op.Add(op.Shape(x, start=2), _ints(stride - 1)), _ints(stride))
+        else:  # may have one row or column fewer
+            size = op.Shape(spatial_filter, start=2)
+        phases = _onnx_phases(x, dtype, channels, kernel_size, dilation, stride)
+        phases = {first: widened(phase) for first, phase in phases.items()}
+        rows = _onnx_strided_rows(phases, size, kernel_size, dilation, stride)
+        offsets = [0] * kernel_size
+
+    outs = []
+    for channel_filter, spatial_filter in filters:
+        per_channel: Any = [None] * kernel_size
+        per_pixel: Any = [None] * kernel_size
+        if channel_filter is not None:
+            weights = widened(channel_filter)
+            weights = _reshape(weights, -1, channels, kernel_size, kernel_size)
+            per_channel = _split(weights, 3, kernel_size)
+        if spatial_filter is not None:
+            weights = widened(spatial_filter)
+            if groups > 1:
+                weights = _reshape(weights, -1, kernel_size**2, 0, 0)
+            taps = range(kernel_size**2)
+            per_pixel = [
+                _moved(op.Gather(weights, _ints(*taps[column::kernel_size]), axis=1), offset)
+                for column, offset in enumerate(offsets)
+            ]
+        columns = zip(rows, per_channel, per_pixel, strict=True)
+        if by_products:
+            sums = [_onnx_product(*column, kernel_size) for column in columns]
+            # What leaves a row on one side enters the next one on the other side, where the moved
+            # spatial filter, if there is one, is 0.
             if spatial_filter is None:
-                size = op.Div(op.Add(op.Shape(x, start=2), constant(stride - 1)), constant(stride))
-            else:  # may have one row or column fewer
-                size = op.Shape(spatial_filter, start=2)
-        weights = []
-        if per_channel is not None:
-            weights.append(op.Split(per_channel, axis=2, num_outputs=taps))
-        if per_pixel is not None:
-            weights.append(op.Split(per_pixel, axis=1, num_outputs=taps))
-        terms = []
-        for tap in range(taps):
-            at = [tap // kernel_size * dilation, tap % kernel_size * dilation]
-            first = constant(*(n // stride for n in at))
-            if stride == 1:
-                last = constant(*(n - 2 * before or _TO_THE_END for n in at))
-            else:
-                last = op.Add(size, first)
-            if stride == 1 and at == [before, before]:
-                term = x
-            else:
-                phase = phases[at[0] % stride, at[1] % stride]
-                term = op.Slice(phase, first, last, constant(2, 3))
-            terms.append(weighted(term, *(side[tap] for side in weights)))
-        # Only if all additions are last in the file, ONNX Runtime runs each one after its term.
-        # Otherwise it computes all terms first, which do not fit into a cache.
-        out = functools.reduce(op.Add, terms)
-    if groups > 1:
-        out = reshape(out, -1, channels, 0, 0)
-    return op.CastLike(out, features) if wide else out
+                sums = [op.Reshape(value, op.Shape(x)) for value in sums]
+        else:
+            sums = [_onnx_sum(*column, is_sum) for column in columns]
+        sums = [_moved(value, -offset) for value, offset in zip(sums, offsets, strict=True)]
+        out = functools.reduce(op.Add, sums)
+        if by_products:
+            out = op.Reshape(out, op.Shape(features))
+        elif groups > 1:
+            out = _reshape(out, -1, channels * groups, 0, 0)
+        outs.append(op.CastLike(out, features) if wide else out)
+    return outs
 
 
-def _onnx_3x3(x: Any, per_channel: Any, per_pixel: Any, weighted: Callable[..., Any]) -> Any:
-    """The sum over the taps for stride 1, where four tensors as large as ``x`` are moved, in place
-    of one for each tap.
-
-    The columns of ``x`` are moved before they are weighted. The three terms of a row of taps are
-    added at the row of ``x`` that they read, with the spatial filter moved there, and their sum is
-    moved to the row of the output.
-    """
+def _onnx_product(stack: Any, of_channel: Any, of_pixel: Any, kernel_size: int) -> Any:
+    """The sum ``[B, C, 1, H*W]`` over a column of taps by a matrix product of the channel filter
+    ``[B, C, k, 1]`` with the weighted inputs, stacked to ``[B, C, k, H*W]``; the spatial filter is
+    ``[B, k, H, W]``."""
     from onnxscript import opset18 as op
 
-    def moved(value: Any, rows: int, columns: int) -> Any:
-        if not rows and not columns:
-            return value
-        pads = [0, 0, rows, columns, 0, 0, -rows, -columns]
-        return op.Pad(value, op.Constant(value_ints=pads))
+    if of_pixel is not None:
+        stack = op.Mul(stack, _reshape(of_pixel, 0, 1, kernel_size, -1))
+    if of_channel is None:
+        return op.ReduceSum(stack, _ints(2))
+    return op.MatMul(_reshape(of_channel, 0, 0, 1, -1), stack)
 
-    offsets = (-1, 0, 1)
-    columns = [moved(x, 0, -offset) for offset in offsets]
-    weights: list[Any] = []
-    if per_channel is not None:
-        weights.append(op.Split(per_channel, axis=2, num_outputs=9))
-    if per_pixel is not None:
-        rows = op.Split(per_pixel, axis=1, num_outputs=3)
-        rows = [moved(row, offset, 0) for row, offset in zip(rows, offsets, strict=True)]
-        weights.append([tap for row in rows for tap in op.Split(row, axis=1, num_outputs=3)])
-    terms = [weighted(columns[tap % 3], *(side[tap] for side in weights)) for tap in range(9)]
-    # All additions last, as above.
-    sums = [functools.reduce(op.Add, terms[first : first + 3]) for first in (0, 3, 6)]
-    moves = [moved(row, -offset, 0) for row, offset in zip(sums, offsets, strict=True)]
-    return functools.reduce(op.Add, moves)
+
+def _onnx_sum(inputs: Sequence[Any], of_channel: Any, of_pixel: Any, is_sum: bool) -> Any:
+    """The sum over a column of taps of ``k`` inputs ``[B, C, H, W]``, term by term."""
+    from onnxscript import opset18 as op
+
+    sides = list[Sequence[Any]]()
+    if of_channel is not None:
+        sides.append(_split(of_channel, 2, len(inputs)))
+    if of_pixel is not None:
+        sides.append(_split(of_pixel, 1, len(inputs)))
+    terms = []
+    for term, *weights in zip(inputs, *sides, strict=True):
+        if is_sum:
+            weights = [op.Add(*weights)]
+        terms.append(functools.reduce(op.Mul, weights, term))
+    return functools.reduce(op.Add, terms)
+
+
+def _ints(*values: int) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Constant(value_ints=values)
+
+
+def _reshape(value: Any, *shape: int) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Reshape(value, _ints(*shape))
+
+
+def _split(value: Any, axis: int, parts: int) -> Sequence[Any]:
+    from onnxscript import opset18 as op
+
+    return [value] if parts == 1 else op.Split(value, axis=axis, num_outputs=parts)
+
+
+def _moved(value: Any, amount: int, axis: int = 3) -> Any:
+    """``value`` of four axes, moved up along one of them; zeros enter."""
+    from onnxscript import opset18 as op
+
+    def padded(before: int, after: int) -> Any:
+        pads = [0] * 8
+        pads[axis], pads[axis + 4] = before, after
+        return op.Pad(value, _ints(*pads))
+
+    if abs(amount) <= 1:
+        return padded(amount, -amount) if amount else value
+    # There may be fewer rows or columns than that, which negative pads do not allow.
+    before, after = max(amount, 0), max(-amount, 0)
+    ends = _ints(after), _ints(-before or _TO_THE_END)
+    return op.Slice(padded(before, after), *ends, _ints(axis))
+
+
+def _onnx_stack(x: Any, offsets: Sequence[int]) -> Any:
+    """``x`` with its rows moved by minus each offset, stacked to ``[B, C, k, H*W]``."""
+    from onnxscript import opset18 as op
+
+    def rows(first: int, last: int) -> Any:
+        return op.Slice(x, _ints(first), _ints(last), _ints(2))
+
+    if offsets[0] == -1:  # in ONNX Runtime faster than moved copies
+        zeros = _moved(rows(0, 1), 1, axis=2)
+        parts = [zeros, rows(0, -1), x, rows(1, _TO_THE_END), zeros]
+    else:
+        parts = [_moved(x, -offset, axis=2) for offset in offsets]
+    return _reshape(op.Concat(*parts, axis=2), 0, 0, len(offsets), -1)
+
+
+def _onnx_strided_rows(
+    phases: Mapping[tuple[int, int], Any], size: Any, kernel_size: int, dilation: int, stride: int
+) -> list[list[Any]]:
+    """For each column of taps, what its taps read for each pixel of an output of the given size."""
+    from onnxscript import opset18 as op
+
+    def rows(row: int, column: int) -> Any:
+        first = _ints(row // stride, column // stride)
+        phase = phases[row % stride, column % stride]
+        return op.Slice(phase, first, op.Add(size, first), _ints(2, 3))
+
+    positions = range(0, kernel_size * dilation, dilation)
+    return [[rows(row, column) for row in positions] for column in positions]
 
 
 def _onnx_phases(
@@ -255,7 +341,6 @@ def _onnx_phases(
 
     before = dilation * (kernel_size // 2)
     after = before + stride - 1
-    shape = op.Constant(value_ints=[channels, 1, 1, 1])
     firsts = sorted({tap * dilation % stride for tap in range(kernel_size)})
     phases = {}
     for row, column in itertools.product(firsts, firsts):
@@ -263,40 +348,9 @@ def _onnx_phases(
         one[..., row, column] = 1
         phases[row, column] = op.Conv(
             x,
-            op.Expand(op.Constant(value=ir.tensor(one.tolist(), dtype)), shape),
+            op.Expand(op.Constant(value=ir.tensor(one.tolist(), dtype)), _ints(channels, 1, 1, 1)),
             group=channels,
             pads=[before, before, after, after],
             strides=[stride, stride],
         )
     return phases
-
-
-def _onnx_ddf_up(
-    features: Any,
-    channel_filter: Any,
-    spatial_filter: Any,
-    kernel_size: int,
-    scale_factor: int,
-    dilation: int,
-    kernel_combine: str,
-) -> Any:
-    from onnxscript import opset18 as op
-
-    def of_subpixel(filters: Any, r: int) -> Any:
-        return None if filters is None else op.Gather(filters, op.Constant(value_int=r), axis=1)
-
-    groups = 1 if spatial_filter is None else spatial_filter.shape[2] // kernel_size**2
-    subpixels = [
-        _onnx_taps(
-            features,
-            of_subpixel(channel_filter, r),
-            of_subpixel(spatial_filter, r),
-            kernel_size,
-            dilation,
-            1,
-            kernel_combine,
-            groups,
-        )
-        for r in range(scale_factor**2)
-    ]
-    return op.DepthToSpace(op.Concat(*subpixels, axis=1), blocksize=scale_factor, mode="DCR")

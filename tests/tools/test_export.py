@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ model = dict(
 DETECTOR = '''
 """A model like those of the toolboxes, with weights that differ from the initial ones."""
 import os
+from collections import Counter
 
 import torch
 from mmengine.model import BaseModel
@@ -75,14 +77,12 @@ class OneSize(torch.nn.Module):
 
 
 if os.environ.get("WRONG"):
-    right = export._onnx_ddf
+    right = export._onnx_taps
 
-    def wrong(features, channel_filter, spatial_filter, kernel_size: int = 3, dilation: int = 1,
-              stride: int = 1, mul: bool = True):
-        tensors = (features, channel_filter, spatial_filter)
-        return right(*tensors, kernel_size, dilation, stride, not mul)
+    def wrong(*arguments):
+        return [-out for out in right(*arguments)]
 
-    export._onnx_ddf = wrong
+    export._onnx_taps = wrong
 '''
 
 PRELOAD = """
@@ -101,12 +101,14 @@ class EveryKind(torch.nn.Module):
         dict(kernel_size=3, stride=1, kernel_combine="add"),
         dict(kernel_size=3, stride=2, kernel_combine="mul"),
         dict(kernel_size=5, dilation=2, stride=2, kernel_combine="add"),
+        dict(kernel_size=5, dilation=9),
+        dict(kernel_size=1, stride=3),
     )
 
     def forward(self, x, per_channel, per_pixel, strided):
         from ddf_mm.ops import ddf, ddf_up, filter_norm
 
-        plain, twice, wide = self.KINDS
+        plain, twice, wide, far, pixel = self.KINDS
         floor = strided[:, :9, : x.shape[2] // 2, : x.shape[3] // 2]
         return (
             ddf(x, per_channel[..., :3, :3], per_pixel, **plain),
@@ -114,6 +116,9 @@ class EveryKind(torch.nn.Module):
             ddf(x, per_channel, strided[:, :50], **wide),
             ddf(x, None, strided, **wide),
             ddf(x, per_channel, None, **wide),
+            ddf(x, per_channel, None, **far),
+            ddf(x, per_channel, per_pixel[:, :1].expand(-1, 50, -1, -1), **far),
+            ddf(x, per_channel[..., :1, :1], None, **pixel),
             ddf(x.half(), per_channel[..., :3, :3].half(), per_pixel.half(), **plain),
             ddf(x, None, per_pixel, padding="reflect"),
             ddf_up(x, None, torch.stack([per_pixel] * 4, 1), padding="replicate"),
@@ -218,6 +223,18 @@ def test_folded_batch_norms(run, folder, exported):
     assert kinds[0] - kinds[1] == {"BatchNormalization"}
 
 
+def test_elementwise(run, folder, exported):
+    """More operators, of which none moves data to another shape."""
+    result = run("--elementwise", "--out", "elementwise")
+    assert result.code == 0, result.stderr
+    kinds = [
+        Counter(node.op_type for node in onnx.load(folder / "here" / f"{name}.onnx").graph.node)
+        for name in ("model", "elementwise")
+    ]
+    assert kinds[0]["MatMul"] > kinds[1]["MatMul"] == 0
+    assert kinds[0]["Mul"] < kinds[1]["Mul"]
+
+
 def test_half(run, folder):
     result = run("--half", "--fold", "--out", "half")
     assert result.code == 0, result.stderr
@@ -291,7 +308,8 @@ def test_error_is_one_line(run, case):
     assert mention in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_every_kind_of_argument(tmp_path):
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_every_kind_of_argument(elementwise, tmp_path):
     free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(
         EveryKind(),
@@ -302,8 +320,8 @@ def test_every_kind_of_argument(tmp_path):
     own = {str(op) for op in decompositions()} & {str(node.target) for node in program.graph.nodes}
     assert own == {str(op) for op in decompositions()}
     onnx_program = torch.onnx.export(
-        program, custom_translation_table=export.onnx_translations(), opset_version=18,
-        verbose=False,
+        program, custom_translation_table=export.onnx_translations(elementwise),
+        opset_version=18, verbose=False,
     )  # fmt: skip
     onnx_program.save(tmp_path / "kinds.onnx")
     session = export.onnx_session(tmp_path / "kinds.onnx", 1)
