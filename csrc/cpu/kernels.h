@@ -57,7 +57,8 @@ Along fastest_to_filter(const Geometry& g, const SpatialStrides& strides, bool i
       // Of one group: grad_features, forward, and each with a stride.
       {{{28, 68, 86, 101}, {35, 45, 50, 62}}, {{45, 81, 88, 101}, {45, 56, 67, 79}}},
       // Of all groups.
-      {{{0, 45, 45, 70}, {20, 20, 20, 30}}, {{L == 16 ? 45 : 68, 60, 82, 101}, {25, 50, 50, 60}}}};
+      {{{L == 16 ? 16 : 0, 45, 45, 70}, {20, 20, 20, 30}},
+       {{L == 16 ? 45 : 68, 60, 82, 101}, {25, 50, 50, 60}}}};
   const int64_t size = std::clamp<int64_t>((g.kernel - 3) / 2, 0, 3);
   const int64_t filled = 100 * g.channels / (L * (spans ? spanning : separate) + 4);
   const int wide = g.kernel <= 5 && L == 16      ? 23
@@ -116,6 +117,11 @@ bool is_fastest_transposed(const Geometry& g, Pass pass) {
     if (!kWide && g.scale > 1 && g.kernel > 3) return false;
     row = has_phases ? pass == Pass::grad_features : !is_3x3(g, pass == Pass::forward);
   }
+  // Longer rows too if their last vector has empty lanes.
+  if (kWide && sizeof(T) == 4 && pass == Pass::backward && !has_phases && g.kernel == 3 &&
+      g.group_channels >= 64 && g.out_width <= 64 &&
+      17 * g.out_width <= 16 * round_up(g.out_width, L))
+    return true;
   const int size = g.group_channels >= 64 ? 2 : g.group_channels >= 32 ? 1 : 0;
   int64_t longest = kLongest[has_phases][row][size];
   if (g.kernel > 7) longest = std::min<int64_t>(longest, 7);

@@ -155,14 +155,19 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
   for (int64_t t = 0; t < count && is_own; ++t)
     is_own = taps[t].down == 0 && taps[t].right == 0 && taps[t].spatial == taps[0].spatial + t;
   if (is_own) {
+    // Processors do not foresee pixels so far apart, which matters if they are in no cache.
+    const bool is_far = strides.column * sizeof(T) >= 1024 &&
+                        rows * strides.row * static_cast<int64_t>(sizeof(T)) >= 16 * 1024 * 1024;
     for (int64_t row = row0; row < row1; ++row)
       for (int64_t b = 0; b < blocks; ++b, to += count * L) {
         const int64_t lanes =
             row < rows ? std::clamp<int64_t>(std::min(width, columns) - b * L, 0, L) : 0;
         if (lanes < L) std::fill(to, to + count * L, neutral);
-        if (lanes > 0)
-          transpose(to, L, filter + taps[0].spatial + row * strides.row + b * L * strides.column,
-                    strides.column, lanes, count);
+        const T* const own = filter + taps[0].spatial + row * strides.row + b * L * strides.column;
+        if (lanes > 0) {
+          if (is_far) prefetch_rows(own + L * strides.column, strides.column, L, count);
+          transpose(to, L, own, strides.column, lanes, count);
+        }
       }
     return;
   }

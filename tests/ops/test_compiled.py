@@ -98,7 +98,7 @@ def test_every_small_image_of_many_channels(k, dilation, stride, which, dtype, d
     """CPU kernels transpose tiles of them, of at most 128 channels."""
     for channels, groups, size in (
         *((16, 1, (7, 5)), (17, 1, (6, 7)), (40, 1, (14, 9)), (96, 2, (9, 10)), (130, 1, (7, 7))),
-        *((144, 1, (13, 20)), (66, 1, (32, 28))),
+        *((144, 1, (13, 20)), (66, 1, (32, 28)), (65, 1, (20, 52))),
     ):
         groups = 1 if which == "channel" else groups
         tensors = make(1, channels, size, k, groups, stride, which, dtype=dtype, device=device)
