@@ -118,6 +118,16 @@ const T* filter_of_group(const T* filter, const SpatialStrides& strides, const G
                 : nullptr;
 }
 
+// Whether features, output and spatial filters fit in the caches of a processor.
+template <class T>
+bool fits_in_caches(const Geometry& g) {
+  constexpr int64_t kCaches = 12 * 1024 * 1024;
+  const int64_t outputs = g.subpixels() * g.out_height * g.out_width;
+  const int64_t values =
+      (g.height * g.width + outputs) * g.channels + outputs * g.groups * g.taps();
+  return g.batch * values * static_cast<int64_t>(sizeof(T)) <= kCaches;
+}
+
 // Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip
 // (own_filter, forward) or those that the taps connect to (grad_features).
 struct Gather {
@@ -170,6 +180,35 @@ struct Gather {
     if (strides.tap != 1 || below >= g.out_height || columns <= 0) return;
     prefetch_rows<3>(filter + below * strides.row + (after + strip.count) * strides.column,
                      strides.column, columns, g.groups * g.taps());
+  }
+
+  // Prefetches the pixels that the next strip is the first to read.
+  template <class T>
+  DDF_INLINE void prefetch_pixels(const T* image, int64_t row, const AxisTaps::Strip& strip) const {
+    const int64_t extent = (g.kernel - 1) * g.dilation;
+    int64_t last, step, count, first_column, column_count;
+    if (own_filter) {
+      // Of rows and columns `stride` apart, ceil(stride / dilation) taps read new ones.
+      last = row * g.stride - g.padding() + extent;
+      step = g.dilation;
+      count = std::min(g.kernel, ceil_div(g.stride, g.dilation));
+      first_column = (strip.first + strip.count - 1) * g.stride - g.padding() + extent + 1;
+      column_count = strip.count * g.stride;
+    } else {
+      if ((row + g.padding()) % g.stride || strip.first % g.stride) return;
+      last = ((row + g.padding()) / g.stride + 1) * g.scale - 1;
+      step = 1;
+      count = g.scale;
+      first_column = ((strip.first + g.padding()) / g.stride + strip.count) * g.scale;
+      column_count = strip.count * g.scale;
+    }
+    const int64_t height = own_filter ? g.height : g.scale * g.out_height;
+    column_count = std::min(column_count, width - first_column);
+    if (first_column < 0 || column_count <= 0) return;
+    for (int64_t i = 0; i < count; ++i)
+      if (const int64_t at = last - i * step; at >= 0 && at < height)
+        prefetch_rows<3>(image + (at * width + first_column) * g.channels, g.channels, column_count,
+                         g.channels);
   }
 
   // The values of a group's filter at the taps of a strip of P pixels, `step` apart.
@@ -646,6 +685,14 @@ __attribute__((noinline)) void filter_rows_3x3(const Filtering<T>& f, int64_t be
   Scratch<A> channel(g.subpixels() * g.groups * block);
   // A row of a group's normalized spatial filter, [taps][pitch].
   Scratch<A> normalized(f.pack.normalize_spatial ? 9 * pitch : 0);
+  // Each group prefetches its share of what the next row writes or is the first to read, into the
+  // L2 cache: one group alone touches parts of many cache lines.
+  const bool is_fetched = g.groups > 1 && !fits_in_caches<T>(g);
+  const bool has_whole_lines = g.group_channels * sizeof(T) % 64 == 0;
+  const auto prefetch_share = [&](const T* next_row, int64_t count, int64_t group) {
+    const int64_t share = ceil_div(count, g.groups);
+    prefetch_rows(next_row + group * share, share, 1, share);
+  };
   int64_t filled = -1;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t image = index / rows, row = index % rows;
@@ -674,6 +721,18 @@ __attribute__((noinline)) void filter_rows_3x3(const Filtering<T>& f, int64_t be
           filter_row_by(std::integral_constant<int, kStrip>());
         };
         const T* const filter = f.filter_of(image * g.subpixels() + r, group);
+        if (is_fetched && row + 1 < rows) {
+          if (!has_whole_lines)
+            prefetch_share(to - first + g.scale * g.scale * columns * g.channels,
+                           g.scale * columns * g.channels, group);
+          if (!has_whole_lines && row + 2 < rows)
+            prefetch_share(f.from + (index + 2) * columns * g.channels, columns * g.channels,
+                           group);
+          const int64_t next = std::min(row + (f.own_filter ? 1 : 2), rows - 1);
+          if (filter && f.strides.tap == 1)
+            prefetch_share(f.filter_of(image * g.subpixels() + r, 0) + next * f.strides.row,
+                           columns * f.strides.column, group);
+        }
         if (f.pack.normalize_spatial) {
           normalize_row(normalized.get(), pitch, columns, 9, filter + row * f.strides.row,
                         f.strides, f.pack);
@@ -693,9 +752,14 @@ struct RowStrips {
   Gather gather;
   std::vector<AxisTaps::Strip> strips;
   std::vector<LaneGroups<Accumulate<T>>> lanes;
+  bool is_fetched;  // Whether strips prefetch for the next ones.
 
+  // Where the tensors fit in the caches, prefetching takes up to a third longer, but nothing if
+  // vectors span groups.
   RowStrips(const Filtering<T>& f, bool is_spanning)
-      : gather(f.g, f.own_filter), strips(gather.columns.strips()) {
+      : gather(f.g, f.own_filter),
+        strips(gather.columns.strips()),
+        is_fetched(is_spanning || !fits_in_caches<T>(f.g)) {
     using Lanes = LaneGroups<Accumulate<T>>;
     for (int64_t c = 0; is_spanning && c < f.g.channels; c += Lanes::channels_of_vector(f.g))
       lanes.push_back(Lanes::of_vector(f.g, c));
@@ -737,7 +801,8 @@ __attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, cons
     for (int64_t r = 0; r < subpixels; ++r)
       for (const auto& strip : of.strips) {
         const A* const blocks = channel + r * sections * block;
-        if (is_spanning && !f.pack.normalize_spatial && f.spatial_filter)
+        if (of.is_fetched) gather.prefetch_pixels(pixels, row, strip);
+        if (of.is_fetched && !f.pack.normalize_spatial && f.spatial_filter)
           gather.prefetch_filters(f.filter_of(image * g.subpixels() + r, 0), f.strides, row, strip);
         const auto filter_as = [&](auto pixels_of_strip, const auto* filter,
                                    const SpatialStrides& strides) __attribute__((always_inline)) {
@@ -745,6 +810,7 @@ __attribute__((noinline)) void filter_rows_of_strips(const Filtering<T>& f, cons
           T* const out = f.to + ((index * scale + r / scale) * scale * columns +
                                  strip.first * scale + r % scale) *
                                     g.channels;
+          if (of.is_fetched) prefetch_rows<3>(out + P * out_step, out_step, P, g.channels);
           gather.locate(taps, pixels, strides, row, strip);
           if (is_spanning)
             filter_spans<P, T, Combine>(taps, all_taps, of.lanes, filter, g.taps() * strides.tap,
@@ -857,6 +923,20 @@ struct GradRow {
   A* dc;
   int64_t channels;
   int64_t ty0 = 0, ty1 = 0;  // the rows of taps inside the image
+  // What the next row is the first to read, to prefetch: the first pixels of dy, if not null, and
+  // of rows of x.
+  const T* next_dy = nullptr;
+  const T* next_x = nullptr;
+  int64_t next_rows = 0;
+
+  DDF_INLINE void prefetch_next(int64_t column) const {
+    if (next_dy == nullptr) return;
+    const int64_t count = std::min<int64_t>(kStrip, g.out_width - column);
+    for (int64_t i = 0; i < next_rows; ++i)
+      prefetch_rows(next_x + (i * g.dilation * g.width + column * g.stride) * g.channels,
+                    g.channels, count * g.stride, channels);
+    prefetch_rows(next_dy + column * dy_step, dy_step, count, channels);
+  }
 };
 
 // Adjacent taps of a pixel in GradRow::s, for 3x3 windows.
@@ -898,6 +978,7 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
     if (ty < row.ty1) step(ty * k + tx, k, column, pixels, one);
   };
   for (int64_t column = 0; column < width; column += kStrip) {
+    row.prefetch_next(column);
     if (column >= row.range[0] && column + kStrip <= row.range[2 * k - 1]) {
       int64_t t = row.ty0 * k;
       for (; t + 2 <= row.ty1 * k; t += 2) step(t, 1, column, whole, two);
@@ -1000,6 +1081,7 @@ __attribute__((noinline)) void grad_filters_row_3x3(const GradRow<T>& row) {
   const int64_t width = row.g.out_width;
   const std::integral_constant<int, kStrip> whole;
   const auto strip = [&](int64_t column, auto pixels, auto is_edge) __attribute__((always_inline)) {
+    row.prefetch_next(column);
     grad_filters_strip_3x3<decltype(pixels)::value, decltype(is_edge)::value, kPixel, T, Combine>(
         row, column);
   };
@@ -1063,7 +1145,9 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   const Geometry g = by_subpixel(b.geometry);
-  const Plan plan(g, g.taps() * g.out_width * static_cast<int64_t>(sizeof(A)));
+  const bool is_fetched = !fits_in_caches<T>(b.geometry);
+  const Plan plan(g, g.taps() * g.out_width * static_cast<int64_t>(sizeof(A)),
+                  is_fetched ? shared_row_bytes<T>(g) : 0);
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);
@@ -1074,11 +1158,6 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   // A channels_last 3x3 spatial filter of one group is read without a copy.
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
                            b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
-  // Prefetching a row ahead costs 5 % where the tensors fit in the caches, so it is off there.
-  constexpr int64_t kCaches = 16 << 20;
-  const int64_t positions = g.height * g.width + g.subpixels() * g.out_height * width;
-  const bool is_fetched =
-      positions * b.geometry.batch * g.channels * static_cast<int64_t>(sizeof(T)) > kCaches;
   const std::vector<int64_t> range = inside_pixels(g);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
@@ -1097,18 +1176,24 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
       for (int64_t row = item.row0; row < item.row1; ++row) {
         const int64_t out_row = (image * g.out_height + row) * g.scale + r / g.scale;
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels + item.channel0;
-        if (is_fetched && row + 1 < item.row1) {
-          const int64_t next = (row + 1) * g.stride - g.padding() + (g.kernel - 1) * g.dilation;
-          if (next < g.height)
-            prefetch_rows(pixels + next * g.width * g.channels, g.channels, g.width, count);
-          prefetch_rows(dy + g.scale * g.scale * width * g.channels, g.scale * g.channels, width,
-                        count);
-        }
         A* const partial = spatial_partials.at(item.channel_block, item.image, item.group, row);
         A* const sums = partial ? partial : ds.get();
         if (!partial) std::fill_n(sums, row_taps, A(0));
         GradRow<T> at{g,    range.data(), pixels, dy,   g.scale * g.channels, s, width,
                       sums, channel,      dc,     count};
+        // Costs 5 % where the tensors fit in the caches.
+        if (is_fetched && row + 1 < g.out_height) {
+          const int64_t below = (row + 1) * g.stride - g.padding();
+          int64_t first = g.kernel - std::min(g.kernel, ceil_div(g.stride, g.dilation));
+          while (first < g.kernel && below + first * g.dilation < 0) ++first;
+          int64_t last = g.kernel;
+          while (first < last && below + (last - 1) * g.dilation >= g.height) --last;
+          at.next_x = pixels + (below + first * g.dilation) * g.width * g.channels;
+          at.next_rows = last - first;
+          at.next_dy = dy + g.scale * g.scale * width * g.channels;
+          if (filter && from.tap == 1)
+            prefetch_rows(filter + (row + 1) * from.row, from.column, width, taps);
+        }
         if constexpr (std::is_same_v<T, A>)
           if (is_in_place) {
             at.s = filter + row * from.row;
@@ -1274,6 +1359,9 @@ void grad_filters_few_channels(const Backward& b, ParallelFor run) {
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels;
         for (const auto& strip : strips) {
           gather.locate(of_strip, pixels, from, row, strip);
+          gather.prefetch_pixels(pixels, row, strip);
+          prefetch_rows<3>(dy + (strip.first + strip.count) * pixel_step, pixel_step, strip.count,
+                           g.channels);
           if (spatial_filter) gather.prefetch_filters(filter, from, row, strip);
           // Taps outside the image have no gradient.
           if (of_strip.count < taps) std::fill(ds.get(), ds + taps * kStrip * pitch, A(0));

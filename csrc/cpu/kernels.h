@@ -46,8 +46,9 @@ Along fastest_to_filter(const Geometry& g, const SpatialStrides& strides, bool i
       can_span_groups<A>(g) && !has_too_many_taps && (is_adjacent || g.kernel <= 3) &&
       (4 * g.channels >= 3 * L || (is_adjacent && g.kernel > 1 && kHasMaskedLoads<T>)) &&
       (g.kernel == 1 ? words < 12
-       : is_3x3      ? 2 * g.group_channels <= L
-                     : spanning < separate);
+       : is_3x3
+           ? 2 * g.group_channels <= L || (L == 16 && g.group_channels < L && spanning < separate)
+           : spanning < separate);
   if (!spans && has_costly_ends<T>(g)) return Along::rows;
   const Along along_channels = spans ? Along::groups : Along::group;
   if (g.kernel == 1) return words < 12 && !spans ? Along::rows : along_channels;

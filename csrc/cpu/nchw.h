@@ -522,14 +522,6 @@ void filter_nchw(const Geometry& g, const Plan& plan, const PaddedTile<Accumulat
   });
 }
 
-// Bytes of a row of channels_last features, output and spatial filter, as Plan takes them.
-template <class T>
-int64_t shared_row_bytes(const Geometry& g, bool channels_last) {
-  return channels_last ? 2 * g.out_width * (g.channels + g.groups * g.taps()) *
-                             static_cast<int64_t>(sizeof(T))
-                       : 0;
-}
-
 // Bytes of a row of a tile of the spatial filter.
 template <class T>
 int64_t spatial_row_bytes(int64_t width, int64_t taps) {
@@ -557,7 +549,7 @@ void forward_nchw(const Forward& f, ParallelFor run) {
                                 ? g.taps() + (g.scale > 1 ? g.scale * g.group_channels : 0)
                                 : g.subpixels() * g.taps();
   const Plan plan(g, spatial_row_bytes<T>(g.out_width, tile_taps),
-                  shared_row_bytes<T>(g, f.channels_last), spatial_tile_bytes(g));
+                  f.channels_last ? shared_row_bytes<T>(g) : 0, spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(g, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < g.scale; ++row)
@@ -591,7 +583,7 @@ void grad_features_upsample_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.dilation = 1;
   padded_geometry.stride = g.scale;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(g.width, g.subpixels() * g.taps()),
-                  shared_row_bytes<T>(g, b.channels_last), spatial_tile_bytes(g));
+                  b.channels_last ? shared_row_bytes<T>(g) : 0, spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   Phase phase{0, 0, {}, {}};
   for (int64_t r = 0; r < g.subpixels(); ++r)
@@ -627,7 +619,7 @@ void grad_features_nchw(const Backward& b, ParallelFor run) {
   padded_geometry.kernel = 2 * halo + 1;
   padded_geometry.dilation = padded_geometry.stride = 1;
   const Plan plan(padded_geometry, spatial_row_bytes<T>(padded_geometry.out_width, g.taps()),
-                  shared_row_bytes<T>(g, b.channels_last), spatial_tile_bytes(g));
+                  b.channels_last ? shared_row_bytes<T>(g) : 0, spatial_tile_bytes(g));
   const PaddedTile<Accumulate<T>> padded(padded_geometry, plan.rows);
   std::vector<Phase> phases;
   for (int64_t row = 0; row < std::min(g.stride, g.height); ++row)
@@ -755,7 +747,7 @@ void grad_filters_nchw(const Backward& b, ParallelFor run) {
   const int64_t pitch = round_up(g.out_width, kLanes<A>);
   // All taps read the same features and gradients of a channel block, from the L1 cache.
   const Plan plan(g, 16 * pitch * static_cast<int64_t>(sizeof(A)),
-                  shared_row_bytes<T>(g, b.channels_last));
+                  b.channels_last ? shared_row_bytes<T>(g) : 0);
   const auto* grad = static_cast<const T*>(b.grad);
   const auto* features = static_cast<const T*>(b.features);
   const auto* channel_filter = static_cast<const T*>(b.channel_filter);

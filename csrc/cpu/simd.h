@@ -798,6 +798,15 @@ struct Plan {
   }
 };
 
+// Bytes of a row of channels_last outputs and spatial filters, and of their gradients or of the
+// features, as Plan takes them.
+template <class T>
+int64_t shared_row_bytes(const Geometry& g) {
+  const int64_t pixels = g.stride * g.width + g.out_width;
+  return (pixels * g.channels + 2 * g.out_width * g.groups * g.taps()) *
+         static_cast<int64_t>(sizeof(T));
+}
+
 // Adds `number` partial sums of `count` values, `step` apart, in order.
 template <class T>
 void reduce_partials(T* to, int64_t stride, const Accumulate<T>* partials, int64_t number,
