@@ -121,11 +121,10 @@ const T* filter_of_group(const T* filter, const SpatialStrides& strides, const G
 // Whether features, output and spatial filters fit in the caches of a processor.
 template <class T>
 bool fits_in_caches(const Geometry& g) {
-  constexpr int64_t kCaches = 12 * 1024 * 1024;
   const int64_t outputs = g.subpixels() * g.out_height * g.out_width;
   const int64_t values =
       (g.height * g.width + outputs) * g.channels + outputs * g.groups * g.taps();
-  return g.batch * values * static_cast<int64_t>(sizeof(T)) <= kCaches;
+  return g.batch * values * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
 }
 
 // Collects the taps of strips. The spatial filter belongs to output pixels: those of the strip

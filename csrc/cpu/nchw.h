@@ -156,8 +156,8 @@ void load_spatial_tile(Accumulate<T>* to, const std::vector<Phase::Tap>& taps, i
     is_own = taps[t].down == 0 && taps[t].right == 0 && taps[t].spatial == taps[0].spatial + t;
   if (is_own) {
     // Processors do not foresee pixels so far apart, which matters if they are in no cache.
-    const bool is_far = strides.column * sizeof(T) >= 1024 &&
-                        rows * strides.row * static_cast<int64_t>(sizeof(T)) >= 16 * 1024 * 1024;
+    constexpr int64_t kSize = sizeof(T);
+    const bool is_far = strides.column * kSize >= 1024 && rows * strides.row * kSize > kCacheBytes;
     for (int64_t row = row0; row < row1; ++row)
       for (int64_t b = 0; b < blocks; ++b, to += count * L) {
         const int64_t lanes =
