@@ -66,10 +66,12 @@ def runners(
     run = dict[str, Callable]()
     if "PyTorch" in runtimes:
         run["PyTorch"] = torch.no_grad()(model.forward)
-    for runtime, load in (("ONNX Runtime", export.load_onnx), ("OpenVINO", open_vino)):
+    loaders = {"ONNX Runtime": export.load_onnx, "OpenVINO": open_vino}
+    if loaders.keys() & set(runtimes):
+        program = export.export_program(model, size, guarded=True)
+    for runtime, load in loaders.items():
         if runtime in runtimes:
             path = folder / f"{runtime}.onnx"
-            program = export.export_program(model, size, guarded=True)
             export.save_onnx(program, path, elementwise=runtime == "OpenVINO")
             run[runtime] = load(path, threads)
     if "torch.export" in runtimes:

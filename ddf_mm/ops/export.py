@@ -189,7 +189,8 @@ def _onnx_taps(
     if by_products:
         rows = [_onnx_stack(widened(x), offsets)] * kernel_size
     elif stride == 1:
-        rows = [[_moved(widened(x), -offset, axis=2) for offset in offsets]] * kernel_size
+        wide_x = widened(x)
+        rows = [[_moved(wide_x, -offset, axis=2) for offset in offsets]] * kernel_size
     else:
         if (spatial_filter := filters[0][1]) is None:
             size = op.Div(op.Add(op.Shape(x, start=2), _ints(stride - 1)), _ints(stride))

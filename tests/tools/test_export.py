@@ -37,7 +37,6 @@ model = dict(
 DETECTOR = '''
 """A model like those of the toolboxes, with weights that differ from the initial ones."""
 import os
-from collections import Counter
 
 import torch
 from mmengine.model import BaseModel
@@ -224,7 +223,7 @@ def test_folded_batch_norms(run, folder, exported):
 
 
 def test_elementwise(run, folder, exported):
-    """More operators, of which none moves data to another shape."""
+    """More products, of elements alone."""
     result = run("--elementwise", "--out", "elementwise")
     assert result.code == 0, result.stderr
     kinds = [
