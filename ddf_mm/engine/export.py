@@ -104,6 +104,8 @@ def save_onnx(
     """Write a program as ONNX with standard operators of version ``opset``; return their number.
 
     For ``elementwise`` see :func:`ddf_mm.ops.export.onnx_translations`."""
+    from onnxscript import optimizer
+
     onnx_program = torch.onnx.export(
         program,
         input_names=["images"],
@@ -111,6 +113,9 @@ def save_onnx(
         custom_translation_table=onnx_translations(elementwise),
         verbose=False,
     )
+    # Weights that the translations computed, without limits on their size.
+    limit = torch.iinfo(torch.int64).max
+    optimizer.optimize(onnx_program.model, input_size_limit=limit, output_size_limit=limit)
     nodes = list(onnx_program.model.graph.all_nodes())
     foreign = {node.op_identifier() for node in nodes if node.domain not in ("", "ai.onnx")}
     if foreign:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def onnx_translations(elementwise: bool = False) -> dict[Any, Callable]:
         torch.ops.ddf_mm.ddf_up.default: ddf_up,
         torch.ops.ddf_mm.filter_norm.default: _onnx_filter_norm,
         torch.ops.aten.conv2d.default: _onnx_conv2d,
+        torch.ops.aten.relu.default: _onnx_relu,
     }
 
 
@@ -100,31 +102,97 @@ def _onnx_filter_norm(x: Any, filters: int, std: Any, mean: Any, scale: float, e
     from onnxscript import ir
     from onnxscript import opset18 as op
 
-    def number(value: float) -> Any:
-        return op.Constant(value=ir.tensor(value, ir.DataType.FLOAT if wide else x.dtype))
+    def vector(value: float) -> Any:
+        return op.Constant(value=ir.tensor([value], ir.DataType.FLOAT if wide else x.dtype))
 
     wide = x.dtype.itemsize < 4
-    raw = op.Cast(x, to=_FLOAT) if wide else x
     taps = x.shape[1] // filters
-    axis = op.Constant(value_ints=[2 if filters > 1 else 1])
-    if filters > 1:
-        # Without a last axis of size 1, with which ONNX Runtime takes means slowly.
-        pixels = [-1] if any(n != 1 for n in x.shape[2:]) else []
-        raw = op.Reshape(raw, op.Constant(value_ints=[0, filters, taps, *pixels]))
-    out = op.Sub(raw, op.ReduceMean(raw, axis))
-    # scale / (deviation + eps) with all terms over eps, since exporters remove sums with eps, and
-    # constant filters would be 0 / 0.
-    eps = max(eps, 1e-20)
-    deviation = op.Mul(op.ReduceL2(out, axis), number((taps - 1) ** -0.5 / eps))
-    out = op.Mul(out, op.Div(number(scale / eps), op.Add(deviation, number(1.0))))
-    if filters > 1:
-        out = op.Reshape(out, op.Shape(x))
-    per_tap = op.Constant(value_ints=[-1] + [1] * (len(x.shape) - 2))
-    if std is not None:
-        out = op.Mul(out, op.Reshape(std, per_tap))
+    has_pixels = any(n != 1 for n in x.shape[2:])
+    source = _unflattened(x)
+    convolution = source.meta.get(_CONVOLUTION)
+    if convolution is not None:
+        source = convolution.centered(filters)
+    source = source.meta.get(_FLAT, source)
+    out = op.Cast(source, to=_FLOAT) if wide else source
+    shape, axis = [taps, 1, 1], _ints(1)
+    if filters > 1 or not has_pixels:
+        # Without a last axis of size 1, with which ONNX Runtime takes norms slowly.
+        out = _reshape(out, 0, filters, taps, *[-1] * has_pixels)
+        shape, axis = [filters, taps, *[1] * has_pixels], _ints(2)
+    if convolution is None:
+        out = op.Sub(out, op.ReduceMean(out, axis))
+    # scale / (deviation + eps), both terms times the root. Exporters would remove a sum with a
+    # small scalar, and constant filters would be 0 / 0.
+    root = (taps - 1) ** 0.5
+    norm = op.Add(op.ReduceL2(out, axis), vector(max(eps, 1e-20) * root))
+    if std is None:
+        out = op.Mul(out, op.Div(vector(scale * root), norm))
+    else:
+        factors = _reshape(op.Mul(std, vector(scale * root)), *shape)
+        out = op.Mul(op.Div(out, norm), factors)
     if mean is not None:
-        out = op.Add(out, op.Reshape(mean, per_tap))
+        out = op.Add(out, _reshape(mean, *shape))
+    if not has_pixels:
+        out = _reshape(out, 0, -1, *x.shape[2:])
+    elif filters > 1:
+        out = op.Reshape(out, op.Shape(source))
     return op.CastLike(out, x) if wide else out
+
+
+# What translations note about a value of the exporter, in its `meta`.
+_CONVOLUTION = "ddf_mm.convolution"  # the _Convolution that computes it
+_FLAT = "ddf_mm.flat"  # of a value [B, C, 1, 1]: the same as [B, C]
+_SUM = "ddf_mm.sum"  # of a rectified sum: its terms [B, C, H, W] and [C, 1, 1]
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    apply: Callable[[Any, Any], Any]  # to a weight and a bias
+    weight: Any
+    bias: Any
+
+    def centered(self, filters: int) -> Any:
+        """The output minus the mean over the taps of each of ``filters`` filters, by weights and a
+        bias of zero mean. In float64, so that those of equal taps become exactly 0."""
+        from onnxscript import ir
+        from onnxscript import opset18 as op
+
+        def centered(value: Any) -> Any:
+            taps = _reshape(value, filters, value.shape[0] // filters, -1)
+            taps = op.Cast(taps, to=ir.DataType.DOUBLE)
+            taps = op.Sub(taps, op.ReduceMean(taps, _ints(1)))
+            return op.CastLike(_reshape(taps, *value.shape), value)
+
+        return self.apply(centered(self.weight), None if self.bias is None else centered(self.bias))
+
+
+def _of_pixels(flat: Any) -> Any:
+    """``flat`` of shape ``[B, C]`` as ``[B, C, 1, 1]``."""
+    from onnxscript import opset18 as op
+
+    out = op.Unsqueeze(flat, _ints(2, 3))
+    out.meta[_FLAT] = flat
+    return out
+
+
+def _unflattened(x: Any) -> Any:
+    """What ``x`` of shape ``[B, C]`` was before a pixel's two dimensions were removed."""
+    node = x.producer()
+    is_view = node is not None and node.op_type == "Reshape" and len(x.shape) == 2
+    return node.inputs[0] if is_view and _FLAT in node.inputs[0].meta else x
+
+
+def _onnx_relu(x: Any) -> Any:
+    from onnxscript import opset18 as op
+
+    if _FLAT in x.meta:  # next to a matrix product, of which runtimes make one operator
+        return _of_pixels(op.Relu(x.meta[_FLAT]))
+    out = op.Relu(x)
+    node = x.producer()
+    is_sum = node is not None and node.op_type == "Add" and len(x.shape) == 4
+    if is_sum and [term.shape for term in node.inputs] == [x.shape, (x.shape[1], 1, 1)]:
+        out.meta[_SUM] = node.inputs
+    return out
 
 
 def _onnx_conv2d(
@@ -136,22 +204,45 @@ def _onnx_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Any:
-    """A convolution; of one pixel, as in channel branches, a matrix product, for which ONNX Runtime
-    reads the weights faster."""
+    """A convolution as ONNX Runtime computes it fastest.
+
+    Of one pixel, as in channel branches, it is a matrix product, which reads the weights faster,
+    and a mean before it is a pooling, in the format of convolutions. A kernel of one pixel reads
+    ``relu(x + shift)`` as ``max(x, -shift)``; the rest, ``shift``, is in its bias.
+    """
     from onnxscript import opset18 as op
 
-    is_pixel = (*x.shape[-2:], *weight.shape[2:]) == (1, 1, 1, 1)
-    has_batch = len(x.shape) == 4
-    first = op.Constant(value_ints=[0])
-    if not has_batch:
-        x = op.Unsqueeze(x, first)
-    if is_pixel and groups == 1 and not any(padding):
-        out = op.Gemm(op.Flatten(x), op.Flatten(weight), bias, transB=1)
-        out = op.Unsqueeze(out, op.Constant(value_ints=[2, 3]))
-    else:
+    def apply(weight: Any, bias: Any) -> Any:
+        if is_pixel:
+            return _of_pixels(op.Gemm(flat, op.Flatten(weight), bias, transB=1))
         pads = [*padding, *padding]
-        out = op.Conv(x, weight, bias, strides=stride, pads=pads, dilations=dilation, group=groups)
-    return out if has_batch else op.Squeeze(out, first)
+        return op.Conv(
+            images, weight, bias, strides=stride, pads=pads, dilations=dilation, group=groups
+        )
+
+    is_product = groups == 1 and not any(padding) and weight.shape[2:] == (1, 1)
+    is_pixel = is_product and x.shape[-2:] == (1, 1)
+    if len(x.shape) == 3:
+        images = op.Unsqueeze(x, _ints(0))
+        flat = op.Flatten(images) if is_pixel else None
+        return op.Squeeze(apply(weight, bias), _ints(0))
+    images, source = x, x.producer()
+    if is_pixel and _FLAT not in x.meta:
+        is_mean = source is not None and source.op_type == "ReduceMean"
+        if is_mean and source.inputs[0].shape[:2] == x.shape[:2]:
+            images = op.GlobalAveragePool(source.inputs[0])
+        # Kept, since onnxscript 0.7 loses the shape of a second operator like it.
+        x.meta[_FLAT] = op.Flatten(images)
+    elif not is_pixel and is_product and _SUM in x.meta and x.dtype.itemsize >= 4:
+        term, shift = x.meta[_SUM]
+        images = op.Max(term, op.Neg(shift))
+        rest = _reshape(op.MatMul(op.Flatten(weight), op.Flatten(shift)), -1)
+        bias = rest if bias is None else op.Add(bias, rest)
+    flat = x.meta.get(_FLAT)
+    out = apply(weight, bias)
+    if groups == 1:
+        out.meta[_CONVOLUTION] = _Convolution(apply, weight, bias)
+    return out
 
 
 def _onnx_taps(

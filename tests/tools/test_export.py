@@ -336,9 +336,40 @@ def test_every_kind_of_argument(elementwise, tmp_path):
             assert error < 20 * eps * want.abs().max()
 
 
+class Twice(nn.Module):
+    """Two convolutions of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1)])
+        self.shift = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        pixel = x.mean((2, 3), keepdim=True)
+        first, second = (conv(pixel) for conv in self.convs)
+        rectified = (pixel + self.shift).relu()
+        return first * second + self.convs[0](rectified) * self.convs[1](rectified)
+
+
 class Convolutions(nn.ModuleList):
     def forward(self, inputs):
         return [conv(x) for conv, x in zip(self, inputs, strict=True)]
+
+
+def exported_operators(
+    model: nn.Module, inputs: list[torch.Tensor], tmp_path: Path
+) -> tuple[Counter, list[torch.Tensor]]:
+    """The operators of a model of a list of tensors, and what ONNX Runtime computes by them."""
+    program = torch.onnx.export(
+        model, (inputs,), opset_version=18, verbose=False,
+        custom_translation_table=export.onnx_translations(),
+    )  # fmt: skip
+    program.save(tmp_path / "model.onnx")
+    session = export.onnx_session(tmp_path / "model.onnx", 1)
+    names = [given.name for given in session.get_inputs()]
+    feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+    results = [torch.from_numpy(result) for result in session.run(None, feed)]
+    return Counter(node.op_type for node in program.model.graph), results
 
 
 def test_convolutions(tmp_path):
@@ -348,6 +379,9 @@ def test_convolutions(tmp_path):
         (nn.Conv2d(8, 12, 1), pixel),
         (nn.Conv2d(8, 12, 1, bias=False), pixel),
         (nn.Conv2d(8, 12, 1), pixel[1:]),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 12, 1)), (2, 8, 5, 3)),
+        (nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU()), pixel),
+        (Twice(), (2, 8, 5, 3)),
     ]
     others = [
         (nn.Conv2d(8, 12, 1), row),
@@ -358,15 +392,82 @@ def test_convolutions(tmp_path):
     ]
     convs, shapes = zip(*products, *others, strict=True)
     model, inputs = Convolutions(convs).eval(), [torch.randn(shape) for shape in shapes]
-    program = torch.onnx.export(
-        model, (inputs,), opset_version=18, verbose=False,
-        custom_translation_table=export.onnx_translations(),
-    )  # fmt: skip
-    operators = [node.op_type for node in program.model.graph]
-    assert operators.count("Gemm") == len(products) and operators.count("Conv") == len(others)
-    program.save(tmp_path / "convs.onnx")
-    session = export.onnx_session(tmp_path / "convs.onnx", 1)
-    names = [given.name for given in session.get_inputs()]
-    got = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+    operators, got = exported_operators(model, inputs, tmp_path)
+    assert operators["Gemm"] == len(products) + 3 and operators["Conv"] == len(others)
+    assert operators["GlobalAveragePool"] == 2
     for result, want in zip(got, model(inputs), strict=True):
-        torch.testing.assert_close(torch.from_numpy(result), want.detach())
+        torch.testing.assert_close(result, want.detach())
+
+
+class Rectified(nn.Module):
+    """A convolution of a rectified sum."""
+
+    def __init__(self, shift: torch.Tensor, **options):
+        super().__init__()
+        self.shift = nn.Parameter(shift)
+        self.conv = nn.Conv2d(8, 6, **options)
+
+    def forward(self, x):
+        return self.conv((x + self.shift).relu())
+
+
+def test_convolutions_of_rectified_sums(tmp_path):
+    """Those of single pixels read a maximum, one operator fewer."""
+    per_channel, shape = torch.randn(8, 1, 1), (2, 8, 5, 7)
+    maxima = [
+        Rectified(per_channel, kernel_size=1),
+        Rectified(per_channel, kernel_size=1, stride=2, bias=False),
+    ]
+    others = [
+        Rectified(per_channel, kernel_size=1, padding=1),
+        Rectified(per_channel, kernel_size=3),
+        Rectified(per_channel, kernel_size=1, groups=2),
+        Rectified(torch.randn(8, 5, 7), kernel_size=1),
+        Rectified(torch.randn(7), kernel_size=1),
+    ]
+    model = Convolutions([*maxima, *others]).eval()
+    inputs = [torch.randn(shape) for _ in model]
+    operators, got = exported_operators(model, inputs, tmp_path)
+    assert operators["Max"] == len(maxima) and operators["Relu"] == len(others)
+    for result, want in zip(got, model(inputs), strict=True):
+        torch.testing.assert_close(result, want.detach())
+
+
+class Filters(nn.Module):
+    """The normalized filters of a convolution, of a pixel's for ``'channel'``."""
+
+    def __init__(self, kind: str, filters: int, raw: bool = False, **options):
+        super().__init__()
+        self.kind, self.filters, self.raw = kind, filters, raw
+        self.conv = nn.Conv2d(8, 9 * filters, 1, **options)
+        self.std = nn.Parameter(torch.randn(9 * filters))
+
+    def forward(self, x):
+        from ddf_mm.ops import filter_norm
+
+        raw = self.conv(x.mean((2, 3), keepdim=True) if self.kind == "channel" else x)
+        out = filter_norm(raw, self.filters, self.kind, self.std, self.std + 2.0)
+        return out + raw.flatten(1).mean() if self.raw else out
+
+
+def test_normalized_filters_of_convolutions(tmp_path):
+    """The mean over the taps is removed from weights and biases instead."""
+    centered = [
+        Filters("spatial", 1),
+        Filters("spatial", 4, bias=False),
+        Filters("channel", 8),
+        Filters("channel", 1),
+    ]
+    others = [Filters("spatial", 4, groups=2)]
+    constant = Filters("spatial", 2)
+    nn.init.constant_(constant.conv.weight, 0.3)
+    nn.init.constant_(constant.conv.bias, 0.7)
+    model = Convolutions([*centered, constant, *others, Filters("channel", 2, raw=True)]).eval()
+    inputs = [torch.randn(2, 8, 5, 7) for _ in model]
+    operators, got = exported_operators(model, inputs, tmp_path)
+    # Of the filters with groups, and of `raw`.
+    assert operators["ReduceMean"] == 2
+    for result, want in zip(got, model(inputs), strict=True):
+        torch.testing.assert_close(result, want.detach(), rtol=1e-5, atol=1e-5)
+    mean = (constant.std + 2.0).reshape(1, -1, 1, 1)
+    assert torch.equal(got[len(centered)], mean.expand(2, -1, 5, 7))
