@@ -178,8 +178,8 @@ def _of_pixels(flat: Any) -> Any:
 def _unflattened(x: Any) -> Any:
     """What ``x`` of shape ``[B, C]`` was before a pixel's two dimensions were removed."""
     node = x.producer()
-    is_view = node is not None and node.op_type == "Reshape" and len(x.shape) == 2
-    return node.inputs[0] if is_view and _FLAT in node.inputs[0].meta else x
+    is_view = node is not None and node.op_type == "Reshape"
+    return node.inputs[0] if is_view and node.inputs[0].shape == (*x.shape, 1, 1) else x
 
 
 def _onnx_relu(x: Any) -> Any:

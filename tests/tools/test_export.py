@@ -450,6 +450,16 @@ class Filters(nn.Module):
         return out + raw.flatten(1).mean() if self.raw else out
 
 
+class Merged(Filters):
+    """Filters in the batch, each a row."""
+
+    def forward(self, x):
+        from ddf_mm.ops import filter_norm
+
+        raw = self.conv(x.mean((2, 3), keepdim=True))
+        return filter_norm(raw.reshape(-1, 9), 1, "channel")
+
+
 def test_normalized_filters_of_convolutions(tmp_path):
     """The mean over the taps is removed from weights and biases instead."""
     centered = [
@@ -458,15 +468,15 @@ def test_normalized_filters_of_convolutions(tmp_path):
         Filters("channel", 8),
         Filters("channel", 1),
     ]
-    others = [Filters("spatial", 4, groups=2)]
+    others = [Filters("spatial", 4, groups=2), Merged("channel", 2)]
     constant = Filters("spatial", 2)
     nn.init.constant_(constant.conv.weight, 0.3)
     nn.init.constant_(constant.conv.bias, 0.7)
     model = Convolutions([*centered, constant, *others, Filters("channel", 2, raw=True)]).eval()
     inputs = [torch.randn(2, 8, 5, 7) for _ in model]
     operators, got = exported_operators(model, inputs, tmp_path)
-    # Of the filters with groups, and of `raw`.
-    assert operators["ReduceMean"] == 2
+    # Of the filters with groups, of those in the batch, and of `raw`.
+    assert operators["ReduceMean"] == 3
     for result, want in zip(got, model(inputs), strict=True):
         torch.testing.assert_close(result, want.detach(), rtol=1e-5, atol=1e-5)
     mean = (constant.std + 2.0).reshape(1, -1, 1, 1)
