@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ddf_mm.contrib.memory import keep_memory
 from ddf_mm.engine import cli
-from ddf_mm.layers import DDFPack
+from ddf_mm.layers import DDFPack, FilterNorm
 from ddf_mm.models import DDFResNet_CIFAR
 
 CLASSES = 10
@@ -48,6 +48,7 @@ FILTERS = {
     "add": ("DDF, add", dict(kernel_combine="add")),
     "channel": ("DDF, channel filters only", {}),
     "spatial": ("DDF, spatial filters only", {}),
+    "mean": ("DDF, mul, filters plus a learned constant", {}),
 }
 
 
@@ -60,11 +61,12 @@ class Classifier(nn.Module):
         self.backbone = DDFResNet_CIFAR(26, base_channels=width, strides=(2, 2, 2, 2), **options)
         self.backbone.init_weights()
         self.head = nn.Linear(32 * width, CLASSES)
-        if name in ("channel", "spatial"):
-            for pack in self.modules():
-                if isinstance(pack, DDFPack):
-                    delattr(pack, f"{'spatial' if name == 'channel' else 'channel'}_branch")
-                    pack.generate_filters = _only(pack, name)
+        for pack in [module for module in self.modules() if isinstance(module, DDFPack)]:
+            if name in ("channel", "spatial"):
+                delattr(pack, f"{'spatial' if name == 'channel' else 'channel'}_branch")
+                pack.generate_filters = _only(pack, name)
+            elif name == "mean":
+                _add_means(pack)
 
     def forward(self, images: Tensor) -> Tensor:
         (features,) = self.backbone(images)
@@ -77,6 +79,18 @@ def _only(pack: DDFPack, name: str):
         return lambda x: (None, pack.spatial_branch(x))
     shape = -1, pack.in_channels, pack.kernel_size, pack.kernel_size
     return lambda x: (pack.channel_branch(x).reshape(shape), None)
+
+
+def _add_means(pack: DDFPack) -> None:
+    """Adds a learned constant per tap to the filters, at first 1 for spatial ones."""
+    for branch in (pack.spatial_branch, pack.channel_branch):
+        (norm,) = [layer for layer in branch if isinstance(layer, FilterNorm)]
+        norm.running_mean = True
+        norm.mean = nn.Parameter(torch.empty(norm.in_channels * norm.kernel_size**2))
+        if norm.filter_type == "spatial":
+            nn.init.ones_(norm.mean)
+        else:
+            nn.init.normal_(norm.mean, std=norm.scale)
 
 
 def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
@@ -190,9 +204,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
-    parser.add_argument("--images", type=int, default=5000, help="training images; default: 5000")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
+    parser.add_argument("--images", type=int, default=10000, help="training images; default: 10000")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=0.4, help="highest learning rate")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     return parser.parse_args()
 

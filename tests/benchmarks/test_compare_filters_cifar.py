@@ -20,7 +20,7 @@ def test_trains_and_tabulates(tmp_path):
             folder.mkdir(parents=True)
             for i in range(2):
                 Image.fromarray(noise ^ (10 * label + i)).save(folder / f"{i}.png")
-    filters = ["depthwise", "involution", "mul", "channel", "spatial"]
+    filters = ["depthwise", "involution", "mul", "channel", "spatial", "mean"]
 
     result = subprocess.run(
         [sys.executable, SCRIPT, tmp_path, "--out", "out.json", "--filters", *filters,
