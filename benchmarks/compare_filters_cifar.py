@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ddf_mm.contrib.memory import keep_memory
 from ddf_mm.engine import cli
-from ddf_mm.layers import DDFPack, FilterNorm
+from ddf_mm.layers import DDFPack
 from ddf_mm.models import DDFResNet_CIFAR
 
 CLASSES = 10
@@ -83,8 +83,7 @@ def _only(pack: DDFPack, name: str):
 
 def _add_means(pack: DDFPack) -> None:
     """Adds a learned constant per tap to the filters, at first 1 for spatial ones."""
-    for branch in (pack.spatial_branch, pack.channel_branch):
-        (norm,) = [layer for layer in branch if isinstance(layer, FilterNorm)]
+    for norm in (pack.spatial_branch[-1], pack.channel_branch[-1]):
         norm.running_mean = True
         norm.mean = nn.Parameter(torch.empty(norm.in_channels * norm.kernel_size**2))
         if norm.filter_type == "spatial":

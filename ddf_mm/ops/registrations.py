@@ -319,14 +319,15 @@ def _differentiate_ddf_pack(ctx: Any, grad: Tensor) -> tuple:
     return *grads[:4], None, None, None, grads[4], None, *[None] * len(options)
 
 
-_fragment: torch.library.Library
+# Removes its registrations when it is deleted.
+_FRAGMENT = torch.library.Library("ddf_mm", "FRAGMENT")
 
 
 def _register_autograd(
     name: str, differentiate: Callable[..., tuple], save: Callable[[Any, tuple, Tensor], None]
 ) -> None:
-    """Registers the derivative of the op ``name``, like ``torch.library.register_autograd`` but
-    without keyword-only and default arguments, which take it a fifth of the time of a small call.
+    """Registers the derivative of the op ``name``, like ``torch.library.register_autograd``, but
+    for ops without keyword-only and default arguments, which take a fifth of a small call.
 
     Args:
         differentiate: from the context and the gradient of the result to those of the inputs.
@@ -357,15 +358,13 @@ def _register_autograd(
         with below_autograd():
             return op.redispatch(keys, *inputs)
 
-    _fragment.impl(name, call, "Autograd", with_keyset=True)
+    _FRAGMENT.impl(name, call, "Autograd", with_keyset=True)
 
 
 def register() -> None:
     """Registers fake kernels and derivatives if the ops are compiled."""
     if not library.COMPILED:
         return
-    global _fragment
-    _fragment = torch.library.Library("ddf_mm", "FRAGMENT")
     register_fake = torch.library.register_fake
     for name, check, reference in (
         ("ddf", check_ddf, ddf_reference),
