@@ -44,7 +44,7 @@ from pathlib import Path
 import torch
 
 # mmengine and the toolboxes are imported for `model` only; the other commands need torch only.
-from ddf_mm.benchmark import family, operation
+from ddf_mm.benchmark import family, operation, timing
 from ddf_mm.benchmark.timing import LAYOUTS
 
 SHAPES = [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7), (1, 256, 100, 152)]
@@ -222,4 +222,6 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse_args()
+    if arguments.device == "cpu":
+        timing.hold_heap()
     arguments.run(arguments)

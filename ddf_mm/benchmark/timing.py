@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ddf_mm.contrib.memory import keep_memory
+
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Calls are repeated within a measurement until it takes at least this many seconds.
 SHORTEST = 0.005
@@ -105,6 +107,13 @@ def sets_of_buffers(size: int, device: str) -> int:
     if device != "cuda":
         return 1
     return max(1, math.ceil(3 * torch.cuda.get_device_properties().L2_cache_size / size))
+
+
+def hold_heap() -> None:
+    """Makes glibc keep its memory, and 1 GiB of it resident. Otherwise it is chance which of the
+    timed calls wait for page faults: it depends on where in the heap their results lie."""
+    if keep_memory():
+        torch.empty(2**30, dtype=torch.uint8).fill_(1)
 
 
 def resident(field: str) -> int:
