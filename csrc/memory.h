@@ -1,8 +1,11 @@
 // Allocation for the operators of every device, and the exception of a failed allocation.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -79,13 +82,25 @@ Tensor allocated(int64_t elements, torch::headeronly::ScalarType type,
 // Uninitialized, with the device of `like`.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, bool channels_last,
                     torch::headeronly::ScalarType type) {
-  using torch::headeronly::MemoryFormat;
-  int64_t elements = 1;
-  for (const int64_t n : size) elements *= n;
-  return allocated(elements, type, like.device(), [&] {
-    return torch::stable::empty(
-        size, type, std::nullopt, like.device(), std::nullopt,
-        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const int64_t dimensions = size.size();
+  std::vector<int64_t> strides(dimensions);
+  int64_t elements = 1, step = 1;
+  for (int64_t i = dimensions - 1; i >= 0; --i) {
+    const int64_t at = channels_last ? std::array{0, 2, 3, 1}[i] : i;
+    strides[at] = step;
+    step *= std::max<int64_t>(size[at], 1);
+    elements *= size[at];
+  }
+  const torch::stable::Device device = like.device();
+  return allocated(elements, type, device, [&] {
+    using torch::stable::detail::from;
+    const auto number = [](auto value) { return torch::stable::detail::to<int32_t>(value); };
+    AtenTensorHandle tensor;
+    // torch::stable::empty takes three times as long: it looks the op up by its name.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, size.data(), strides.data(),
+                                                    number(from(type)), number(from(device.type())),
+                                                    device.index(), &tensor));
+    return Tensor(tensor);
   });
 }
 
@@ -99,6 +114,7 @@ inline Tensor no_gradient(const Tensor& like) { return empty(like, {0}, false); 
 // t itself, or a copy of it in this memory format.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   using torch::headeronly::MemoryFormat;
+  if (!channels_last && t.is_contiguous()) return t;
   return allocated(t.numel(), t.scalar_type(), t.device(), [&] {
     return torch::stable::contiguous(
         t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
