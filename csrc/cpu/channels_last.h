@@ -433,12 +433,14 @@ struct Taps3x3 {
 };
 
 // The pixels that a strip of 3x3 windows reads: the first one, the steps in a row and to the next
-// row, and which rows and columns lie outside the image.
+// row, and which rows and columns lie outside the image. And what is prefetched for the next strip.
 template <class T>
 struct Windows3x3 {
   const T* pixels;
   int64_t advance, line;
-  bool above, below, left = true, right = true;
+  bool above, below;
+  bool prefetches_pixels, prefetches_output;
+  bool left = true, right = true;
 
   bool has_row(int r) const { return !(r == 0 ? above : r == 2 && below); }
   // Of the columns of P windows.
@@ -478,12 +480,19 @@ DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<
       DDF_OPAQUE(weights);
       // What the next strip writes, and reads in the last row, if a cache line starts at c. Other
       // rows are in the cache.
-      const bool is_fetched = r == 1 && (L >= kLine || c % kLine == 0);
-      T* to_next = in_out(to, P);
-      const T* from_next = in_row(row + windows.line, P + 1);
-      if (is_fetched) {
-        DDF_OPAQUE(to_next);
-        DDF_OPAQUE(from_next);
+      if (r == 1 && (L >= kLine || c % kLine == 0)) {
+        if (windows.prefetches_pixels) {
+          const T* from_next = in_row(row + windows.line, P + 1);
+          DDF_OPAQUE(from_next);
+          DDF_UNROLL
+          for (int p = 0; p < P; ++p) __builtin_prefetch(in_row(from_next, p));
+        }
+        if (windows.prefetches_output) {
+          T* to_next = in_out(to, P);
+          DDF_OPAQUE(to_next);
+          DDF_UNROLL
+          for (int p = 0; p < P; ++p) __builtin_prefetch(in_out(to_next, p), 1);
+        }
       }
       V tap[3];
       DDF_UNROLL
@@ -492,10 +501,6 @@ DDF_INLINE void filter_strip_3x3(const Windows3x3<T>& windows, const Accumulate<
       DDF_OPAQUE(next);
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
-        if (is_fetched && q < P) {
-          __builtin_prefetch(in_out(to_next, q), 1);
-          __builtin_prefetch(in_row(from_next, q));
-        }
         if (kIsEdge && !windows.template has_column<P>(q)) continue;
         V value = load_first<L>(q < 4 ? in_row(row, q) : in_row(next, q - 4), room);
         DDF_OPAQUE_VECTOR(value);
@@ -688,6 +693,11 @@ __attribute__((noinline)) void filter_rows_3x3(const Filtering<T>& f, int64_t be
   // L2 cache: one group alone touches parts of many cache lines.
   const bool is_fetched = g.groups > 1 && !fits_in_caches<T>(g);
   const bool has_whole_lines = g.group_channels * sizeof(T) % 64 == 0;
+  // Channels of pixels that are a multiple of 1 KiB apart share a few sets of the L1 cache, of
+  // 4 KiB in all: what is prefetched displaces what a strip reads.
+  const int64_t pixel_bytes = g.channels * static_cast<int64_t>(sizeof(T));
+  const bool prefetches_output = pixel_bytes % 1024 != 0;
+  const bool prefetches_pixels = pixel_bytes % 2048 != 0 || !fits_in_caches<T>(g);
   const auto prefetch_share = [&](const T* next_row, int64_t count, int64_t group) {
     const int64_t share = ceil_div(count, g.groups);
     prefetch_rows(next_row + group * share, share, 1, share);
@@ -701,7 +711,12 @@ __attribute__((noinline)) void filter_rows_3x3(const Filtering<T>& f, int64_t be
       for (int64_t group = 0; group < g.groups; ++group) {
         const int64_t first = group * g.group_channels;
         const Windows3x3<T> windows{f.from + ((index - 1) * columns - 1) * g.channels + first,
-                                    g.channels, columns * g.channels, row == 0, row + 1 == rows};
+                                    g.channels,
+                                    columns * g.channels,
+                                    row == 0,
+                                    row + 1 == rows,
+                                    prefetches_pixels,
+                                    prefetches_output};
         T* const to =
             f.to +
             ((index * g.scale + r / g.scale) * columns * g.scale + r % g.scale) * g.channels +
@@ -903,7 +918,7 @@ DDF_INLINE void grad_filters_step(StripTaps<T, S> at, int64_t x_step, const T* d
   A totals[K];
   sum_lanes_of_each<A, L>(sums, totals);
   for (int u = 0; u < S; ++u)
-    for (int p = 0; p < P; ++p) at.ds[u][p] = totals[u * P + p];
+    for (int p = 0; p < P; ++p) at.ds[u][p * kPixel] = totals[u * P + p];
 }
 
 // Arguments of the filter gradients of one row of the output.
@@ -917,7 +932,7 @@ struct GradRow {
   int64_t dy_step;  // to the next pixel
   const A* s;
   int64_t s_tap;  // to the next tap of s
-  A* ds;          // [taps][width], zeros
+  A* ds;          // like s, zeros
   const A* c;     // in blocks
   A* dc;
   int64_t channels;
@@ -938,10 +953,10 @@ struct GradRow {
   }
 };
 
-// Adjacent taps of a pixel in GradRow::s, for 3x3 windows.
+// Adjacent taps of a pixel in GradRow::s and GradRow::ds, for 3x3 windows.
 constexpr int kTapsInner = 9;
 
-// The pixels of s are kPixel apart; if that is not 1, its taps are adjacent.
+// The pixels of s and ds are kPixel apart; if that is not 1, their taps are adjacent.
 template <int kPixel, class T, class Combine>
 __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   using A = Accumulate<T>;
@@ -958,7 +973,7 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
       const int64_t tap = t + u * apart;
       at.x[u] = row.x + (tap / k * g.width + tap % k) * g.dilation * g.channels + column * x_step;
       at.s[u] = row.s + tap * row.s_tap + column * kPixel;
-      at.ds[u] = row.ds + tap * width + column;
+      at.ds[u] = row.ds + tap * (kPixel == 1 ? width : 1) + column * kPixel;
     }
     at.c = row.c + t * L;
     at.dc = row.dc + t * L;
@@ -1006,6 +1021,18 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   }
 }
 
+// L values from the first one on of four pixels with adjacent taps, from rows[tap
+// row][column][pixel] in the first 12 of L lanes.
+template <int kFirst, class V, int... I>
+DDF_INLINE V to_adjacent_taps(const V (&rows)[3], std::integer_sequence<int, I...>) {
+  constexpr int kN = sizeof...(I);
+  constexpr auto row_of = [](int value) { return value % 9 / 3; };
+  constexpr auto lane_of = [](int value) { return value % 3 * kStrip + value / 9 % kStrip; };
+  const V upper =
+      DDF_SHUFFLE(rows[0], rows[1], (lane_of(kFirst + I) + (row_of(kFirst + I) == 1 ? kN : 0))...);
+  return DDF_SHUFFLE(upper, rows[2], (row_of(kFirst + I) == 2 ? kN + lane_of(kFirst + I) : I)...);
+}
+
 // The same for a strip of P pixels with 3x3 windows, one row of taps at a time, whose pixels are
 // loaded once. kIsEdge: the windows may reach over the ends of the row.
 template <int P, bool kIsEdge, int kPixel, class T, class Combine>
@@ -1022,6 +1049,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
   const bool left = column == 0, right = column + P == width;
   const Steps steps(advance), dy_steps(dy_step);
   const T* const dy = row.dy + column * dy_step;
+  A ds[3][K] = {};
   for (int64_t ty = row.ty0; ty < row.ty1; ++ty) {
     const T* const pixels = row.x + (ty * width + column) * advance;
     const A* const spatial = row.s + 3 * ty * s_tap + column * kPixel;
@@ -1031,9 +1059,12 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
     const auto add = [&](int64_t i, auto wide) __attribute__((always_inline)) {
       const int64_t room = decltype(wide)::value ? L : channels - i;
       V y[P], tap[3], totals[3];
+      const T *from = pixels + i, *grad = dy + i;
+      DDF_OPAQUE(from);
+      DDF_OPAQUE(grad);
       DDF_UNROLL
       for (int p = 0; p < P; ++p) {
-        y[p] = load_first<L>(dy_steps(dy + i, p), room);
+        y[p] = load_first<L>(dy_steps(grad, p), room);
         DDF_OPAQUE_VECTOR(y[p]);
       }
       DDF_UNROLL
@@ -1044,7 +1075,7 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
       DDF_UNROLL
       for (int q = 0; q < P + 2; ++q) {
         if (kIsEdge && (q == 0 ? left : q == P + 1 && right)) continue;
-        V value = load_first<L>(steps(pixels + i, q), room);
+        V value = load_first<L>(steps(from, q), room);
         DDF_OPAQUE_VECTOR(value);
         DDF_UNROLL
         for (int x = 0; x < 3; ++x)
@@ -1063,10 +1094,22 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
     int64_t i = 0;
     for (; i + L <= channels; i += L) add(i, std::true_type());
     if (i < channels) add(i, std::false_type());
-    A totals[K];
-    sum_lanes_of_each<A, L>(sums, totals);
-    for (int x = 0; x < 3; ++x)
-      std::copy_n(totals + x * P, P, row.ds + (3 * ty + x) * width + column);
+    sum_lanes_of_each<A, L>(sums, ds[ty]);
+    for (int x = 0; kPixel == 1 && x < 3; ++x)
+      std::copy_n(ds[ty] + x * P, P, row.ds + (3 * ty + x) * width + column);
+  }
+  if (kPixel == 1) return;
+  A* const to = row.ds + column * kPixel;
+  if constexpr (P == kStrip && L == K) {
+    constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
+    const V rows[] = {load<L>(ds[0]), load<L>(ds[1]), load<L>(ds[2])};
+    store<L>(to, to_adjacent_taps<0>(rows, kLanesOf));
+    store<L>(to + L, to_adjacent_taps<L>(rows, kLanesOf));
+    const V rest = to_adjacent_taps<2 * L>(rows, kLanesOf);
+    std::memcpy(to + 2 * L, &rest, (P * kPixel - 2 * L) * sizeof(A));
+  } else {
+    for (int p = 0; p < P; ++p)
+      for (int t = 0; t < 9; ++t) to[p * kPixel + t] = ds[t / 3][t % 3 * P + p];
   }
 }
 
@@ -1115,7 +1158,7 @@ inline std::vector<int64_t> inside_pixels(const Geometry& g) {
 }
 
 // Both filter gradients of a row of the output. `at` has no rows of taps yet, and x is its image's
-// first channel. taps_inner: the taps of a pixel of s are adjacent.
+// first channel. taps_inner: the taps of a pixel of s and ds are adjacent.
 template <class T, class Combine>
 void grad_filters_of_row(GradRow<T> at, int64_t row, bool taps_inner) {
   const Geometry& g = at.g;
@@ -1153,10 +1196,15 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
   const auto* spatial_filter = static_cast<const T*>(b.spatial_filter);
   const int64_t taps = g.taps(), width = g.out_width, row_taps = taps * width;
   const ChannelPartials<T> channel_partials(b, g, plan);
-  SpatialPartials<T> spatial_partials(b, g, plan);
-  // A channels_last 3x3 spatial filter of one group is read without a copy.
+  // A channels_last 3x3 spatial filter of one group is read, and its gradient written, without a
+  // copy.
+  const auto is_dense = [taps](const SpatialStrides& strides) {
+    return strides.tap == 1 && strides.column == taps;
+  };
   const bool is_in_place = std::is_same_v<T, A> && taps == kTapsInner && spatial_filter &&
-                           b.spatial_strides.tap == 1 && b.spatial_strides.column == taps;
+                           is_dense(b.spatial_strides) &&
+                           (!b.grad_spatial || is_dense(b.grad_spatial_strides));
+  SpatialPartials<T> spatial_partials(b, g, plan, is_in_place);
   const std::vector<int64_t> range = inside_pixels(g);
 
   parallel(run, plan.items, [&](int64_t begin, int64_t end) {
@@ -1177,7 +1225,7 @@ void grad_filters_channels_last(const Backward& b, ParallelFor run) {
         const T* dy = grad + (out_row * width * g.scale + r % g.scale) * g.channels + item.channel0;
         A* const partial = spatial_partials.at(item.channel_block, item.image, item.group, row);
         A* const sums = partial ? partial : ds.get();
-        if (!partial) std::fill_n(sums, row_taps, A(0));
+        std::fill_n(sums, row_taps, A(0));
         GradRow<T> at{g,    range.data(), pixels, dy,   g.scale * g.channels, s, width,
                       sums, channel,      dc,     count};
         // Costs 5 % where the tensors fit in the caches.

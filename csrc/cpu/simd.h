@@ -885,20 +885,24 @@ class SpatialPartials {
   using A = Accumulate<T>;
 
  public:
-  SpatialPartials(const Backward& b, const Geometry& g, const Plan& plan)
+  // is_in_place: rows are [Wo][taps] here and in the gradient, which has the type of the sums.
+  SpatialPartials(const Backward& b, const Geometry& g, const Plan& plan, bool is_in_place = false)
       : g_(g),
+        is_in_place_(is_in_place),
         gradient_(static_cast<T*>(b.grad_spatial)),
         strides_(b.grad_spatial_strides),
         number_(plan.channel_blocks),
         rows_(g.batch * g.groups * g.out_height),
-        partials_(is_split() ? number_ * rows_ * row_size() : 0) {}
+        partials_(is_split() ? number_ * rows_ * row_size() : 0, false) {}
 
-  // Partial sums of a row of a group of one of batch * subpixels images, [taps][Wo], or null if
-  // what is added is the gradient.
+  // Uninitialized sums of a row of a group of one of batch * subpixels images, [taps][Wo], or null
+  // if write_row is to store them.
   A* at(int64_t channel_block, int64_t image, int64_t group, int64_t row) {
-    if (!is_split()) return nullptr;
     const int64_t index = (image * g_.groups + group) * g_.out_height + row;
-    return partials_ + (channel_block * rows_ + index) * row_size();
+    if (is_split()) return partials_ + (channel_block * rows_ + index) * row_size();
+    if constexpr (std::is_same_v<T, A>)
+      if (is_in_place_ && gradient_) return gradient_of_row(image, group, row);
+    return nullptr;
   }
 
   // Adds such a row, from[taps][pitch].
@@ -913,8 +917,7 @@ class SpatialPartials {
   // Stores the gradient of a row.
   void write_row(int64_t image, int64_t group, int64_t row, const A* from, int64_t pitch) const {
     if (gradient_ == nullptr) return;
-    T* const to = gradient_ + strides_.start(image, g_.subpixels()) +
-                  group * g_.taps() * strides_.tap + row * strides_.row;
+    T* const to = gradient_of_row(image, group, row);
     if (strides_.tap == 1)
       transpose(to, strides_.column, from, pitch, g_.taps(), g_.out_width);
     else
@@ -929,9 +932,17 @@ class SpatialPartials {
     parallel(run, rows_, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         A* const sums = partials_ + index * row_size();
-        reduce_partials(sums, 1, sums, number_, rows_ * row_size(), row_size());
-        const int64_t row = index % g_.out_height, group = index / g_.out_height;
-        write_row(group / g_.groups, group % g_.groups, row, sums, g_.out_width);
+        const auto reduce = [&](auto* to) {
+          reduce_partials(to, 1, sums, number_, rows_ * row_size(), row_size());
+        };
+        const int64_t row = index % g_.out_height, group = index / g_.out_height % g_.groups;
+        const int64_t image = index / g_.out_height / g_.groups;
+        if (is_in_place_) {
+          reduce(gradient_of_row(image, group, row));
+        } else {
+          reduce(sums);
+          write_row(image, group, row, sums, g_.out_width);
+        }
       }
     });
   }
@@ -939,8 +950,13 @@ class SpatialPartials {
  private:
   bool is_split() const { return gradient_ && number_ > 1; }
   int64_t row_size() const { return g_.taps() * g_.out_width; }
+  T* gradient_of_row(int64_t image, int64_t group, int64_t row) const {
+    return gradient_ + strides_.start(image, g_.subpixels()) + group * g_.taps() * strides_.tap +
+           row * strides_.row;
+  }
 
   const Geometry g_;
+  const bool is_in_place_;
   T* const gradient_;
   const SpatialStrides strides_;
   const int64_t number_, rows_;
