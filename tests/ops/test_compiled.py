@@ -60,6 +60,22 @@ def test_every_width(k, stride, layout, dtype, device):
 
 @pytest.mark.any_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (False, False, True)])
+def test_every_width_of_many_channels(needed, dtype, device):
+    """CPU kernels write the spatial gradient of one group in place; from 129 channels on it is a
+    sum. Pixels of 256 channels are prefetched differently."""
+    for channels, height in ((40, 4), (130, 3), (256, 1)):
+        for width in range(1, 13):
+            tensors = make(
+                2, channels, (height, width), 3, 1, 1, "both", dtype=dtype, device=device
+            )
+            last = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+            grad = torch.randn_like(last[0])
+            check_against(ddf_reference, last, (3, 1, 1), grad, needed=needed)
+
+
+@pytest.mark.any_torch
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("layout", DENSE, **by_name)
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
 def test_every_number_of_channels(k, stride, layout, dtype, device):
