@@ -1021,8 +1021,8 @@ __attribute__((noinline)) void grad_filters_row(const GradRow<T>& row) {
   }
 }
 
-// L values from the first one on of four pixels with adjacent taps, from rows[tap
-// row][column][pixel] in the first 12 of L lanes.
+// Gradients of four pixels whose taps are adjacent, L from kFirst on; lanes of rows[tap / 3] are
+// [tap % 3][pixel].
 template <int kFirst, class V, int... I>
 DDF_INLINE V to_adjacent_taps(const V (&rows)[3], std::integer_sequence<int, I...>) {
   constexpr int kN = sizeof...(I);
@@ -1098,16 +1098,15 @@ DDF_INLINE void grad_filters_strip_3x3(const GradRow<T>& row, int64_t column) {
     for (int x = 0; kPixel == 1 && x < 3; ++x)
       std::copy_n(ds[ty] + x * P, P, row.ds + (3 * ty + x) * width + column);
   }
-  if (kPixel == 1) return;
   A* const to = row.ds + column * kPixel;
-  if constexpr (P == kStrip && L == K) {
+  if constexpr (kPixel == kTapsInner && P == kStrip && L == K) {
     constexpr auto kLanesOf = std::make_integer_sequence<int, L>();
     const V rows[] = {load<L>(ds[0]), load<L>(ds[1]), load<L>(ds[2])};
     store<L>(to, to_adjacent_taps<0>(rows, kLanesOf));
     store<L>(to + L, to_adjacent_taps<L>(rows, kLanesOf));
     const V rest = to_adjacent_taps<2 * L>(rows, kLanesOf);
-    std::memcpy(to + 2 * L, &rest, (P * kPixel - 2 * L) * sizeof(A));
-  } else {
+    std::memcpy(to + 2 * L, &rest, (9 * P - 2 * L) * sizeof(A));
+  } else if constexpr (kPixel == kTapsInner) {
     for (int p = 0; p < P; ++p)
       for (int t = 0; t < 9; ++t) to[p * kPixel + t] = ds[t / 3][t % 3 * P + p];
   }
