@@ -31,14 +31,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(**environment: str) -> tuple[str, int]:
+# Page faults of 20 blocks of 16 MB that lie in different parts of the heap.
+HELD = """
+import resource
+import torch
+from ddf_mm.benchmark import timing
+timing.hold_heap()
+print("held")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+blocks = [torch.ones(4 * 10**6) for _ in range(20)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(script: str = FAULTS, **environment: str) -> tuple[str, int]:
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("MALLOC_") and name != "LD_PRELOAD"
     }
     result = subprocess.run(
-        [sys.executable, "-c", FAULTS],
+        [sys.executable, "-c", script],
         env={**inherited, **environment},
         capture_output=True,
         text=True,
@@ -58,3 +71,7 @@ def test_large_blocks_are_used_again_unless_the_environment_turns_it_off(kept, n
     returned = run(**{name: value})
     assert (kept[0], returned[0]) == ("True", "False")
     assert kept[1] < returned[1] / 5
+
+
+def test_benchmarks_wait_for_no_page_faults():
+    assert run(HELD)[1] < run(HELD, DDF_MM_KEEP_MEMORY="0")[1] / 100

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import runpy
 import subprocess
 import sys
@@ -35,32 +34,6 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         check=False,
     )
-
-
-# Page faults of 20 blocks of 16 MB that lie in different parts of the heap.
-FAULTS = """
-import resource
-import torch
-from ddf_mm.benchmark import timing
-timing.hold_heap()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-blocks = [torch.ones(4 * 10**6) for _ in range(20)]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(),
-    reason="for glibc without a CUDA device",
-)
-def test_calls_on_a_cpu_wait_for_no_page_faults():
-    def faults(**environment: str) -> int:
-        inherited = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")}
-        command = [sys.executable, "-c", FAULTS]
-        env = {**inherited, "PYTHONPATH": str(ROOT), **environment}
-        return int(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
-
-    assert faults() < faults(DDF_MM_KEEP_MEMORY="0") / 100
 
 
 def test_op_reports_every_case(tmp_path):
