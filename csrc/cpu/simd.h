@@ -524,6 +524,18 @@ DDF_INLINE void prefetch_rows(const T* from, int64_t pitch, int64_t rows, int64_
       __builtin_prefetch(from + i * pitch + j, 0, kLocality);
 }
 
+// Rows of count elements, narrowed. May load up to a vector after those of a row.
+template <class T>
+void store_rows(T* to, int64_t to_pitch, const Accumulate<T>* from, int64_t from_pitch,
+                int64_t rows, int64_t count) {
+  constexpr int kN = kLanes<Accumulate<T>>;
+  for (int64_t r = 0; r < rows; ++r, to += to_pitch, from += from_pitch) {
+    int64_t i = 0;
+    for (; i + kN <= count; i += kN) store<kN>(to + i, load<kN>(from + i));
+    if (i < count) store_some<kN>(to + i, load<kN>(from + i), count - i);
+  }
+}
+
 // count elements that lie `step` apart, widened.
 template <class T>
 DDF_INLINE void load_row(Accumulate<T>* to, const T* from, int64_t count, int64_t step) {
@@ -617,7 +629,7 @@ void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, i
   const Steps from_row(from_pitch), to_row(to_pitch);
   // Stores of a few cache lines that are far apart are waited for, unless prefetched. Loads are
   // not.
-  constexpr int64_t kFar = 2048 / sizeof(To), kLine = 64 / sizeof(To);
+  constexpr int64_t kFar = 512 / sizeof(To), kLine = 64 / sizeof(To);
   const bool writes_far = to_pitch > kFar && rows > kLine;
   const int64_t end = (rows - 1) * from_pitch + columns;
   // Whether all columns of a block are there, and may be loaded, are integral constants.
