@@ -268,14 +268,14 @@ void backward_transposed(const Backward& b, ParallelFor run) {
     const int64_t blocks = round_up(channels, L) * taps;
     Scratch<A> x(channels * most_in * in_row, false), dy(channels * most_grad * out_row, false);
     Scratch<A> dx(channels * most_of * in_row, false);
-    Scratch<A> grad_spatial(filter_rows * filter_row);  // [rows][subpixels][taps][Wo]
-    Scratch<A> channel(blocks), grad_channel(blocks), sums(filter_row);
+    // [rows][subpixels][taps][Wo]
+    Scratch<A> grad_spatial(filter_rows * filter_row, false);
+    Scratch<A> channel(blocks), grad_channel(blocks), later_sums(filter_row, false);
     TileFilter<T> tile(f, of_image, strips, most_grad);
     for (int64_t index = begin; index < end; ++index) {
       const auto item = plan.item(tiles.geometry, index);
       const Rows out{item.row0, item.row1};
       const Rows in = rows_in(out), of = rows_of(out), of_grad = rows_of_grad(out);
-      std::fill(grad_spatial.get(), grad_spatial + filter_rows * filter_row, A(0));
       tile.read_spatial_filter(item.image, item.group, of_grad, A(Combine::kNeutral));
       for (int64_t c = item.channel0; c < item.channel1; c += channels) {
         const int64_t count = std::min(channels, item.channel1 - c);
@@ -295,14 +295,16 @@ void backward_transposed(const Backward& b, ParallelFor run) {
             const int64_t at = row - out.begin;
             const int64_t pixel =
                 (row - of_grad.begin) * out_row + r / g.scale * g.scale * g.out_width + r % g.scale;
-            std::fill(sums.get(), sums + filter_row, A(0));
+            // The first channels have nothing to be added to.
+            A* const total = grad_spatial + (at * subpixels + r) * filter_row;
+            A* const sums = c == item.channel0 ? total : later_sums.get();
+            std::fill(sums, sums + filter_row, A(0));
             grad_filters_of_row<A, Combine>(
                 {of_image.g, inside.data(), x - in.begin * in_row * channels, dy + pixel * channels,
                  g.scale * channels, tile.spatial_row(r, row), tile.plane(), sums, channel,
                  grad_channel, count},
                 row, false);
-            A* const total = grad_spatial + (at * subpixels + r) * filter_row;
-            for (int64_t i = 0; i < filter_row; ++i) total[i] += sums[i];
+            for (int64_t i = 0; sums != total && i < filter_row; ++i) total[i] += sums[i];
           }
           channel_partials.add_blocks(image, item.tile, c, count, grad_channel);
         }
